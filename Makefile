@@ -1,0 +1,73 @@
+# `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint .venv
+# Each recipe is one shell script that stops at its first failure.
+.ONESHELL:
+.SHELLFLAGS := -eu -c
+
+# The folder of this file, so that `make -f /elsewhere/Makefile test` works like `make -C`.
+ROOT := $(shell dirname '$(strip $(MAKEFILE_LIST))')
+
+help: ## list the targets
+	@cd "$(ROOT)"
+	sed -n 's/^\([a-z.]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+
+# XLA's CPU backend asks for fresh buffers of tens of MB all the time, and first touching them in
+# pages of 4 KB costs more than the arithmetic. The tunable makes glibc ask for huge pages.
+quickstart: .venv ## train NTP and MEAP on this machine and write runs/quickstart/report.md
+	@cd "$(ROOT)"
+	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} .venv/bin/python \
+	    -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv ## run the tests, on the CPU
+	@cd "$(ROOT)"
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2
+
+lint: .venv ## check style, types and the direction of imports
+	@cd "$(ROOT)"
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+	.venv/bin/python .venv/bin/lint-imports
+
+# .venv/stamp is written last: the interpreter, then the text of the requirements files. A .venv
+#   with this very stamp      is used as it is,
+#   with other requirements   is installed into again,
+#   with another interpreter, or without a stamp since its install was cut short, is made anew.
+.venv: ## install the requirements into .venv, if they are not there already
+	@cd "$(ROOT)"
+	fail() { printf '%s\n' "$$1" >&2; exit 1; }
+	supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+	version='import sys; print("Python %d.%d.%d" % sys.version_info[:3])'
+	identity='import os, sys; print(os.path.realpath(sys.base_prefix), sys.implementation.cache_tag)'
+
+	# PYTHON; else the interpreter that made .venv; else the first one that will do.
+	if [ -n "$${PYTHON:-}" ]; then
+	    set -- "$$PYTHON"
+	else
+	    made_with=$$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null) || made_with=
+	    set -- "$$made_with" python3 python3.13 python3.12 python3.11
+	fi
+	for python; do
+	    if "$$python" -c "$$supported" 2>/dev/null; then break; fi
+	    python=
+	done
+	if [ -z "$$python" ]; then
+	    asked=$${PYTHON:-python3}
+	    found=$$("$$asked" -c "$$version" 2>/dev/null) || found="no Python that runs"
+	    fail "meap-jax needs Python 3.11, 3.12 or 3.13 and $$asked is $$found: name another with PYTHON=/path/to/python."
+	fi
+
+	interpreter=$$("$$python" -c "$$identity")
+	wanted=$$(echo "$$interpreter"; cat requirements.txt requirements-dev.txt)
+	if [ -x .venv/bin/python ] && [ "$$(cat .venv/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
+
+	if [ ! -x .venv/bin/python ] || [ "$$(head -n 1 .venv/stamp 2>/dev/null)" != "$$interpreter" ]; then
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null ||
+	        fail "$$python comes without venv: install it (Debian and Ubuntu: apt install python3-venv) or name another Python with PYTHON=/path/to/python."
+	    echo "Making .venv with $$("$$python" -c "$$version"), about 1.2 GB, once"
+	    "$$python" -m venv --clear .venv
+	fi
+	rm -f .venv/stamp
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	printf '%s\n' "$$wanted" > .venv/stamp

@@ -1,0 +1,1 @@
+"""One file an experiment; each has `get_config()`. See `meap_jax.config` for every field."""

@@ -1,0 +1,233 @@
+"""Every field of a run: its default, its type, its unit, and the checks that stop an impossible one.
+
+A file in `configs/` calls `base` or `paper`, changes what it is about and returns the result from `get_config()`.
+Fields that a user may set but need not are typed placeholders; nothing is a list, since ml_collections can override neither.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
+STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
+SOURCES = ("stdlib", "retrieval", "text")
+TOKENIZERS = ("bpe", "mistral")
+SEEDS = ("init", "data", "mask", "noise")
+
+# What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
+MAY_CHANGE_ON_RESUME = ("num_steps", "log", "eval", "checkpoint", "mesh")
+
+# Sizes of the paper: Table 12 with the swap of layers and heads undone, and the official code's lit_gpt/config.py.
+# Steps of 256 x 4,096 tokens, and the parameters they come to with a vocabulary of 32,064 and 2 kv heads.
+PAPER_SIZES = {
+    "100m": dict(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=2048, num_steps=1_907),  # 122M
+    "300m": dict(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=2736, num_steps=4_768),  # 324M
+    "500m": dict(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=4864, num_steps=10_000),  # 481M
+    "1b": dict(num_layers=24, num_heads=32, embed_dim=2048, mlp_dim=5632, num_steps=190_000),  # 1,176M
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one sentence that names the field, its value and what would be valid."""
+
+
+def base() -> ml_collections.ConfigDict:
+    """All fields with their defaults; the sizes are those of a toy, the recipe is the paper's."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # Gives the four seeds below.
+    c.seeds = ml_collections.ConfigDict({name: placeholder(int) for name in SEEDS})  # Each can be set alone.
+    c.num_steps = 1_000  # Optimizer steps.
+    c.global_batch_size = 32  # Sequences a step, over all devices and micro-batches.
+    c.grad_accum_steps = 1  # Micro-batches a step; the result is that of the whole batch.
+    c.seq_len = 128  # Tokens the decoder sees; a block of data has one more.
+
+    c.objective = o = ml_collections.ConfigDict()
+    o.name = "meap"  # ntp, meap, or a control: random_tokens in the gaps, token_dropout (a zero embedding).
+    o.mask_ratio = 0.15  # Share of input tokens, in [0, 1]; ntp ignores it. Paper: 0.15 in pre-training.
+    o.strategy = "random"  # random, span, bernoulli, shared, or official (the released code's 51 masks).
+    o.span_length = 5  # Tokens; only "span" reads it. Paper, Table 15: 5 and 50.
+    o.mask_id = 32_000  # [MASK]; must be the tokenizer's.
+
+    c.model = m = ml_collections.ConfigDict()
+    m.num_layers = 2
+    m.num_heads = 4
+    m.num_kv_heads = 2  # Divides num_heads. Official code: 2 at every size.
+    m.head_dim = 16  # Even, for RoPE.
+    m.embed_dim = 64
+    m.mlp_dim = 176  # Hidden width of SwiGLU.
+    m.vocab_size = 32_064  # Rows of the embedding, padding included.
+    m.rope_base = 10_000.0  # 640,000 in the paper's 64K extension.
+    m.norm_eps = 1e-5
+    m.dtype = "float32"  # Of activations: float32 or bfloat16. Parameters, norms, softmax and loss are always float32.
+    m.init = "official"  # official (paper.md's variances) or normal (std 0.02, residual outputs / sqrt(2 layers)).
+    m.unroll = 1  # Layers a scan step; changes the program, never the state.
+    m.remat = False  # Recompute each layer in the backward pass: less memory, about a third more arithmetic.
+
+    c.optimizer = a = ml_collections.ConfigDict()
+    a.learning_rate = 4e-4  # Peak.
+    a.warmup_fraction = 0.1  # Of num_steps, linear from 0.
+    a.final_fraction = 0.1  # Of the peak, reached by cosine at num_steps.
+    a.b1 = 0.9
+    a.b2 = 0.95
+    a.eps = 1e-8
+    a.weight_decay = 0.05
+    a.decay_on = "all"  # all: as the official code, norms and embeddings too; matrices: what has two dimensions or more.
+    a.clip_norm = 1.0  # Global norm of the gradient.
+
+    c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # One may be -1: what is left.
+
+    c.data = d = ml_collections.ConfigDict()
+    d.mixture = "stdlib=1"  # source=weight,...; sources: stdlib, retrieval, text.
+    d.path = placeholder(str)  # For text: a folder (or file) of .txt or .jsonl.
+    d.tokenizer = "bpe"  # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK].
+    d.prepared = placeholder(str)  # Folder of the frozen corpus; default: data/ in the workdir. Runs can share one.
+    d.seed = 0  # Of what is generated; the order of blocks comes from seeds.data.
+    d.holdout = 0.02  # Share of text documents in each of validation and test.
+    d.retrieval = ml_collections.ConfigDict(
+        dict(
+            num_keys=16,  # Things that a fact can be about.
+            num_values=16,  # Words that can be an access code.
+            num_facts=8,  # Facts a document.
+            num_questions=8,  # Of them asked later.
+            max_fillers=2,  # Sentences between facts and questions, 0 to this many.
+            num_documents=20_000,  # For training.
+            num_eval_documents=500,  # For each of validation and test.
+        )
+    )
+
+    c.init_from = placeholder(str)  # Workdir of another run: its parameters, with a fresh optimizer and step 0.
+    c.checkpoint = ml_collections.ConfigDict(dict(every=1_000, keep=2))  # Steps; how many are kept.
+    c.log = ml_collections.ConfigDict(dict(every=10))  # Steps.
+    c.eval = ml_collections.ConfigDict(dict(every=1_000, max_rows=1_000))  # Steps; rows of each held-out set.
+    return c
+
+
+def paper(size: str, objective: str) -> ml_collections.ConfigDict:
+    """Pre-training as in section 4.1 and Table 11 of the paper; `size` is a key of `PAPER_SIZES`."""
+    c = base()
+    shape = dict(PAPER_SIZES[size])
+    c.num_steps = shape.pop("num_steps")
+    c.model.update(shape)
+    c.model.head_dim = c.model.embed_dim // c.model.num_heads
+    c.model.dtype = "bfloat16"
+    c.model.remat = True
+    c.seed = 3407
+    c.seq_len = 4096
+    c.global_batch_size = 256
+    c.grad_accum_steps = 4
+    c.objective.name = objective
+    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.data.mixture = "text=1"
+    c.data.tokenizer = "mistral"
+    c.data.holdout = 0.001
+    c.eval.every = 1_000
+    c.eval.max_rows = 1_024
+    c.checkpoint.every = 1_000
+    return c
+
+
+def seed_of(config: ml_collections.ConfigDict, name: str) -> int:
+    """The seed for one use ("init", "data", "mask" or "noise"): its own if set, else the run's."""
+    own = config.seeds[name]
+    return config.seed if own is None else own
+
+
+def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """`data.mixture` as {source: weight}, in the order written."""
+    weights: dict[str, float] = {}
+    for part in config.data.mixture.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = -1.0
+        if name not in SOURCES or not weights[name] > 0:
+            raise ConfigError(
+                f"data.mixture is {config.data.mixture!r}, but {part.strip()!r} is not source=weight with a positive "
+                f"weight and a source among {', '.join(SOURCES)}."
+            )
+    return weights
+
+
+def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Nested fields as {"model.num_layers": 2, ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def changed_on_resume(old: dict, new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Fields in which a resumed run may not differ but does: {name: (checkpoint's value, config's value)}."""
+    a, b = flatten(old), flatten(new)
+    return {
+        name: (a.get(name), b.get(name))
+        for name in sorted(a.keys() | b.keys())
+        if name.split(".")[0] not in MAY_CHANGE_ON_RESUME and a.get(name) != b.get(name)
+    }
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Stops a config that cannot work, before anything is compiled.
+
+    Raises:
+      ConfigError: naming the first bad field, its value and what would be valid.
+    """
+    flat = flatten(config)
+
+    def require(name: str, valid: Callable[[Any], bool], expected: str) -> None:
+        if not valid(flat[name]):
+            raise ConfigError(f"{name} is {flat[name]!r}, but must be {expected}.")
+
+    positive = (
+        "num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads "
+        "model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll "
+        "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys "
+        "data.retrieval.num_values data.retrieval.num_facts data.retrieval.num_questions "
+        "data.retrieval.num_documents data.retrieval.num_eval_documents"
+    )
+    for name in positive.split():
+        require(name, lambda v: v >= 1, "at least 1")
+    for name in ("seed", *(f"seeds.{s}" for s in SEEDS), "data.seed"):
+        require(name, lambda v: v is None or 0 <= v < 2**32, "in [0, 2^32)")
+    for name, choices in (
+        ("objective.name", OBJECTIVES),
+        ("objective.strategy", STRATEGIES),
+        ("model.dtype", ("float32", "bfloat16")),
+        ("model.init", ("official", "normal")),
+        ("optimizer.decay_on", ("all", "matrices")),
+        ("data.tokenizer", TOKENIZERS),
+    ):
+        require(name, lambda v, choices=choices: v in choices, f"one of {', '.join(choices)}")
+
+    require("objective.mask_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
+    require("objective.mask_id", lambda v: 0 <= v < config.model.vocab_size, f"an id below model.vocab_size ({config.model.vocab_size})")
+    require("model.num_kv_heads", lambda v: config.model.num_heads % v == 0, f"a divisor of model.num_heads ({config.model.num_heads})")
+    require("model.head_dim", lambda v: v % 2 == 0, "even, for RoPE turns pairs")
+    require("model.rope_base", lambda v: v > 0, "positive")
+    require("model.norm_eps", lambda v: v > 0, "positive")
+    require("grad_accum_steps", lambda v: config.global_batch_size % v == 0, f"a divisor of global_batch_size ({config.global_batch_size})")
+    require("seq_len", lambda v: v >= 2, "at least 2")
+    require("optimizer.learning_rate", lambda v: v > 0, "positive")
+    require("optimizer.weight_decay", lambda v: v >= 0, "0 or more")
+    require("optimizer.clip_norm", lambda v: v > 0, "positive")
+    require("optimizer.eps", lambda v: v > 0, "positive")
+    for name in ("optimizer.warmup_fraction", "optimizer.final_fraction"):
+        require(name, lambda v: 0 <= v <= 1, "in [0, 1]")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        require(name, lambda v: 0 <= v < 1, "in [0, 1)")
+    require("data.holdout", lambda v: 0 < v < 0.5, "in (0, 0.5)")
+    require("data.retrieval.max_fillers", lambda v: v >= 0, "0 or more")
+    for axis in ("data", "fsdp", "tensor", "context"):
+        require(f"mesh.{axis}", lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left")
+    if sum(size == -1 for size in config.mesh.values()) > 1:
+        raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
+    if "text" in mixture(config) and config.data.path is None and config.data.prepared is None:
+        raise ConfigError(
+            "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
+        )

@@ -1,0 +1,1 @@
+"""Host side of the data: sources, tokenizers, packing and the prepared folder."""

@@ -1,0 +1,115 @@
+"""From frozen blocks to global arrays on the mesh.
+
+The order of blocks is one global sequence that depends on the data seed alone. Row r of step s is item s * B + r of it, on
+any number of hosts; each process reads only the rows that its own devices hold, and the iterator's state is the step.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from meap_jax.data.prepare import Prepared
+
+
+_ENDLESS = 2**40  # Steps; grain wants a length.
+
+
+class _Blocks:
+    """A frozen split as a grain source: item i is {"tokens", "segment_ids"}, each [T + 1] int32."""
+
+    def __init__(self, prepared: Prepared, source: str, split: str):
+        self._blocks = prepared.blocks(source, split)
+        self._name = f"{source}-{split}"
+
+    def __len__(self) -> int:
+        return len(self._blocks.tokens)
+
+    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+        return {
+            "tokens": np.asarray(self._blocks.tokens[index], np.int32),
+            "segment_ids": np.asarray(self._blocks.segment_ids[index], np.int32),
+        }
+
+    def __repr__(self) -> str:
+        return f"_Blocks({self._name})"
+
+
+class _Steps:
+    """Item s is what this process needs of step s: rows `rows` of the global batch, in order."""
+
+    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int):
+        self._sequence, self._rows, self._batch_size = sequence, rows, batch_size
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: Any) -> dict[str, np.ndarray]:
+        items = [self._sequence[int(step) * self._batch_size + int(row)] for row in self._rows]
+        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+    def __repr__(self) -> str:
+        return f"_Steps(batch_size={self._batch_size})"
+
+
+def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) -> grain.MapDataset:
+    """The endless sequence of training blocks: each source shuffled anew every epoch, mixed by weight."""
+    sources = [
+        grain.MapDataset.source(_Blocks(prepared, source, "train")).seed(seed + i).shuffle().repeat()
+        for i, source in enumerate(weights)
+    ]
+    return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights.values()))
+
+
+class TrainBatches(Iterator[dict[str, jax.Array]]):
+    """Endless global batches from step `start` on.
+
+    Yields `tokens` and `segment_ids`, [B, T + 1] int32, laid out by `sharding`.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        weights: dict[str, float],
+        *,
+        seed: int,
+        batch_size: int,
+        sharding: NamedSharding,
+    ):
+        self._shape = (batch_size, prepared.block_len)
+        self._sharding = sharding
+        self._rows = _own_rows(sharding, self._shape)
+        sequence = global_sequence(prepared, weights, seed)
+        steps = grain.MapDataset.source(_Steps(sequence, self._rows, batch_size))
+        # One reader thread, a few steps ahead: rows come from a memory map, and more threads would fight for the GIL.
+        self._iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def __next__(self) -> dict[str, jax.Array]:
+        local = next(self._iterator)
+        place = {row: i for i, row in enumerate(self._rows)}
+
+        def globally(rows: np.ndarray) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(self._shape[0])
+                return rows[place[start] : place[stop - 1] + 1]
+
+            return jax.make_array_from_callback(self._shape, self._sharding, piece)
+
+        return {name: globally(rows) for name, rows in local.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the sequence goes on; the same on every process."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state that `get_state` returned."""
+        self._iterator.set_state(state)
+
+
+def _own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """The rows of the global batch that this process's devices hold, in order."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(shape[0])[index[0]] for index in indices if index]))

@@ -1,0 +1,158 @@
+"""Generated English documents that state facts and ask for them later.
+
+    The access code of the harbor is falcon. The access code of the museum is otter. It was late.
+    What is the access code of the museum? otter. What is the access code of the harbor? falcon.
+
+How deep a fact lies and how far its question is away are known for every answer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from meap_jax.config import ConfigError
+from meap_jax.data.documents import Answer, Document
+
+# All wording. The value follows a fact or a question after one space, and _END follows the value.
+FACT = "The access code of the {key} is"
+QUESTION = "What is the access code of the {key}?"
+_END = "."
+
+FILLERS = (
+    "It was late.",
+    "The sky was grey.",
+    "Nobody said a word.",
+    "The rain had stopped.",
+    "A light was still on.",
+    "The road was quiet.",
+    "Somebody closed a door.",
+    "The wind came from the north.",
+    "There was time to wait.",
+    "The clock had just struck.",
+    "We took notes on paper.",
+    "A letter lay on the table.",
+    "The coffee was cold by then.",
+    "They had walked all day.",
+    "The list was long and dull.",
+    "He read it once again.",
+)
+
+# Places and animals: single words, no word in both, so that a small BPE makes each one token.
+KEYS = tuple(
+    "harbor museum castle library station market temple bridge tower school office hotel church "
+    "palace farm mill garden mine barn cabin studio gallery theater stadium airport factory bakery "
+    "clinic prison court bank shop cafe inn lodge fort dock port pier ranch cellar attic kitchen "
+    "chapel archive vault hangar depot shed stable yard arena college ferry tunnel dam plaza park "
+    "camp villa tavern forge lab abbey".split()
+)
+VALUES = tuple(
+    "falcon otter tiger eagle raven wolf bear lion horse camel zebra panda shark whale salmon "
+    "trout rabbit lobster spider beetle moth cobra viper lizard turtle frog toad duck goose swan "
+    "heron stork crow robin sparrow parrot finch hawk owl badger ferret weasel moose bison goat "
+    "sheep donkey monkey gorilla lemur sloth beaver mouse hamster dolphin seal walrus penguin "
+    "pigeon koala llama gecko crab lynx".split()
+)
+
+_LIMITS = {"num_keys": len(KEYS), "num_values": len(VALUES)}
+
+
+@dataclass(frozen=True)
+class RetrievalSpec:
+    """What documents are made of; the first num_keys keys and num_values values are used."""
+
+    num_keys: int = 16
+    num_values: int = 16
+    num_facts: int = 8
+    num_questions: int = 8
+    max_fillers: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+          ConfigError: a count is out of range; names the field, its value and the range.
+        """
+        words = min(self.num_keys, self.num_values)
+        for name, value in asdict(self).items():
+            low, high = 1, _LIMITS.get(name)
+            if name == "num_facts":
+                high = words  # the keys and the values of a document are distinct
+            elif name == "num_questions":
+                high = self.num_facts  # and no fact is asked twice
+            elif name == "max_fillers":
+                low = 0
+            if value < low or (high is not None and value > high):
+                valid = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"data.retrieval.{name} is {value}, but must be {valid}.")
+
+
+def generate(
+    spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int
+) -> Iterator[Document]:
+    """Generates documents, the same ones for the same arguments on every machine.
+
+    Args:
+      spec: the counts.
+      seed: a seed, or several numbers that make one seed together.
+      num_documents: how many.
+
+    Yields:
+      Documents whose questions ask distinct facts, chosen uniformly, after a uniformly chosen
+      number of fillers.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for _ in range(num_documents):
+        yield document(rng, spec)
+
+
+def document(
+    rng: np.random.Generator,
+    spec: RetrievalSpec,
+    *,
+    asked: Sequence[int] | None = None,
+    num_fillers: int | None = None,
+) -> Document:
+    """Generates one document: facts, then fillers, then questions with their answers.
+
+    Args:
+      rng: where the draws come from.
+      spec: the counts.
+      asked: which facts (0 is the first stated) the questions ask, in their order; drawn if None.
+      num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
+
+    Returns:
+      The document; its pieces from the second on begin with a space or are punctuation, so that
+      their tokens are those of the whole text.
+
+    Raises:
+      ValueError: `asked` names a fact that isn't there, or one twice.
+    """
+    if asked is None:
+        asked = _choose(rng, spec.num_facts, spec.num_questions)
+    elif len(set(asked)) < len(asked) or not set(asked) <= set(range(spec.num_facts)):
+        raise ValueError(f"asked is {asked}, but must be distinct facts below {spec.num_facts}.")
+    keys = [KEYS[i] for i in _choose(rng, spec.num_keys, spec.num_facts)]
+    values = [VALUES[i] for i in _choose(rng, spec.num_values, spec.num_facts)]
+    if num_fillers is None:
+        num_fillers = int(rng.random() * (spec.max_fillers + 1))
+
+    pieces: list[str] = []
+    for key, value in zip(keys, values, strict=True):
+        pieces += [f" {FACT.format(key=key)}", f" {value}", _END]
+    pieces += [f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers)]
+    answers = []
+    for fact in asked:
+        depth = fact / max(spec.num_facts - 1, 1)
+        answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
+        pieces += [f" {QUESTION.format(key=keys[fact])}", f" {values[fact]}", _END]
+    pieces[0] = pieces[0].lstrip()
+    return Document(tuple(pieces), tuple(answers))
+
+
+def _choose(rng: np.random.Generator, num: int, count: int) -> list[int]:
+    """`count` distinct indices below `num`, from uniform doubles alone.
+
+    NumPy may change the streams of choice and permutation between releases.
+    """
+    return np.argsort(rng.random(num), kind="stable")[:count].tolist()

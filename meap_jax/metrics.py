@@ -1,0 +1,139 @@
+"""Numbers of a run on their way out: metrics.jsonl, TensorBoard, and whoever watches."""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+
+import tqdm
+from absl import logging
+from etils import epath
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsWriter:
+    """Writes one JSON object a logged step, TensorBoard scalars, and a progress bar (or plain lines off a terminal).
+
+    Buckets cannot append: for a workdir such as gs://..., files are written to a local folder and uploaded by `flush`.
+    """
+
+    def __init__(self, workdir: epath.Path, *, start: int, num_steps: int, tokens_per_step: int):
+        """Goes on after step `start`: what an interrupted run wrote about later steps is cut off."""
+        self._workdir = workdir
+        self._local = local_folder(workdir)
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._num_steps, self._tokens_per_step = num_steps, tokens_per_step
+        if self._is_remote() and (workdir / METRICS_FILE).exists():
+            (self._local / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
+        cut_back(self._local / METRICS_FILE, start)
+        self._file = (self._local / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self._local / TENSORBOARD_FOLDER), purge_step=start + 1)
+        self._last_write = (start, time.perf_counter())
+        self._rate = 0.0
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the numbers of step `step`, with the throughput since the last record."""
+        now = time.perf_counter()
+        last_step, last_time = self._last_write
+        self._rate = (step - last_step) * self._tokens_per_step / max(now - last_time, 1e-9)
+        self._last_write = (step, now)
+        values = {**values, "tokens_per_second": self._rate}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._bar.disable:
+            extra = "".join(f"  {name} {value:.4f}" for name, value in values.items() if "/" in name)
+            left = (self._num_steps - step) * self._tokens_per_step / max(self._rate, 1e-9)
+            logging.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s  %s left%s",
+                step, self._num_steps, values["loss"], self._rate, tqdm.tqdm.format_interval(left), extra,
+            )  # fmt: skip
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the bar."""
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self._rate:.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """Puts everything on disk (and in the bucket), so that a checkpoint never knows more than the log."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+        if self._is_remote():
+            for file in self._local.rglob("*"):
+                if file.is_file():
+                    target = self._workdir / file.relative_to(self._local).as_posix()
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+
+    def close(self) -> None:
+        """Flushes and lets go."""
+        self.flush()
+        self._bar.close()
+        self._file.close()
+        self._tensorboard.close()
+
+    def _is_remote(self) -> bool:
+        return is_remote(self._workdir)
+
+
+class NoWriter:
+    """For processes other than the first."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def is_remote(workdir: epath.Path) -> bool:
+    """Whether this is a bucket rather than a folder."""
+    return "://" in str(workdir)
+
+
+def local_folder(workdir: epath.Path) -> pathlib.Path:
+    """Where files that grow by appending are written: the workdir itself, or a local stand-in for a bucket."""
+    if not is_remote(workdir):
+        return pathlib.Path(workdir)
+    name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+    return pathlib.Path(tempfile.gettempdir()) / f"meap_jax-{os.getuid()}" / name
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+    """All records of a run, in order."""
+    return [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
+
+
+def cut_back(file: pathlib.Path, step: int) -> None:
+    """Drops records after `step`, and a last line that a kill cut short, so that no step will stand in the file twice."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # Lines are written whole and in order: only the last can be torn.
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    new = file.with_suffix(".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(file)

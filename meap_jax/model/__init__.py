@@ -1,0 +1,1 @@
+"""A Llama decoder in Flax NNX."""

@@ -1,0 +1,99 @@
+"""The parts of a decoder layer. Every parameter is declared once: shape, logical axes (see `sharding.RULES`), initial std.
+
+Names carry shapes: B batch, T sequence, D embed, H heads, K kv heads, d head_dim, F mlp.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meap_jax.model.attention import Visibility, attention, rope
+from meap_jax.model.config import ModelConfig
+from meap_jax.sharding import constrain
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def input_std(c: ModelConfig) -> float:
+    """Of embeddings and of linear layers that read the residual stream.
+
+    Official (lit_gpt/model.py): N(0, 2 / (5 D)), a variance; "normal": 0.02.
+    """
+    return math.sqrt(2 / (5 * c.embed_dim)) if c.init == "official" else 0.02
+
+
+def output_std(c: ModelConfig) -> float:
+    """Of linear layers that write to the residual stream; official: 1 / sqrt(D) / L, "normal": 0.02 / sqrt(2 L)."""
+    return c.embed_dim**-0.5 / c.num_layers if c.init == "official" else 0.02 / math.sqrt(2 * c.num_layers)
+
+
+def linear(x: jax.Array, weight: nnx.Param, num_inputs: int = 1) -> jax.Array:
+    """Contracts the last `num_inputs` axes of x with the first of `weight`, as one 2-D matmul (XLA's fastest form on CPU)."""
+    w = weight[...].astype(x.dtype)
+    inputs, outputs, lead = w.shape[:num_inputs], w.shape[num_inputs:], x.shape[: x.ndim - num_inputs]
+    size = math.prod(inputs)
+    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32."""
+
+    def __init__(self, c: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(c.embed_dim, jnp.float32), axes=("norm",))
+        self.eps = c.norm_eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...]).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention with RoPE."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D, H, K, d = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = normal(rngs, (D, H, d), ("embed", "heads", "head_dim"), input_std(c))
+        self.k_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
+        self.v_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
+        self.o_proj = normal(rngs, (H, d, D), ("heads", "head_dim", "embed"), output_std(c))
+        self.rope_base = c.rope_base
+
+    def __call__(self, x_BTD: jax.Array, visibility: Visibility) -> jax.Array:
+        q_BTHd = rope(linear(x_BTD, self.q_proj), visibility.positions, self.rope_base)
+        k_BTKd = rope(linear(x_BTD, self.k_proj), visibility.positions, self.rope_base)
+        v_BTKd = linear(x_BTD, self.v_proj)
+        return linear(attention(q_BTHd, k_BTKd, v_BTKd, visibility), self.o_proj, num_inputs=2)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D, F = c.embed_dim, c.mlp_dim
+        self.gate_proj = normal(rngs, (D, F), ("embed", "mlp"), input_std(c))
+        self.up_proj = normal(rngs, (D, F), ("embed", "mlp"), input_std(c))
+        self.down_proj = normal(rngs, (F, D), ("mlp", "embed"), output_std(c))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return linear(jax.nn.silu(linear(x_BTD, self.gate_proj)) * linear(x_BTD, self.up_proj), self.down_proj)
+
+
+class Block(nnx.Module):
+    """Norm, attend, add; norm, mlp, add."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(c)
+        self.attn = Attention(c, rngs)
+        self.mlp_norm = RMSNorm(c)
+        self.mlp = MLP(c, rngs)
+
+    def __call__(self, x_BTD: jax.Array, visibility: Visibility) -> jax.Array:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), visibility)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, "batch", "sequence", None)

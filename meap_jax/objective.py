@@ -1,0 +1,116 @@
+"""What a batch becomes under an objective: next-token prediction (NTP), MEAP, and the controls the paper lacks.
+
+All of them are NTP with something in the gaps of the *input*: nothing hidden (ntp), `[MASK]` (meap), a random token
+(random_tokens) or a zero embedding (token_dropout). With one mask key they hide the same positions. Targets are always the
+clean next tokens, and the loss covers every target that is not padding.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from meap_jax.config import SEEDS, seed_of
+from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The static half: fields as in `meap_jax.config.base`."""
+
+    name: str
+    mask_ratio: float
+    strategy: str
+    span_length: int
+    mask_id: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Objective":
+        """From a run's config; NTP is the ratio 0."""
+        fields = config.objective.to_dict()
+        if fields["name"] == "ntp":
+            fields["mask_ratio"] = 0.0
+        return cls(vocab_size=config.model.vocab_size, **fields)
+
+
+class Inputs(NamedTuple):
+    """What the decoder is given and asked for; all [B, T]."""
+
+    tokens: jax.Array  # int32, corrupted.
+    targets: jax.Array  # int32, the clean next tokens.
+    loss_weights: jax.Array  # float32, 0 where the target is padding.
+    segment_ids: jax.Array  # int32, 0 is padding.
+    is_masked: jax.Array  # bool, the gaps.
+    keep_embedding: jax.Array | None = None  # bool, False where the embedding is dropped; None: all kept.
+
+
+def named_keys(config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
+    """One key a use: init, data, mask, noise. `seed` gives all four; `seeds.mask` and so on set one alone."""
+    return {name: jax.random.fold_in(jax.random.key(seed_of(config, name)), i) for i, name in enumerate(SEEDS)}
+
+
+def clean_inputs(batch: dict[str, jax.Array]) -> Inputs:
+    """A batch of blocks under plain next-token prediction.
+
+    Args:
+      batch: `tokens` [B, T + 1] and `segment_ids` [B, T + 1] int32; segment 0 is padding.
+    """
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    return Inputs(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_weights=(segment_ids[:, 1:] != 0).astype(jnp.float32),
+        segment_ids=segment_ids[:, :-1],
+        is_masked=jnp.zeros_like(tokens[:, :-1], bool),
+    )
+
+
+def make_inputs(
+    batch: dict[str, jax.Array],
+    objective: Objective,
+    keys: dict[str, jax.Array],
+    step: jax.Array,
+    ratio: jax.Array | None = None,
+) -> Inputs:
+    """The inputs of one step, from the whole global batch: call it before micro-batches are cut and outside any remat.
+
+    Args:
+      batch: `tokens` [B, T + 1] and `segment_ids` [B, T + 1] int32; segment 0 is padding and never masked.
+      objective: what stands in the gaps, and where they are.
+      keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
+      step: scalar int, counted from 0.
+      ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
+    """
+    clean = clean_inputs(batch)
+    ratio = objective.mask_ratio if ratio is None else ratio
+    if isinstance(ratio, float) and ratio == 0:
+        return clean
+
+    eligible = clean.segment_ids != 0
+    if objective.strategy == "official":
+        table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
+        is_masked = table[step % OFFICIAL_CYCLE] & eligible
+        masked_tokens = jnp.where(is_masked, objective.mask_id, clean.tokens)
+    else:
+        masked_tokens, is_masked = mask_tokens(
+            jax.random.fold_in(keys["mask"], step),
+            clean.tokens,
+            ratio,
+            mask_id=objective.mask_id,
+            eligible=eligible,
+            segment_ids=clean.segment_ids,
+            strategy=objective.strategy,
+            span_length=objective.span_length,
+        )
+
+    if objective.name == "random_tokens":
+        noise_key = jax.random.fold_in(keys["noise"], step)
+        noise = jax.random.randint(noise_key, clean.tokens.shape, 0, objective.vocab_size, jnp.int32)
+        return clean._replace(tokens=jnp.where(is_masked, noise, clean.tokens), is_masked=is_masked)
+    if objective.name == "token_dropout":
+        # Other embeddings are not scaled up, so that the controls differ in the gaps and nowhere else.
+        return clean._replace(keep_embedding=~is_masked, is_masked=is_masked)
+    return clean._replace(tokens=masked_tokens, is_masked=is_masked)

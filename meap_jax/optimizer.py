@@ -1,0 +1,50 @@
+"""AdamW with clipping, linear warm-up and cosine decay: Table 11 of the paper."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The rate of each optimizer step, counted from 0.
+
+    Linear from 0 to the peak over `warmup_fraction * num_steps`, then cosine to `final_fraction` of it at `num_steps`.
+    Step s uses the schedule at s + 1, so that the first step moves, as the last micro-batch of the official code's does.
+    """
+    o = config.optimizer
+    warmup = max(1, round(o.warmup_fraction * config.num_steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=o.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(config.num_steps, warmup + 1),
+        end_value=o.final_fraction * o.learning_rate,
+    )
+    return lambda step: schedule(step + 1)
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW, decoupled weight decay times the learning rate.
+
+    `decay_on="all"` decays every parameter, norms and embeddings too, as the official code does
+    (`torch.optim.AdamW(model.parameters(), ...)`); "matrices" spares the norms.
+    """
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            mask=None if o.decay_on == "all" else _is_matrix,
+        ),
+    )
+
+
+def _is_matrix(params):
+    # Layers are stacked, so that a norm's scale is [L, D] and its axes don't tell: its name does.
+    is_scale = lambda path: any("norm" in str(getattr(key, "key", key)) for key in path)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, p: not is_scale(path) and jnp.ndim(p) >= 2, params)

@@ -1,0 +1,166 @@
+"""What training and evaluation of a run share: its mesh, model and data, and where its parameters start."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from meap_jax import __version__, sharding
+from meap_jax.checkpoint import Checkpointer, restore_params
+from meap_jax.config import ConfigError, changed_on_resume, mixture
+from meap_jax.data.prepare import Prepared, open_prepared, prepare
+from meap_jax.metrics import local_folder
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import Definition, Params, define
+from meap_jax.train import TrainState, init_state, state_of_params, state_shardings
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Run(NamedTuple):
+    """The static things that a run is made of."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    definition: Definition
+    prepared: Prepared
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
+    """Mesh, model definition and data of a config that was checked.
+
+    Raises:
+      ConfigError, DataError: for a mesh, batch or data that do not fit.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
+    definition = define(ModelConfig.of(config.model))
+    state_shardings(config, definition, mesh)  # Raises where the mesh does not divide the model.
+    return Run(config, workdir, mesh, definition, open_data(config, workdir))
+
+
+def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
+    """Opens the prepared data, and prepares it first if this is the first run that needs it.
+
+    The first process prepares; the others wait, and must see the same folder.
+
+    Raises:
+      ConfigError: for a folder frozen with other options, or a tokenizer whose [MASK] is not `objective.mask_id`.
+    """
+    folder = config.data.prepared or str(local_folder(workdir) / "data")
+    options = {
+        "sources": tuple(mixture(config)),
+        "path": config.data.path,
+        "tokenizer": config.data.tokenizer,
+        "vocab_size": config.model.vocab_size,
+        "seq_len": config.seq_len,
+        "seed": config.data.seed,
+        "retrieval": config.data.retrieval.to_dict(),
+        "holdout": config.data.holdout,
+    }
+    if jax.process_index() == 0:
+        prepared = prepare(folder, options=options)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared data")
+        prepared = open_prepared(folder)
+    if prepared.tokenizer.mask_id != config.objective.mask_id:
+        raise ConfigError(
+            f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is {prepared.tokenizer.mask_id}."
+        )
+    return prepared
+
+
+def check_resume(run: Run, meta: dict[str, Any]) -> None:
+    """Stops a run that would go on from a checkpoint of another experiment.
+
+    Raises:
+      ConfigError: naming the fields that differ, or both data fingerprints.
+    """
+    changed = changed_on_resume(meta["config"], run.config)
+    if changed:
+        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
+        raise ConfigError(f"{run.workdir} holds checkpoints of another config: {listed}. Use another --workdir, or the old values.")
+    if meta["fingerprint"] != run.prepared.fingerprint:
+        raise ConfigError(
+            f"{run.workdir} holds checkpoints made on data {meta['fingerprint']}, but {run.prepared.folder} is "
+            f"{run.prepared.fingerprint}. Use the same prepared data, or another --workdir."
+        )
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    step: int
+    state: TrainState
+    data: dict[str, Any] | None  # State of the data iterator; None: from the first block.
+
+
+def start(run: Run, checkpointer: Checkpointer) -> Start:
+    """Decides where a run begins.
+
+    1. Its own newest readable checkpoint: everything goes on as it was.
+    2. `init_from`: the parameters of another run, with a fresh optimizer, step 0 and the first block of data.
+    3. From scratch.
+    """
+    shardings = state_shardings(run.config, run.definition, run.mesh)
+    shapes = jax.eval_shape(lambda: init_state(run.config, run.definition))
+    template = jax.tree.map(_with_sharding, shapes, shardings)
+
+    meta = checkpointer.newest_meta()
+    if meta is not None:
+        check_resume(run, meta)
+    restored = checkpointer.restore(template)
+    if restored is not None:
+        logging.info("resuming from step %d of %s", restored.step, run.workdir)
+        return Start(restored.step, restored.state, restored.meta["data"])
+
+    if run.config.init_from is not None:
+        params = load_params(run, epath.Path(run.config.init_from))
+        logging.info("starting from the parameters of %s", run.config.init_from)
+        fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
+        return Start(0, fresh(params), None)
+
+    fresh = jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)
+    return Start(0, fresh(), None)
+
+
+def load_params(run: Run, workdir: epath.Path) -> Params:
+    """The parameters of a run's newest checkpoint, laid out for this run's mesh."""
+    shardings = state_shardings(run.config, run.definition, run.mesh).params
+    template = jax.tree.map(_with_sharding, run.definition.shapes(), shardings)
+    return restore_params(absolute(workdir), template).state
+
+
+def versions() -> dict[str, str]:
+    """What the run runs on, for the record."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "backend": jax.default_backend(), "meap_jax": __version__}
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """A local path from the root; a bucket's as it is."""
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The config that a run wrote into its workdir.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
+    return ml_collections.ConfigDict(json.loads(file.read_text()))
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -1,0 +1,110 @@
+"""The mesh, and which axis of an array lies on which axis of the mesh."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from meap_jax.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axes of parameters and activations -> mesh axes. An axis that is not named here is replicated.
+RULES: Mapping[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "sequence": "context",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices with axes (data, fsdp, tensor, context); one size may be -1, "the devices that are left".
+
+    Raises:
+      ConfigError: if the sizes do not come to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = {axis: sizes[axis] for axis in AXES}
+    known = int(np.prod([size for size in shape.values() if size != -1]))
+    fitted = {axis: len(devices) // known if size == -1 else size for axis, size in shape.items()}
+    if int(np.prod(list(fitted.values()))) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in shape.items())
+        raise ConfigError(
+            f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis -1 for what is left."
+        )
+    return jax.make_mesh(
+        tuple(fitted.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_len: int) -> None:
+    """Stops a batch that the mesh cannot split evenly.
+
+    Raises:
+      ConfigError: naming the size and its divisor.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if global_batch_size % (shards * grad_accum_steps):
+        raise ConfigError(
+            f"global_batch_size is {global_batch_size}, but must be a multiple of {shards * grad_accum_steps}: "
+            f"{grad_accum_steps} micro-batches over data x fsdp = {shards} devices."
+        )
+    if seq_len % mesh.shape["context"]:
+        raise ConfigError(f"seq_len is {seq_len}, but must be a multiple of mesh.context ({mesh.shape['context']}).")
+
+
+def spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where an array with these logical axes lies; kv heads are replicated where `tensor` does not divide them.
+
+    Raises:
+      ConfigError: if the mesh does not divide an axis.
+      ValueError: if two axes of one array fall on the same mesh axis.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} has {len(shape)} axes, its logical names {axes} are {len(axes)}")
+    entries: list[str | tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        entry = RULES.get(axis) if axis else None
+        shards = int(np.prod([mesh.shape[a] for a in np.atleast_1d(entry)])) if entry else 1
+        if size % shards and axis == "kv_heads":
+            entry = None
+        elif size % shards:
+            raise ConfigError(f"the axis {axis!r} of size {size} can't be split over {entry} = {shards} devices; choose a mesh that divides it.")
+        entries.append(entry)
+    used = [a for entry in entries if entry for a in np.atleast_1d(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map to {entries}: a mesh axis may hold one axis of an array only")
+    return PartitionSpec(*entries)
+
+
+def sharding_of(mesh: Mesh, array: jax.ShapeDtypeStruct | jax.Array, axes: tuple[str | None, ...]) -> NamedSharding:
+    """`spec` as a sharding on `mesh`."""
+    return NamedSharding(mesh, spec(mesh, array.shape, axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of [B, T + 1] blocks from the data pipeline: rows over (data, fsdp), whole rows on each device."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its place on the current mesh (`jax.set_mesh`); does nothing where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, axes))
+
+
+def put(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    """A global array from a host array that every process holds whole; an explicit transfer."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,239 @@
+"""The training state, the training step and the loop around it."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from meap_jax import sharding
+from meap_jax.losses import token_cross_entropy
+from meap_jax.model.decoder import Definition, Params, causal
+from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
+from meap_jax.optimizer import learning_rate, make_optimizer
+
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes or draws from."""
+
+    step: jax.Array  # int32 scalar: optimizer steps taken.
+    params: Params  # float32.
+    opt_state: optax.OptState
+    keys: dict[str, jax.Array]  # uint32 key data of "mask" and "noise"; constant, the step is folded in.
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    ratio: jax.Array | None = None,
+    *,
+    definition: Definition,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    grad_accum_steps: int,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step: mask, forward, loss, gradient, update, metrics.
+
+    Args:
+      state: before the step.
+      batch: `tokens` and `segment_ids`, [B, T + 1] int32, the whole global batch.
+      ratio: replaces the objective's mask ratio; may be traced.
+      definition, objective, optimizer, schedule, grad_accum_steps: static.
+
+    Returns:
+      The state after the step, and float32 scalars measured on the way.
+    """
+    # Mask: for the whole batch at once, so that micro-batches don't change the draw.
+    keys = jax.tree.map(jax.random.wrap_key_data, state.keys)
+    inputs = make_inputs(batch, objective, keys, state.step, ratio)
+
+    # Forward, loss, gradient: sums over micro-batches, divided once by the number of targets.
+    num_targets = jnp.maximum(inputs.loss_weights.sum(), 1)
+    loss_and_grad = jax.value_and_grad(functools.partial(summed_loss, definition))
+    if grad_accum_steps == 1:
+        loss, grads = loss_and_grad(state.params, inputs)
+    else:
+        add = lambda total, micro: (jax.tree.map(jnp.add, total, loss_and_grad(state.params, micro)), None)  # noqa: E731
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches(inputs, grad_accum_steps))
+    loss, grads = jax.tree.map(lambda total: total / num_targets, (loss, grads))
+
+    # Update.
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    # Metrics.
+    metrics = {
+        "loss": loss,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
+        "update_norm": optax.tree.norm(updates),
+        "mask_fraction": inputs.is_masked.sum() / jnp.maximum((inputs.segment_ids != 0).sum(), 1),
+        "num_targets": num_targets,
+    }
+    return TrainState(state.step + 1, params, opt_state, state.keys), metrics
+
+
+def summed_loss(definition: Definition, params: Params, inputs: Inputs) -> jax.Array:
+    """Cross-entropy summed over the targets that count, in nats."""
+    visibility = causal(inputs.tokens, inputs.segment_ids)
+    logits = definition.apply(params, inputs.tokens, visibility, inputs.keep_embedding)
+    return jnp.sum(token_cross_entropy(logits, inputs.targets) * inputs.loss_weights)
+
+
+def micro_batches(inputs: Inputs, num: int) -> Inputs:
+    """[B, T] -> [num, B / num, T]; micro-batch i takes rows i, i + num, ..., so that every device keeps its own rows."""
+    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+def init_state(config: ml_collections.ConfigDict, definition: Definition) -> TrainState:
+    """Step 0, from the seeds of the config."""
+    keys = named_keys(config)
+    params = definition.init(keys["init"])
+    return state_of_params(config, params)
+
+
+def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainState:
+    """Step 0 with these parameters and a fresh optimizer."""
+    keys = named_keys(config)
+    key_data = {name: jax.random.key_data(keys[name]) for name in ("mask", "noise")}
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), key_data)
+
+
+def state_shardings(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies: moments beside their parameters, everything else on every device."""
+    shapes = definition.shapes()
+    params = jax.tree.map(functools.partial(sharding.sharding_of, mesh), shapes, definition.axes())
+    optimizer = make_optimizer(config)
+    everywhere = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, param_sharding: param_sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, params, opt_state, {"mask": everywhere, "noise": everywhere})
+
+
+def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
+    """`train_step` jitted for this mesh.
+
+    `in_shardings` says where the state and the batch lie when they come in, `out_shardings` where the new state is left:
+    in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
+    """
+    state = state_shardings(config, definition, mesh)
+    batch = {name: sharding.batch_sharding(mesh) for name in ("tokens", "segment_ids")}
+    return jax.jit(
+        functools.partial(
+            train_step,
+            definition=definition,
+            objective=Objective.of(config),
+            optimizer=make_optimizer(config),
+            schedule=learning_rate(config),
+            grad_accum_steps=config.grad_accum_steps,
+        ),
+        in_shardings=(state, batch),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+class Evaluator(Protocol):
+    """Measures a model; the loop knows no evaluator by name."""
+
+    def run(self, params: Params) -> Iterator[tuple[str, float]]:
+        """Yields (name, value)."""
+
+
+class Writer(Protocol):
+    """Takes numbers of a step; see `meap_jax.metrics`."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the numbers of optimizer step `step`, counted from 1."""
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows them to whoever watches."""
+
+    def flush(self) -> None:
+        """Puts everything written so far on disk."""
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite."""
+
+
+def train_loop(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    batches: Iterator[Batch],
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    *,
+    start: int,
+    evaluators: Mapping[str, Evaluator],
+    writer: Writer,
+    save: Callable[[int, TrainState], Any],
+) -> TrainState:
+    """Steps `start + 1` to `config.num_steps`, with metrics, evaluations and checkpoints on the way.
+
+    A step is dispatched before the metrics of the one before are fetched, so that the device never waits for the host.
+    Before a save they are fetched and must be finite, and stand on disk.
+
+    Raises:
+      Diverged: naming the step. What was saved before stays.
+    """
+    pending: tuple[int, Metrics] | None = None
+
+    def settle(evaluate: bool = False) -> None:
+        """Fetches, checks and records the metrics of the last step, with its evaluations if they are due."""
+        nonlocal pending
+        if pending is None:
+            return
+        (step, metrics), pending = pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise Diverged(
+                f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, which must be "
+                "finite. The last checkpoint is kept; try a lower optimizer.learning_rate or a longer warm-up."
+            )
+        if evaluate:
+            for name, evaluator in evaluators.items():
+                values |= {f"{name}/{key}": value for key, value in evaluator.run(state.params)}
+        if evaluate or step % config.log.every == 0 or step in (1, config.num_steps):
+            writer.write(step, values)
+        writer.progress(step, values)
+
+    with jax.transfer_guard("disallow"):
+        for step in range(start + 1, config.num_steps + 1):
+            batch = next(batches)
+            state, metrics = step_fn(state, batch)
+            settle()
+            pending = (step, metrics)
+
+            is_last = step == config.num_steps
+            if is_last or step % config.eval.every == 0:
+                settle(evaluate=True)
+            if is_last or step % config.checkpoint.every == 0:
+                settle()
+                writer.flush()
+                save(step, state)
+    return state

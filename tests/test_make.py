@@ -1,0 +1,206 @@
+"""`make .venv`: which interpreter it takes, when it installs, and what it says when it cannot.
+
+Each test has its own copy of the Makefile and really runs it. Environments are real too, but for
+their pip: a stand-in that writes down how it was called, so that a test takes a second.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+PIP = """
+import os, pathlib, signal, sys
+with open("pip-calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+if pathlib.Path("pip-fails").exists():
+    sys.exit(1)
+if pathlib.Path("pip-is-killed").exists():
+    os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+# The supported interpreters answer with their version and where they are installed.
+PROBE = """
+import ensurepip, sys
+assert (3, 11) <= sys.version_info[:2] <= (3, 13)
+print(sys.base_prefix)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder, with a space in its name, that has the Makefile and requirements files."""
+    folder = tmp_path / "check out"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "Makefile", folder)
+    (folder / "requirements.txt").write_text("jax\n")
+    (folder / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
+    return folder
+
+
+def make(*arguments, python=None, cwd="/"):
+    """Types `make [arguments] .venv` in a shell that stands in `cwd`."""
+    of_this_run = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "PYTHONPATH")
+    environment = {name: x for name, x in os.environ.items() if name not in of_this_run}
+    if python:
+        environment["PYTHON"] = str(python)
+    command = ["make", "--no-print-directory", *map(str, arguments), ".venv"]
+    return subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def interpreter(folder, python=sys.executable, **modules):
+    """A script that is `python` with other `modules`, and whose environments have our pip."""
+    folder.mkdir()
+    script, path, pip = folder / "python", folder / "modules", folder / "pip"
+    path.mkdir()
+    for name, text in modules.items():
+        (path / f"{name}.py").write_text(text)
+    pip.mkdir()
+    (pip / "__main__.py").write_text(PIP)
+    python, path, pip = (shlex.quote(str(x)) for x in (python, path, pip))
+    script.write_text(f"""#!/bin/sh
+if [ "$1 $2" = "-m venv" ]; then
+  {python} "$@" --without-pip && cp -r {pip} .venv/lib/python3*/site-packages/
+else
+  PYTHONPATH={path} exec {python} "$@"
+fi
+""")
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter that runs this test, but for its environments' pip."""
+    return interpreter(tmp_path / "interpreter")
+
+
+def installs(checkout):
+    """How pip was called in `checkout`, one line a call."""
+    calls = checkout / "pip-calls"
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+def sentence(answer):
+    """The one line on stderr that is not make's own, of a command that failed."""
+    assert answer.returncode != 0
+    lines = [line for line in answer.stderr.splitlines() if not line.startswith("make")]
+    assert len(lines) == 1, answer.stderr
+    return lines[0]
+
+
+def test_python_without_ensurepip_gets_one_sentence(checkout, tmp_path):
+    # What Debian's python3 does until python3-venv is installed.
+    text = "raise ModuleNotFoundError('No module named ensurepip')"
+    answer = make("-C", checkout, python=interpreter(tmp_path / "debian", ensurepip=text))
+    assert "python3-venv" in sentence(answer)
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 9, 18), (3, 10, 13), (3, 14, 0)])
+def test_unsupported_python_gets_one_sentence(checkout, tmp_path, version):
+    text = f"import sys; sys.version_info = {version}"
+    answer = make("-C", checkout, python=interpreter(tmp_path / "python", sitecustomize=text))
+    assert "3.11, 3.12 or 3.13" in sentence(answer)
+    assert "Python {}.{}.{}".format(*version) in sentence(answer)
+    assert not (checkout / ".venv").exists()
+
+
+def test_missing_python_gets_one_sentence_and_costs_nobody_an_environment(checkout, python):
+    make("-C", checkout, python=python)
+    answer = make("-C", checkout, python="no-such-python")
+    assert "no-such-python" in sentence(answer)
+    assert make("-C", checkout, python=python).returncode == 0
+    assert len(installs(checkout)) == 1
+
+
+def test_second_call_installs_nothing_and_says_nothing(checkout, python):
+    first = make("-C", checkout, python=python)
+    assert first.returncode == 0, first.stderr
+    for python_again in (None, python):
+        again = make("-C", checkout, python=python_again)
+        assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert installs(checkout) == ["install --disable-pip-version-check -r requirements-dev.txt"]
+
+
+def test_makefile_may_be_named_from_another_directory(checkout, python, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    answer = make("-f", checkout / "Makefile", python=python, cwd=elsewhere)
+    assert answer.returncode == 0, answer.stderr
+    assert (checkout / ".venv").exists()
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("accident", ["pip-fails", "pip-is-killed"])
+def test_install_cut_short_is_begun_again(checkout, python, accident):
+    (checkout / accident).touch()
+    assert make("-C", checkout, python=python).returncode != 0
+    (checkout / accident).unlink()
+    (checkout / ".venv" / "half-written").touch()
+
+    assert make("-C", checkout, python=python).returncode == 0
+    assert len(installs(checkout)) == 2
+    assert not (checkout / ".venv" / "half-written").exists()
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_changed_requirements_are_installed_into_the_same_environment(checkout, python, file):
+    make("-C", checkout, python=python)
+    (checkout / ".venv" / "installed-by-the-user").touch()
+    with (checkout / file).open("a") as requirements:
+        requirements.write("flax\n")
+
+    assert make("-C", checkout).returncode == 0
+    assert len(installs(checkout)) == 2
+    assert (checkout / ".venv" / "installed-by-the-user").exists()
+    assert make("-C", checkout).returncode == 0
+    assert len(installs(checkout)) == 2
+
+
+def test_failed_update_is_not_undone_by_the_old_requirements(checkout, python):
+    make("-C", checkout, python=python)
+    before = (checkout / "requirements.txt").read_text()
+    (checkout / "requirements.txt").write_text("flax\n")
+    (checkout / "pip-fails").touch()
+    assert make("-C", checkout).returncode != 0
+
+    # Some of flax may be there by now: what the first call installed is no longer what is there.
+    (checkout / "requirements.txt").write_text(before)
+    (checkout / "pip-fails").unlink()
+    assert make("-C", checkout, python=python).returncode == 0
+    assert len(installs(checkout)) == 3
+
+
+def second_python():
+    """A supported interpreter that is installed elsewhere than the one that runs this, or None."""
+    for python in ("/usr/bin/python3", "python3.11", "python3.12", "python3.13"):
+        if shutil.which(python):
+            answer = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
+            prefix = answer.stdout.strip()
+            if answer.returncode == 0 and not os.path.samefile(prefix, sys.base_prefix):
+                return python
+    return None
+
+
+def test_another_interpreter_rebuilds_and_is_kept_when_none_is_named(checkout, python, tmp_path):
+    other = second_python()
+    if other is None:
+        pytest.skip("needs a second Python of 3.11 to 3.13")
+    make("-C", checkout, python=python)
+    (checkout / ".venv" / "of-the-first").touch()
+
+    assert make("-C", checkout, python=interpreter(tmp_path / "other", other)).returncode == 0
+    assert not (checkout / ".venv" / "of-the-first").exists()
+    assert make("-C", checkout).returncode == 0
+    assert len(installs(checkout)) == 2
