@@ -4,15 +4,17 @@ A step's folder holds `params` (so that another run can start from them alone), 
 (JSON: layout, the whole config, the data's fingerprint and iterator state). Orbax writes beside and renames when complete.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from flax import serialization
 
 from meap_jax.config import ConfigError
+
+_log = logging.getLogger(__name__)
 
 LAYOUT = 1  # Raise when the tree of a checkpoint changes.
 FOLDER = "checkpoints"
@@ -58,7 +60,7 @@ class Checkpointer:
             try:
                 return self._meta(step)
             except _BROKEN as error:
-                logging.warning("checkpoint %s: can't read its meta (%s)", self._folder / str(step), _short(error))
+                _log.warning("checkpoint %s: can't read its meta (%s)", self._folder / str(step), _short(error))
         return None
 
     def restore(self, template: Any) -> Restored | None:
@@ -88,7 +90,7 @@ class Checkpointer:
                     ),
                 )
             except _BROKEN as error:
-                logging.warning("checkpoint %s is damaged (%s)", self._folder / str(step), _short(error))
+                _log.warning("checkpoint %s is damaged (%s)", self._folder / str(step), _short(error))
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -113,7 +115,7 @@ class Checkpointer:
                 aside = self._folder.parent / "damaged_checkpoints" / str(step)
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / str(step)).rename(aside)
-                logging.warning("moved the damaged checkpoint to %s", aside)
+                _log.warning("moved the damaged checkpoint to %s", aside)
         if steps:
             self._manager.reload()
 

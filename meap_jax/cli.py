@@ -1,12 +1,14 @@
 """The command line of every door: flags in, one clear sentence out when something is wrong."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 
 import jax
 import ml_collections
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -66,8 +68,9 @@ def join_hosts() -> None:
 
 def run_command(command: Callable[[list[str]], None]) -> None:
     """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1."""
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.getLogger("meap_jax").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.
     try:
         command(sys.argv)
     except USER_ERRORS as error:

@@ -1,10 +1,10 @@
 """Trains one model: python -m meap_jax.main --config=configs/X.py [--workdir=DIR] [--config.field=value ...]."""
 
 import json
+import logging
 
 import jax
 import ml_collections
-from absl import logging
 from etils import epath
 
 from meap_jax import cli, sharding
@@ -15,6 +15,8 @@ from meap_jax.evals import make_evaluators
 from meap_jax.metrics import MetricsWriter, NoWriter
 from meap_jax.run import open_run, start, versions
 from meap_jax.train import TrainState, compile_step, train_loop
+
+_log = logging.getLogger("meap_jax.main")  # Not __name__, which is __main__ here.
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
@@ -32,8 +34,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
 
     # Mesh, model definition, data.
     run = open_run(config, workdir)
-    logging.info("%s: %d parameters on %s", workdir, run.definition.config.num_parameters, dict(run.mesh.shape))
-    logging.info("data %s (fingerprint %s)", run.prepared.folder, run.prepared.fingerprint[:12])
+    _log.info("%s: %d parameters on %s", workdir, run.definition.config.num_parameters, dict(run.mesh.shape))
+    _log.info("data %s (fingerprint %s)", run.prepared.folder, run.prepared.fingerprint[:12])
 
     # State: restored, imported or fresh, in this order.
     checkpointer = Checkpointer(workdir, config.checkpoint.keep)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -10,9 +11,10 @@ import time
 from collections.abc import Mapping
 
 import tqdm
-from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
+
+_log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -55,7 +57,7 @@ class MetricsWriter:
         if self._bar.disable:
             extra = "".join(f"  {name} {value:.4f}" for name, value in values.items() if "/" in name)
             left = (self._num_steps - step) * self._tokens_per_step / max(self._rate, 1e-9)
-            logging.info(
+            _log.info(
                 "step %d/%d  loss %.4f  %.0f tokens/s  %s left%s",
                 step, self._num_steps, values["loss"], self._rate, tqdm.tqdm.format_interval(left), extra,
             )  # fmt: skip

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import json
+import logging
 import platform
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -20,6 +20,8 @@ from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.train import TrainState, init_state, state_of_params, state_shardings
+
+_log = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -119,12 +121,12 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
         check_resume(run, meta)
     restored = checkpointer.restore(template)
     if restored is not None:
-        logging.info("resuming from step %d of %s", restored.step, run.workdir)
+        _log.info("resuming from step %d of %s", restored.step, run.workdir)
         return Start(restored.step, restored.state, restored.meta["data"])
 
     if run.config.init_from is not None:
         params = load_params(run, epath.Path(run.config.init_from))
-        logging.info("starting from the parameters of %s", run.config.init_from)
+        _log.info("starting from the parameters of %s", run.config.init_from)
         fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
         return Start(0, fresh(params), None)
 

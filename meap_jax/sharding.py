@@ -1,6 +1,6 @@
 """The mesh, and which axis of an array lies on which axis of the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -105,6 +105,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, axes))
 
 
-def put(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
-    """A global array from a host array that every process holds whole; an explicit transfer."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def put(sharding: NamedSharding, shape: tuple[int, ...], piece: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """A global array from the pieces that this process's devices hold; explicit transfers only.
+
+    Args:
+      sharding: where the pieces go.
+      shape: of the global array.
+      piece: gives the host array at a global index.
+    """
+    indices = sharding.addressable_devices_indices_map(shape)
+    arrays = [jax.device_put(piece(index), device) for device, index in indices.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def put_whole(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    """A global array from a host array that every process has whole."""
+    return put(sharding, array.shape, lambda index: array[index])

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from meap_jax.data.prepare import Prepared
+from meap_jax.sharding import put
 
 
 _ENDLESS = 2**40  # Steps; grain wants a length.
@@ -96,7 +97,7 @@ class TrainBatches(Iterator[dict[str, jax.Array]]):
                 start, stop, _ = index[0].indices(self._shape[0])
                 return rows[place[start] : place[stop - 1] + 1]
 
-            return jax.make_array_from_callback(self._shape, self._sharding, piece)
+            return put(self._sharding, self._shape, piece)
 
         return {name: globally(rows) for name, rows in local.items()}
 

@@ -23,6 +23,6 @@ def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Itera
 
         def filled(array: np.ndarray, start=start, stop=stop, missing=missing) -> jax.Array:
             rows = np.pad(np.asarray(array[start:stop], np.int32), ((0, missing), (0, 0)))
-            return sharding.put(sharding.batch_sharding(mesh), rows)
+            return sharding.put_whole(sharding.batch_sharding(mesh), rows)
 
         yield {"tokens": filled(blocks.tokens), "segment_ids": filled(blocks.segment_ids)}

@@ -35,7 +35,7 @@ class Validation:
             functools.partial(_losses, definition, meap), out_shardings=sharding.replicated(mesh)
         )
         # A stream of its own: never the masks of a training step.
-        self._key = sharding.put(
+        self._key = sharding.put_whole(
             sharding.replicated(mesh), np.asarray(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31)))
         )
 
