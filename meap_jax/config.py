@@ -89,8 +89,9 @@ def base() -> ml_collections.ConfigDict:
         dict(
             num_keys=16,  # Things that a fact can be about.
             num_values=16,  # Words that can be an access code.
-            num_facts=8,  # Facts a document.
-            num_questions=8,  # Of them asked later.
+            min_facts=1,  # A document has this many facts ...
+            num_facts=8,  # ... to this many.
+            num_questions=8,  # Of them asked later; all where there are fewer.
             max_fillers=2,  # Sentences between facts and questions, 0 to this many.
             num_documents=20_000,  # For training.
             num_eval_documents=500,  # For each of validation and test.
@@ -188,7 +189,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads "
         "model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll "
         "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys "
-        "data.retrieval.num_values data.retrieval.num_facts data.retrieval.num_questions "
+        "data.retrieval.num_values data.retrieval.min_facts data.retrieval.num_facts data.retrieval.num_questions "
         "data.retrieval.num_documents data.retrieval.num_eval_documents"
     )
     for name in positive.split():

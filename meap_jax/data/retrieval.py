@@ -59,13 +59,19 @@ _LIMITS = {"num_keys": len(KEYS), "num_values": len(VALUES)}
 
 @dataclass(frozen=True)
 class RetrievalSpec:
-    """What documents are made of; the first num_keys keys and num_values values are used."""
+    """What documents are made of; the first num_keys keys and num_values values are used.
+
+    A document has min_facts to num_facts facts, each number equally likely (min_facts None: always num_facts), and asks
+    for num_questions of them, or for all where it has fewer. Short documents are a curriculum: with few facts to choose
+    from, looking one up is learned much earlier.
+    """
 
     num_keys: int = 16
     num_values: int = 16
     num_facts: int = 8
     num_questions: int = 8
     max_fillers: int = 2
+    min_facts: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the counts.
@@ -75,11 +81,13 @@ class RetrievalSpec:
         """
         words = min(self.num_keys, self.num_values)
         for name, value in asdict(self).items():
+            if value is None:
+                continue
             low, high = 1, _LIMITS.get(name)
             if name == "num_facts":
                 high = words  # the keys and the values of a document are distinct
-            elif name == "num_questions":
-                high = self.num_facts  # and no fact is asked twice
+            elif name in ("num_questions", "min_facts"):
+                high = self.num_facts  # No fact is asked twice.
             elif name == "max_fillers":
                 low = 0
             if value < low or (high is not None and value > high):
@@ -118,7 +126,7 @@ def document(
     Args:
       rng: where the draws come from.
       spec: the counts.
-      asked: which facts (0 is the first stated) the questions ask, in their order; drawn if None.
+      asked: which facts (0 is the first stated) of all num_facts the questions ask, in their order; drawn if None.
       num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
 
     Returns:
@@ -128,12 +136,15 @@ def document(
     Raises:
       ValueError: `asked` names a fact that isn't there, or one twice.
     """
+    num_facts = spec.num_facts
     if asked is None:
-        asked = _choose(rng, spec.num_facts, spec.num_questions)
+        if spec.min_facts is not None and spec.min_facts < spec.num_facts:
+            num_facts = spec.min_facts + int(rng.random() * (spec.num_facts - spec.min_facts + 1))
+        asked = _choose(rng, num_facts, min(spec.num_questions, num_facts))
     elif len(set(asked)) < len(asked) or not set(asked) <= set(range(spec.num_facts)):
         raise ValueError(f"asked is {asked}, but must be distinct facts below {spec.num_facts}.")
-    keys = [KEYS[i] for i in _choose(rng, spec.num_keys, spec.num_facts)]
-    values = [VALUES[i] for i in _choose(rng, spec.num_values, spec.num_facts)]
+    keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
+    values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
     if num_fillers is None:
         num_fillers = int(rng.random() * (spec.max_fillers + 1))
 
@@ -143,7 +154,7 @@ def document(
     pieces += [f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers)]
     answers = []
     for fact in asked:
-        depth = fact / max(spec.num_facts - 1, 1)
+        depth = fact / max(num_facts - 1, 1)
         answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
         pieces += [f" {QUESTION.format(key=keys[fact])}", f" {values[fact]}", _END]
     pieces[0] = pieces[0].lstrip()

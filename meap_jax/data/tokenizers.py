@@ -112,7 +112,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < _SMALLEST_BPE:
         raise ConfigError(
-            f"data.vocab_size is {vocab_size}: a byte-level BPE needs at least "
+            f"model.vocab_size is {vocab_size}: a byte-level BPE needs at least "
             f"{_SMALLEST_BPE}, the 256 bytes and {len(_SPECIALS)} special tokens."
         )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

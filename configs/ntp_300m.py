@@ -1,0 +1,13 @@
+"""NTP pre-training of the 324M model of the paper (section 4.1, Tables 11 and 12).
+
+python -m meap_jax.main --config=configs/ntp_300m.py --config.data.path=/data/c4 --workdir=gs://bucket/ntp_300m
+"""
+
+import ml_collections
+
+from meap_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """324M parameters, 4,768 steps of 256 x 4,096 tokens (5.0B tokens), no masks."""
+    return config.paper("300m", "ntp")

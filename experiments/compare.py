@@ -1,0 +1,149 @@
+"""Trains NTP and MEAP on the same blocks from the same weights, evaluates both and writes the report.
+
+python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart [--seeds=3] [--config.field=value ...]
+
+Runs that are finished are kept, and interrupted ones go on where they were: the same command again picks up the rest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import tqdm
+from etils import epath
+
+from experiments import report
+from meap_jax import cli
+from meap_jax.config import ConfigError
+from meap_jax.evaluate import evaluate
+from meap_jax.metrics import METRICS_FILE, read_metrics
+from meap_jax.run import open_data, versions
+
+OBJECTIVES = ("ntp", "meap")
+POLL_SECONDS = 1.0
+
+
+class Job(NamedTuple):
+    """One training run of the comparison."""
+
+    objective: str
+    seed: int
+    workdir: epath.Path
+
+    @property
+    def name(self) -> str:
+        """As in the tables: "ntp seed 0"."""
+        return f"{self.objective} seed {self.seed}"
+
+
+def train_all(jobs: list[Job], config_flags: list[str], data: str, num_steps: int) -> None:
+    """Runs `meap_jax.main` for every job, on the CPU one at a time on each core, else one after the other.
+
+    A small model on one core wastes none of it on waiting for other threads: two runs side by side finish sooner than one
+    after the other with both cores each.
+
+    Raises:
+      ConfigError: if a run fails; names its log.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    cores = sorted(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else [None]
+    waiting, running = list(jobs), {}
+    with tqdm.tqdm(total=len(jobs) * num_steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+        try:
+            while waiting or running:
+                for core in [core for core in cores if core not in running][: len(waiting)]:
+                    job = waiting.pop(0)
+                    running[core] = (job, _launch(job, config_flags, data, core))
+                    bar.write(f"started {job.name}: log in {job.workdir / 'log.txt'}", file=sys.stderr)
+                time.sleep(POLL_SECONDS)
+                bar.update(sum(_last_step(job.workdir) for job in jobs) - bar.n)
+                for core, (job, process) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    if process.returncode:
+                        last_line = (job.workdir / "log.txt").read_text().strip().split("\n")[-1]
+                        raise ConfigError(f"{job.name} failed: {last_line} (log: {job.workdir / 'log.txt'})")
+                    del running[core]
+                    bar.write(f"finished {job.name}", file=sys.stderr)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+
+
+def _launch(job: Job, config_flags: list[str], data: str, core: int | None) -> subprocess.Popen:
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "meap_jax.main", f"--workdir={job.workdir}", *config_flags),
+        f"--config.objective.name={job.objective}",
+        f"--config.seed={job.seed}",
+        f"--config.data.prepared={data}",
+    ]
+    pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
+    with (job.workdir / "log.txt").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+
+
+def _last_step(workdir: epath.Path) -> int:
+    """The last step on record; a line that is being written counts next time."""
+    file = workdir / METRICS_FILE
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in reversed(lines):
+        try:
+            return json.loads(line)["step"]
+        except json.JSONDecodeError:
+            continue
+    return 0
+
+
+def collect(jobs: list[Job]) -> Iterator[report.RunResult]:
+    """Evaluates every run on the test split."""
+    for job in tqdm.tqdm(jobs, desc="evaluating", disable=not sys.stderr.isatty()):
+        yield report.RunResult(job.objective, job.seed, read_metrics(job.workdir), evaluate(job.workdir, "test"))
+
+
+def compare(config: ml_collections.ConfigDict, workdir: epath.Path, num_seeds: int, config_flags: list[str]) -> dict[str, Any]:
+    """Data, training, evaluation, report; returns what stands in results.json."""
+    began = time.perf_counter()
+    jobs = [
+        Job(objective, config.seed + i, workdir / f"{objective}-seed{config.seed + i}")
+        for i in range(num_seeds)
+        for objective in OBJECTIVES
+    ]
+    data = open_data(config, workdir)  # Once, before runs that share it start side by side.
+    train_all(jobs, config_flags, str(data.folder), config.num_steps)
+    return report.write(
+        workdir,
+        list(collect(jobs)),
+        setting={
+            "config": config.to_dict(),
+            "data": data.manifest["sources"],
+            "fingerprint": data.fingerprint,
+            "versions": versions(),
+            "cores": os.cpu_count(),
+            "minutes": round((time.perf_counter() - began) / 60, 1),
+        },
+    )
+
+
+def command(argv: list[str]) -> None:
+    """The door."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    args, rest = parser.parse_known_args(argv[1:])
+    config, workdir = cli.parse_config([argv[0], *rest])
+    if args.seeds < 2:
+        raise ConfigError(f"--seeds is {args.seeds}, but must be at least 2: one pair has no spread.")
+    config_flags = [flag for flag in rest if flag.startswith("--config")]
+    compare(config, workdir, args.seeds, config_flags)
+    print(f"report: {workdir / 'report.md'}")
+
+
+if __name__ == "__main__":
+    cli.run_command(command)

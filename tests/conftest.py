@@ -1,0 +1,31 @@
+"""What every test stands on: eight virtual CPU devices, one cache of compiled programs, one tiny decoder."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# JAX reads these when it is imported, so they come first; subprocesses inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
+# Tests compile far more than they compute. Workers, subprocesses and the next session share what was compiled.
+_CACHE = Path(tempfile.gettempdir()) / f"meap-jax-tests-{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+from meap_jax.model.config import ModelConfig  # noqa: E402
+
+hypothesis.settings.register_profile("meap-jax", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("meap-jax")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    """A decoder with two of everything that can be two: 2 layers, 2 query heads a kv head, 2 kv heads."""
+    return ModelConfig(
+        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32, mlp_dim=48, vocab_size=64
+    )
