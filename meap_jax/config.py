@@ -4,6 +4,7 @@ A file in `configs/` calls `base` or `paper`, changes what it is about and retur
 Fields that a user may set but need not are typed placeholders; nothing is a list, since ml_collections can override neither.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +103,7 @@ def base() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict(dict(every=1_000, keep=2))  # Steps; how many are kept.
     c.log = ml_collections.ConfigDict(dict(every=10))  # Steps.
     c.eval = ml_collections.ConfigDict(dict(every=1_000, max_rows=1_000))  # Steps; rows of each held-out set.
-    return c
+    return c.lock()  # A misspelt field in a config file is an error, not a new field.
 
 
 def paper(size: str, objective: str) -> ml_collections.ConfigDict:
@@ -140,11 +141,13 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in config.data.mixture.split(","):
         name, _, weight = part.strip().partition("=")
+        if name in weights:
+            raise ConfigError(f"data.mixture is {config.data.mixture!r}, but must name {name} once.")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
             weights[name] = -1.0
-        if name not in SOURCES or not weights[name] > 0:
+        if name not in SOURCES or not 0 < weights[name] < math.inf:
             raise ConfigError(
                 f"data.mixture is {config.data.mixture!r}, but {part.strip()!r} is not source=weight with a positive "
                 f"weight and a source among {', '.join(SOURCES)}."
@@ -207,17 +210,21 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(name, lambda v, choices=choices: v in choices, f"one of {', '.join(choices)}")
 
     require("objective.mask_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
+    if config.objective.strategy == "official":
+        most = (config.seq_len - 1) / config.seq_len
+        expected = f"at most {most:.4g} with objective.strategy=official, which never masks the last position"
+        require("objective.mask_ratio", lambda v: v <= most, expected)
     require("objective.mask_id", lambda v: 0 <= v < config.model.vocab_size, f"an id below model.vocab_size ({config.model.vocab_size})")
     require("model.num_kv_heads", lambda v: config.model.num_heads % v == 0, f"a divisor of model.num_heads ({config.model.num_heads})")
     require("model.head_dim", lambda v: v % 2 == 0, "even, for RoPE turns pairs")
-    require("model.rope_base", lambda v: v > 0, "positive")
-    require("model.norm_eps", lambda v: v > 0, "positive")
+    require("model.rope_base", lambda v: 0 < v < math.inf, "positive")
+    require("model.norm_eps", lambda v: 0 < v < math.inf, "positive")
     require("grad_accum_steps", lambda v: config.global_batch_size % v == 0, f"a divisor of global_batch_size ({config.global_batch_size})")
     require("seq_len", lambda v: v >= 2, "at least 2")
-    require("optimizer.learning_rate", lambda v: v > 0, "positive")
-    require("optimizer.weight_decay", lambda v: v >= 0, "0 or more")
+    require("optimizer.learning_rate", lambda v: 0 < v < math.inf, "positive")
+    require("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more")
     require("optimizer.clip_norm", lambda v: v > 0, "positive")
-    require("optimizer.eps", lambda v: v > 0, "positive")
+    require("optimizer.eps", lambda v: 0 < v < math.inf, "positive")
     for name in ("optimizer.warmup_fraction", "optimizer.final_fraction"):
         require(name, lambda v: 0 <= v <= 1, "in [0, 1]")
     for name in ("optimizer.b1", "optimizer.b2"):

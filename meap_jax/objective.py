@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from meap_jax.config import SEEDS, seed_of
+from meap_jax.config import SEEDS, ConfigError, seed_of
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
 
 
@@ -83,7 +83,12 @@ def make_inputs(
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
+
+    Raises:
+      ConfigError: for a ratio given to the official strategy, whose tables are made for the objective's own.
     """
+    if ratio is not None and objective.strategy == "official":
+        raise ConfigError("objective.strategy is 'official', which masks with objective.mask_ratio only; a sweep needs another.")
     clean = clean_inputs(batch)
     ratio = objective.mask_ratio if ratio is None else ratio
     if isinstance(ratio, float) and ratio == 0:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 # JAX reads these when it is imported, so they come first; subprocesses inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
-# Tests compile far more than they compute. Workers, subprocesses and the next session share what was compiled.
+# Tests compile far more than they compute: code that LLVM does not optimize is there in half the time.
+for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+# Workers, subprocesses and the next call share what was compiled.
 _CACHE = Path(tempfile.gettempdir()) / f"meap-jax-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,0 +1,99 @@
+"""The order of blocks: one global sequence, whatever the mesh and the number of processes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meap_jax import sharding
+from meap_jax.data import pipeline
+from meap_jax.data.pipeline import TrainBatches, global_sequence
+from meap_jax.data.prepare import prepare
+
+RETRIEVAL = dict(
+    num_keys=16, num_values=16, min_facts=1, num_facts=3, num_questions=2, max_fillers=1, num_documents=60, num_eval_documents=8
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    book = tmp_path_factory.mktemp("text") / "book.txt"
+    book.write_text(" ".join(f"Chapter {i} tells of the number {i * i}." for i in range(400)))
+    options = {
+        "sources": ("retrieval", "text"), "path": str(book), "tokenizer": "bpe", "vocab_size": 512,
+        "seq_len": 80, "seed": 0, "retrieval": RETRIEVAL, "holdout": 0.1,
+    }  # fmt: skip
+    return prepare(tmp_path_factory.mktemp("prepared") / "data", options=options)
+
+
+WEIGHTS = {"retrieval": 3.0, "text": 1.0}
+
+
+def batches(prepared, seed=0, batch_size=8, num_devices=1, axis="data"):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | {axis: num_devices}, jax.devices()[:num_devices])
+    return TrainBatches(prepared, WEIGHTS, seed=seed, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
+
+
+def take(iterator, num):
+    return [jax.device_get(next(iterator)) for _ in range(num)]
+
+
+def same(a, b):
+    return all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def test_the_order_depends_on_the_seed_alone(prepared):
+    assert same(take(batches(prepared), 6), take(batches(prepared), 6))
+    assert not same(take(batches(prepared), 6), take(batches(prepared, seed=1), 6))
+
+
+@pytest.mark.parametrize(("num_devices", "axis"), [(2, "data"), (8, "data"), (4, "fsdp"), (4, "tensor")])
+def test_every_mesh_sees_the_same_global_batches(prepared, num_devices, axis):
+    assert same(take(batches(prepared), 3), take(batches(prepared, num_devices=num_devices, axis=axis), 3))
+
+
+def test_row_r_of_step_s_is_item_s_times_b_plus_r_so_the_batch_size_only_cuts_the_sequence(prepared):
+    eights = np.concatenate([b["tokens"] for b in take(batches(prepared, batch_size=8), 3)])
+    fours = np.concatenate([b["tokens"] for b in take(batches(prepared, batch_size=4), 6)])
+    np.testing.assert_array_equal(eights, fours)
+    sequence = global_sequence(prepared, WEIGHTS, 0)
+    np.testing.assert_array_equal(eights, np.stack([sequence[i]["tokens"] for i in range(24)]))
+
+
+def test_a_process_reads_only_the_rows_of_its_own_devices(prepared, monkeypatch):
+    # What process 1 of 2 would own: the second half of the rows, and with `tensor` over hosts all of them.
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+    whole = sharding.batch_sharding(mesh)
+    half = type("Half", (), {"addressable_devices_indices_map": lambda self, shape: {
+        d: i for d, i in whole.devices_indices_map(shape).items() if d.id == 1
+    }})()  # fmt: skip
+    np.testing.assert_array_equal(pipeline._own_rows(half, (8, 81)), [4, 5, 6, 7])
+    replicated = NamedSharding(mesh, PartitionSpec())
+    np.testing.assert_array_equal(pipeline._own_rows(replicated, (8, 81)), range(8))
+
+
+def test_an_epoch_gives_every_block_once_and_the_next_one_another_order(prepared):
+    source = {"retrieval": 1.0}
+    num_blocks = len(prepared.blocks("retrieval", "train").tokens)
+    sequence = global_sequence(prepared, source, 0)
+    epochs = [[sequence[e * num_blocks + i]["tokens"].tobytes() for i in range(num_blocks)] for e in range(2)]
+    frozen = sorted(np.asarray(row, np.int32).tobytes() for row in prepared.blocks("retrieval", "train").tokens)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == frozen
+    assert epochs[0] != epochs[1]
+
+
+def test_sources_are_mixed_by_weight(prepared):
+    sequence = global_sequence(prepared, WEIGHTS, 0)
+    text = {np.asarray(row, np.int32).tobytes() for row in prepared.blocks("text", "train").tokens}
+    share = np.mean([sequence[i]["tokens"].tobytes() in text for i in range(400)])
+    assert share == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_restored_iterator_gives_the_next_batch_bit_for_bit(prepared):
+    going = batches(prepared)
+    take(going, 5)
+    state = going.get_state()
+    expected = take(going, 4)
+    again = batches(prepared, num_devices=2)  # The state is the step: it holds on any mesh.
+    again.set_state(state)
+    assert same(take(again, 4), expected)

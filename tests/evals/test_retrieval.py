@@ -1,0 +1,88 @@
+"""Exact match, and its equality with greedy decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meap_jax import sharding
+from meap_jax.config import base
+from meap_jax.data.packing import ANSWER_DTYPE
+from meap_jax.data.prepare import Blocks
+from meap_jax.evals.retrieval import Retrieval, exact_matches
+from meap_jax.evals.validation import Validation
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import causal, define
+
+V, T = 32, 24
+
+
+@pytest.fixture(scope="module")
+def setup():
+    c = base()
+    c.model.update(dict(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, embed_dim=16, mlp_dim=24, vocab_size=V))
+    c.objective.mask_id, c.global_batch_size, c.seq_len = 3, 4, T
+    definition = define(ModelConfig.of(c.model))
+    params = definition.init(jax.random.key(0))
+    params["head"] = params["head"] * 20
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, V, (6, T + 1)).astype(np.uint8)
+    segments = np.ones_like(tokens)
+    segments[3, 20:] = 0
+    answers = [(row, start, length, 0.5, 7) for row in range(6) for start, length in ((5, 1), (9, 2), (14, 3))]
+    # Some answers are made right: what greedy decoding gives is written into the block.
+    decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
+    for row, start, length, *_ in answers[::2]:
+        for position in range(start, start + length):
+            logits = decode(jnp.asarray(tokens[:, :-1], jnp.int32))
+            tokens[row, position] = int(logits[row, position - 1].argmax())
+    return c, definition, params, Blocks(tokens, segments, np.array(answers, ANSWER_DTYPE))
+
+
+def test_teacher_forced_matches_equal_greedy_exact_match(setup):
+    c, definition, params, blocks = setup
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:2])
+    answers = Retrieval(c, definition, blocks, mesh).answers(params)
+
+    decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
+    expected = []
+    for a in blocks.answers:
+        row = np.array(blocks.tokens[a["row"]], np.int32)
+        truth = row[a["start"] : a["start"] + a["length"]].copy()
+        row[a["start"] :] = 0  # Nothing of the answer is given away.
+        for position in range(a["start"], a["start"] + a["length"]):
+            row[position] = int(decode(jnp.asarray(row[None, :-1]))[0, position - 1].argmax())
+        expected.append(np.array_equal(row[a["start"] : a["start"] + a["length"]], truth))
+    assert answers.correct.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_an_answer_is_right_only_if_each_of_its_tokens_is():
+    hits = np.zeros((2, 10), bool)
+    hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
+    answers = np.array([(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ANSWER_DTYPE)
+    assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
+
+
+def test_max_rows_limits_questions_and_rows(setup):
+    c, definition, params, blocks = setup
+    c = c.copy_and_resolve_references()
+    c.eval.max_rows = 2
+    answers = Retrieval(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:1])).answers(params)
+    assert len(answers.correct) == 6
+
+
+def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(setup):
+    c, definition, params, blocks = setup
+    values = dict(Validation(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:2])).run(params))
+    tokens, segments = np.asarray(blocks.tokens, np.int32), np.asarray(blocks.segment_ids, np.int32)
+    total, count = 0.0, 0
+    logits = definition.apply(params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1])))
+    for row in range(len(tokens)):
+        for t in range(T):
+            if segments[row, t + 1]:
+                x = np.asarray(logits[row, t], np.float64)
+                total += np.log(np.exp(x - x.max()).sum()) + x.max() - x[tokens[row, t + 1]]
+                count += 1
+    assert values["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert values["masked_loss"] != pytest.approx(values["loss"], rel=1e-3)

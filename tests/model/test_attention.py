@@ -1,0 +1,150 @@
+"""Who sees whom, attention and RoPE, against slow loops in double precision."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meap_jax.model import attention as attention_lib
+from meap_jax.model.attention import Visibility, attention, rope
+from meap_jax.model.decoder import causal
+
+B, T, H, d = 2, 8, 4, 6
+
+
+def qkv(num_kv_heads=2):
+    rng = np.random.default_rng(num_kv_heads)
+    shapes = (B, T, H, d), (B, T, num_kv_heads, d), (B, T, num_kv_heads, d)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def sees(v: Visibility, b: int, query: int, key: int) -> bool:
+    """The four conditions of `Visibility`, one after the other."""
+    distance = v.positions[b][query] - v.positions[b][key]
+    if v.segment_ids[b][query] != v.segment_ids[b][key] or distance < 0:
+        return False
+    if v.window is not None and distance >= v.window:
+        return False
+    return v.branch_ids is None or v.branch_ids[b][key] in (0, v.branch_ids[b][query])
+
+
+def slow_attention(q, k, v, visibility):
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        keys = [s for s in range(q.shape[1]) if sees(visibility, b, t, s)]
+        weights = [math.exp(np.float64(q[b, t, h]) @ k[b, s, h // group] / math.sqrt(q.shape[3])) for s in keys]
+        out[b, t, h] = sum(w * v[b, s, h // group] for w, s in zip(weights, keys, strict=True)) / sum(weights)
+    return out
+
+
+def assert_is_slow_attention(arrays, visibility, atol=1e-5):
+    result = attention(*map(jnp.asarray, arrays), jax.tree.map(jnp.asarray, visibility))
+    np.testing.assert_allclose(result, slow_attention(*arrays, visibility), atol=atol)
+
+
+ROW = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+ONE_DOCUMENT = Visibility(np.ones((B, T), np.int32), ROW)
+# Two documents and padding; one document that starts at position 5.
+DOCUMENTS = Visibility(np.int32([[1, 1, 1, 2, 2, 2, 0, 0], [1] * T]), np.int32([[0, 1, 2, 0, 1, 2, 0, 1], [*range(5, 13)]]))
+# A trunk of three and two branches that continue it side by side, each from position 3.
+BRANCHES = ONE_DOCUMENT._replace(
+    positions=np.int32([[0, 1, 2, 3, 4, 5, 3, 4]] * B), branch_ids=np.int32([[0, 0, 0, 1, 1, 1, 2, 2]] * B)
+)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_groups_of_query_heads_share_a_kv_head(num_kv_heads):
+    assert_is_slow_attention(qkv(num_kv_heads), ONE_DOCUMENT)
+
+
+@pytest.mark.parametrize(
+    "visibility",
+    [DOCUMENTS, ONE_DOCUMENT._replace(window=3), DOCUMENTS._replace(window=1), BRANCHES, BRANCHES._replace(window=2)],
+    ids=["documents", "window", "documents, window of one", "branches", "branches, window"],
+)
+def test_attention_is_that_of_a_slow_loop(visibility):
+    assert_is_slow_attention(qkv(), visibility)
+
+
+def test_a_permuted_sequence_sees_what_its_positions_say():
+    order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
+    q, k, v = qkv()
+    visibility = ONE_DOCUMENT._replace(positions=ROW[:, order])
+    shuffled = attention(*(jnp.asarray(x[:, order]) for x in (q, k, v)), visibility)
+    np.testing.assert_allclose(shuffled, slow_attention(q, k, v, ONE_DOCUMENT)[:, order], atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(
+    segments=st.lists(st.integers(0, 2), min_size=B * T, max_size=B * T),
+    positions=st.lists(st.integers(0, 5), min_size=B * T, max_size=B * T),
+    branches=st.none() | st.lists(st.integers(0, 2), min_size=B * T, max_size=B * T),
+    window=st.none() | st.integers(1, 6),
+)
+def test_the_mask_says_who_sees_whom_and_every_query_sees_itself(segments, positions, branches, window):
+    row = lambda values: np.int32(values).reshape(B, T)  # noqa: E731
+    visibility = Visibility(row(segments), row(positions), window, None if branches is None else row(branches))
+    mask = jax.tree.map(jnp.asarray, visibility).mask()
+    expected = [[[sees(visibility, b, q, k) for k in range(T)] for q in range(T)] for b in range(B)]
+    np.testing.assert_array_equal(mask, expected)
+    assert np.asarray(mask)[:, range(T), range(T)].all()
+
+
+def test_causal_counts_positions_from_0_in_each_segment():
+    visibility = causal(jnp.zeros((2, 6), int), jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]]))
+    assert visibility.positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+    assert causal(jnp.zeros((1, 3), int)).positions.tolist() == [[0, 1, 2]]
+
+
+def test_half_precision_arrays_are_attended_with_float32_softmax():
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+    result = attention(*arrays, ONE_DOCUMENT)
+    assert result.dtype == jnp.bfloat16
+    expected = slow_attention(*(np.asarray(x, np.float64) for x in arrays), ONE_DOCUMENT)
+    np.testing.assert_allclose(np.asarray(result, np.float64), expected, atol=0.02)
+
+
+def test_queries_block_by_block_give_the_values_and_gradients_of_all_at_once(monkeypatch):
+    weight = np.random.default_rng(9).normal(size=(B, T, H, d)).astype(np.float32)
+    visibility = DOCUMENTS._replace(window=4, branch_ids=np.int32([[0, 1, 1, 0, 1, 2, 0, 0], [0, 0, 1, 1, 2, 2, 1, 2]]))
+
+    def values_and_gradients():
+        scalar = lambda *arrays: (attention(*arrays, visibility) * weight).sum()  # noqa: E731
+        return jax.jit(lambda *arrays: (attention(*arrays, visibility), jax.grad(scalar, (0, 1, 2))(*arrays)))(*qkv())
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(attention_lib, "QUERY_BLOCK", 3)  # Two whole blocks and one of two queries.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), values_and_gradients(), whole)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rope
+
+
+@pytest.mark.parametrize("base", [10_000.0, 640_000.0])
+def test_rope_turns_pairs_of_dimensions_as_complex_numbers(base):
+    x = qkv()[0]
+    positions = np.int32([[0, 1, 2, 3, 0, 1, 2, 900], [5, 4, 3, 2, 1, 0, 70, 8]])
+    expected = np.zeros(x.shape)
+    for b, t, i in np.ndindex(B, T, d // 2):
+        angle = positions[b, t] * base ** (-2 * i / d)
+        turned = (x[b, t, :, i] + 1j * x[b, t, :, i + d // 2]) * complex(math.cos(angle), math.sin(angle))
+        expected[b, t, :, i], expected[b, t, :, i + d // 2] = turned.real, turned.imag
+    np.testing.assert_allclose(rope(jnp.asarray(x), jnp.asarray(positions), base), expected, atol=2e-4)
+
+
+def test_rope_makes_scores_depend_on_distances_alone():
+    q, k, _ = (jnp.asarray(x) for x in qkv(H))
+    scores = lambda shift: jnp.einsum("bqhd,bkhd->bhqk", *(rope(x, ROW + shift, 100.0) for x in (q, k)))  # noqa: E731
+    np.testing.assert_allclose(scores(0), scores(40), atol=1e-4)
+
+
+def test_rope_keeps_the_dtype_and_leaves_position_0_alone():
+    x = jnp.asarray(qkv()[0], jnp.bfloat16)
+    turned = rope(x, jnp.zeros((B, T), int), 10_000.0)
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(turned, x)

@@ -1,0 +1,227 @@
+"""The decoder: its size, its laws, and its logits beside those of transformers' Llama."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meap_jax import config as config_lib
+from meap_jax.model.attention import Visibility
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import causal, define
+
+B, T = 2, 12
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 64, (B, T)).astype(np.int32)
+ONES = np.ones((B, T), np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(definition, params, tokens, segment_ids):
+    return definition.apply(params, tokens, causal(tokens, segment_ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_gradients(definition, params, tokens):
+    def loss(params):
+        logits = definition.apply(params, tokens, causal(tokens))
+        return jnp.square(logits.astype(jnp.float32)).mean(), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def numbers(definition):
+    """Parameters of every shape as declared, large enough that all of them matter; drawn by NumPy."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.1, 0.3, p.shape), p.dtype), definition.shapes())
+
+
+@pytest.fixture(scope="module")
+def definition(tiny):
+    return define(tiny)
+
+
+@pytest.fixture(scope="module")
+def params(definition):
+    return numbers(definition)
+
+
+@pytest.fixture(scope="module")
+def logits(definition, params):
+    return forward(definition, params, TOKENS, ONES)
+
+
+# ------------------------------------------------------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize("size, millions", [("100m", 122), ("300m", 324), ("500m", 481), ("1b", 1176)])
+def test_the_papers_sizes_have_their_parameters(size, millions):
+    model = ModelConfig.of(config_lib.paper(size, "meap").model)
+    assert (model.num_kv_heads, model.vocab_size) == (2, 32_064)
+    assert round(model.num_parameters / 1e6) == millions
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(define(model).shapes())) == model.num_parameters
+
+
+def test_every_parameter_has_a_name_for_each_of_its_axes_and_layers_are_stacked(definition):
+    axes = definition.axes()
+    size = dict(layers=2, vocab=64, embed=32, norm=32, heads=4, kv_heads=2, head_dim=8, mlp=48)
+    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    expected = jax.tree.map(lambda names: tuple(size[name] for name in names), axes, is_leaf=is_names)
+    assert jax.tree.map(lambda p: p.shape, definition.shapes()) == expected
+    in_layers = jax.tree.leaves(axes["layers"], is_leaf=is_names)
+    outside = jax.tree.leaves({k: v for k, v in axes.items() if k != "layers"}, is_leaf=is_names)
+    assert len(in_layers) == 9 and all(names[0] == "layers" for names in in_layers)
+    assert len(outside) == 3 and all("layers" not in names for names in outside)
+
+
+@pytest.fixture(scope="module")
+def draw(tiny):
+    """Initial parameters of both kinds in one program: they come from the same bits, which are compiled once."""
+    kinds = {init: define(dataclasses.replace(tiny, init=init)) for init in ("official", "normal")}
+    return jax.jit(lambda key: {init: definition.init(key) for init, definition in kinds.items()})
+
+
+@pytest.mark.parametrize(
+    "init, reads, writes",
+    [
+        ("official", math.sqrt(2 / (5 * 32)), 1 / math.sqrt(32) / 2),  # Variance 2 / (5 D); 1 / sqrt(D) / layers.
+        ("normal", 0.02, 0.02 / math.sqrt(2 * 2)),
+    ],
+    ids=["official", "normal"],
+)
+def test_initial_weights_have_the_declared_spread(draw, init, reads, writes):
+    params = draw(jax.random.key(0))[init]
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        assert p.dtype == jnp.float32
+        if "norm" in name:
+            np.testing.assert_array_equal(p, np.ones(p.shape))
+            continue
+        std = writes if "o_proj" in name or "down_proj" in name else reads
+        assert abs(p.mean()) < 4.5 * std / math.sqrt(p.size), name
+        assert abs(p.std() / std - 1) < 4.5 / math.sqrt(2 * p.size), name
+
+
+def test_layers_are_drawn_apart_and_the_key_alone_decides(draw):
+    params, again, other = (draw(jax.random.key(seed))["official"] for seed in (0, 0, 1))
+    first, second = params["layers"]["attn"]["q_proj"].reshape(2, -1)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4.5 / math.sqrt(first.size)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert (params["embedding"] != other["embedding"]).any()
+
+
+# ----------------------------------------------------------------------------------------------------------- the forward
+
+
+def test_a_token_changes_no_logit_before_it(definition, params, logits):
+    for t in (0, 5, T - 1):
+        changed = TOKENS.copy()
+        changed[:, t] = (TOKENS[:, t] + 1) % 64
+        after = forward(definition, params, changed, ONES)
+        np.testing.assert_array_equal(after[:, :t], logits[:, :t])
+        assert (np.abs(after[:, t:] - logits[:, t:]).max(axis=(0, 2)) > 1e-4).all()
+
+
+def test_documents_side_by_side_give_the_logits_that_each_gives_alone(definition, params):
+    first, second = TOKENS[0, :5], TOKENS[1, :7]
+    together = forward(definition, params, np.stack([np.concatenate([first, second])] * B), np.int32([[1] * 5 + [2] * 7] * B))
+    alone = np.zeros((B, T), np.int32)
+    alone[0, :5], alone[1, :7] = first, second
+    separate = forward(definition, params, alone, np.where(np.arange(T) < np.array([[5], [7]]), 1, 0).astype(np.int32))
+    np.testing.assert_allclose(together[0, :5], separate[0, :5], atol=1e-4)
+    np.testing.assert_allclose(together[0, 5:], separate[1, :7], atol=1e-4)
+
+
+def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):
+    tokens = np.maximum(TOKENS, 1)
+    keep = np.broadcast_to(np.arange(T) != 4, (B, T))
+    dropped = definition.apply(params, tokens, causal(tokens), jnp.asarray(keep))
+    zero_for_token_0 = params | {"embedding": params["embedding"].at[0].set(0)}
+    np.testing.assert_allclose(dropped, forward(definition, zero_for_token_0, np.where(keep, tokens, 0), ONES), atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [dict(unroll=5), dict(remat=True)], ids=str)
+def test_unroll_and_remat_change_the_program_but_not_the_state_or_the_result(tiny, definition, params, change):
+    changed = define(dataclasses.replace(tiny, **change))
+    assert changed.shapes() == definition.shapes() and changed.axes() == definition.axes()
+    plain, other = (logits_and_gradients(which, params, TOKENS) for which in (definition, changed))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, plain)
+
+
+def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, logits):
+    half = define(dataclasses.replace(tiny, dtype="bfloat16"))
+    assert {p.dtype for p in jax.tree.leaves(half.shapes())} == {jnp.dtype(jnp.float32)}
+    close, gradients = logits_and_gradients(half, params, TOKENS)
+    assert close.dtype == jnp.bfloat16
+    error = np.asarray(close, np.float32) - np.asarray(logits)
+    assert np.isfinite(error).all()
+    assert 0 < np.sqrt(np.square(error).mean()) < 0.03 * np.std(logits)
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+# ------------------------------------------------------------------------------------------------------------- elsewhere
+
+
+def llama(model: ModelConfig, params):
+    """transformers' Llama with these weights: theirs are [outputs, inputs], and one array a layer."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5")
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.embed_dim,
+            intermediate_size=model.mlp_dim,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            rms_norm_eps=model.norm_eps,
+            rope_parameters=dict(rope_type="default", rope_theta=model.rope_base),
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    )
+    layers = params["layers"]
+    state = {
+        "model.embed_tokens.weight": params["embedding"],
+        "model.norm.weight": params["final_norm"]["scale"],
+        "lm_head.weight": params["head"].T,
+    }
+    for i in range(model.num_layers):
+        layer = f"model.layers.{i}"
+        state[f"{layer}.input_layernorm.weight"] = layers["attn_norm"]["scale"][i]
+        state[f"{layer}.post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            state[f"{layer}.self_attn.{name}.weight"] = layers["attn"][name][i].reshape(model.embed_dim, -1).T
+        state[f"{layer}.self_attn.o_proj.weight"] = layers["attn"]["o_proj"][i].reshape(-1, model.embed_dim).T
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            state[f"{layer}.mlp.{name}.weight"] = layers["mlp"][name][i].T
+    theirs.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in state.items()})
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("num_kv_heads, rope_base", [(2, 10_000.0), (1, 640_000.0), (4, 500.0)])
+def test_logits_are_those_of_transformers_llama(tiny, num_kv_heads, rope_base):
+    torch = pytest.importorskip("torch")
+    model = dataclasses.replace(tiny, num_kv_heads=num_kv_heads, rope_base=rope_base)
+    ours = define(model)
+    params = numbers(ours)
+    theirs = llama(model, params)
+    # A row with gaps between its positions, and a row of two documents.
+    positions = np.int32([[0, 1, 2, 7, 8, 9, 30, 31, 32, 33, 90, 91], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    segment_ids = np.int32([[1] * 12, [1] * 5 + [2] * 7])
+    sees = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(T, dtype=bool)
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(TOKENS, dtype=torch.long),
+            position_ids=torch.tensor(positions, dtype=torch.long),
+            attention_mask=torch.tensor(np.where(sees, 0, np.finfo(np.float32).min)[:, None], dtype=torch.float32),
+        ).logits.numpy()
+    logits = jax.jit(ours.apply)(params, TOKENS, Visibility(jnp.asarray(segment_ids), jnp.asarray(positions)))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,233 @@
+"""Every field that cannot work is stopped by one sentence; every config of the house passes."""
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from meap_jax import config as config_lib
+from meap_jax.config import PAPER_SIZES, ConfigError, changed_on_resume, check, flatten, mixture, seed_of
+
+CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.name != "__init__.py")
+
+
+def valid_config():
+    """The defaults, with an id for [MASK] that a small vocabulary has."""
+    c = config_lib.base()
+    c.model.vocab_size, c.objective.mask_id = 64, 3
+    return c
+
+
+def with_field(name, value):
+    c = valid_config()
+    *path, field = name.split(".")
+    setattr(functools.reduce(getattr, path, c), field, value)
+    return c
+
+
+# -------------------------------------------------------------------------------------------------------- what is valid
+
+
+def test_the_defaults_pass():
+    check(config_lib.base())
+    check(valid_config())
+
+
+@pytest.mark.parametrize("objective", ["ntp", "meap", "random_tokens", "token_dropout"])
+@pytest.mark.parametrize("size", PAPER_SIZES)
+def test_the_papers_configs_pass_once_they_know_where_the_data_is(size, objective):
+    c = config_lib.paper(size, objective)
+    with pytest.raises(ConfigError, match="data.path is not set: name a folder of .txt or .jsonl files"):
+        check(c)
+    c.data.path = "/data/books"
+    check(c)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_in_configs_loads_and_passes(path):
+    module = importlib.util.spec_from_file_location(f"config_under_test_{path.stem}", path)
+    loaded = importlib.util.module_from_spec(module)
+    module.loader.exec_module(loaded)
+    c = loaded.get_config()
+    if "text" in mixture(c):
+        c.data.path = "/data/books"
+    check(c)
+    assert flatten(c).keys() == flatten(config_lib.base()).keys()
+    assert not [name for name, value in flatten(c).items() if isinstance(value, list)]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("objective.mask_ratio", 0.0),
+        ("objective.mask_ratio", 1.0),
+        ("seed", 2**32 - 1),
+        ("seeds.mask", 0),
+        ("optimizer.warmup_fraction", 0.0),
+        ("optimizer.weight_decay", 0.0),
+        ("data.retrieval.max_fillers", 0),
+        ("mesh.fsdp", 8),
+        ("data.prepared", "/data/prepared"),
+    ],
+)
+def test_the_edges_of_what_is_valid_pass(name, value):
+    check(with_field(name, value))
+
+
+def test_text_may_come_from_prepared_data_instead_of_a_path():
+    c = with_field("data.mixture", "text=1")
+    c.data.prepared = "/data/prepared"
+    check(c)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+AT_LEAST_1 = """
+    num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads
+    model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll checkpoint.every
+    checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys data.retrieval.num_values
+    data.retrieval.num_facts data.retrieval.num_questions data.retrieval.num_documents data.retrieval.num_eval_documents
+""".split()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        *((name, value, "at least 1") for name in AT_LEAST_1 for value in (0, -3)),
+        *((name, -1, "in [0, 2^32)") for name in ("seed", "data.seed", "seeds.init", "seeds.data", "seeds.noise")),
+        ("seeds.mask", 2**32, "in [0, 2^32)"),
+        ("objective.name", "mntp", "one of ntp, meap, random_tokens, token_dropout"),
+        ("objective.strategy", "blocks", "one of random, span, bernoulli, shared, official"),
+        ("objective.mask_ratio", 1.5, "in [0, 1]"),
+        ("objective.mask_ratio", -0.1, "in [0, 1]"),
+        ("objective.mask_ratio", math.nan, "in [0, 1]"),
+        ("objective.mask_id", 64, "an id below model.vocab_size (64)"),
+        ("objective.mask_id", -1, "an id below model.vocab_size (64)"),
+        ("model.num_kv_heads", 3, "a divisor of model.num_heads (4)"),
+        ("model.num_kv_heads", 8, "a divisor of model.num_heads (4)"),
+        ("model.head_dim", 7, "even, for RoPE turns pairs"),
+        ("model.rope_base", 0.0, "positive"),
+        ("model.norm_eps", -1e-5, "positive"),
+        ("model.dtype", "float16", "one of float32, bfloat16"),
+        ("model.init", "zeros", "one of official, normal"),
+        ("grad_accum_steps", 5, "a divisor of global_batch_size (32)"),
+        ("seq_len", 1, "at least 2"),
+        ("optimizer.learning_rate", 0.0, "positive"),
+        ("optimizer.learning_rate", math.nan, "positive"),
+        ("optimizer.learning_rate", math.inf, "positive"),
+        ("optimizer.weight_decay", -0.1, "0 or more"),
+        ("optimizer.clip_norm", 0.0, "positive"),
+        ("optimizer.eps", 0.0, "positive"),
+        ("optimizer.decay_on", "norms", "one of all, matrices"),
+        ("optimizer.warmup_fraction", 1.1, "in [0, 1]"),
+        ("optimizer.final_fraction", -0.1, "in [0, 1]"),
+        ("optimizer.b1", 1.0, "in [0, 1)"),
+        ("optimizer.b2", -0.5, "in [0, 1)"),
+        ("data.holdout", 0.0, "in (0, 0.5)"),
+        ("data.holdout", 0.5, "in (0, 0.5)"),
+        ("data.tokenizer", "llama", "one of bpe, mistral"),
+        ("data.retrieval.max_fillers", -1, "0 or more"),
+        ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),
+        ("mesh.context", -2, "a number of devices, or -1 for those that are left"),
+    ],
+)
+def test_an_impossible_field_is_stopped_by_its_name_its_value_and_what_would_be_valid(name, value, expected):
+    with pytest.raises(ConfigError) as error:
+        check(with_field(name, value))
+    assert str(error.value) == f"{name} is {value!r}, but must be {expected}."
+
+
+def test_the_official_masks_cannot_cover_a_whole_row():
+    c = valid_config()
+    c.seq_len, c.objective.strategy, c.objective.mask_ratio = 4, "official", 0.75
+    check(c)
+    c.objective.mask_ratio = 0.76
+    with pytest.raises(ConfigError, match=r"objective.mask_ratio is 0.76, but must be at most 0.75 with .*official"):
+        check(c)
+
+
+def test_one_axis_of_the_mesh_at_most_may_be_minus_1():
+    with pytest.raises(ConfigError, match=r"mesh is {.*'data': -1, 'fsdp': -1.*}, but only one axis may be -1"):
+        check(with_field("mesh.fsdp", -1))
+
+
+@pytest.mark.parametrize("value", ["wikipedia=1", "stdlib=0", "stdlib=-1", "stdlib=much", "stdlib=nan", "text=inf", "", ","])
+def test_a_mixture_that_cannot_be_read_is_refused_with_the_sources(value):
+    with pytest.raises(ConfigError, match=f"data.mixture is '{value}', .*among stdlib, retrieval, text"):
+        check(with_field("data.mixture", value))
+
+
+def test_a_mixture_names_a_source_once():
+    with pytest.raises(ConfigError, match="data.mixture is 'stdlib=1,text=1,stdlib=2', but must name stdlib once"):
+        check(with_field("data.mixture", "stdlib=1,text=1,stdlib=2"))
+
+
+@pytest.mark.parametrize("name", ["num_step", "objective.mask_rate", "seeds.masks"])
+@pytest.mark.parametrize("config", [config_lib.base, lambda: config_lib.paper("1b", "meap")], ids=["base", "paper"])
+def test_a_misspelt_field_cannot_be_set(config, name):
+    *path, field = name.split(".")
+    with pytest.raises(AttributeError, match=f"{field}.*[Dd]id you mean.*{field.replace('rate', 'ratio')[:4]}"):
+        setattr(functools.reduce(getattr, path, config()), field, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "value, weights",
+    [
+        ("stdlib=1", {"stdlib": 1.0}),
+        ("text", {"text": 1.0}),
+        ("retrieval=0.25, stdlib=3", {"retrieval": 0.25, "stdlib": 3.0}),
+    ],
+)
+def test_a_mixture_is_sources_with_weights_in_the_order_written(value, weights):
+    assert list(mixture(with_field("data.mixture", value)).items()) == list(weights.items())
+
+
+def test_the_seed_of_a_use_is_its_own_if_set_else_the_runs():
+    c = valid_config()
+    c.seed, c.seeds.mask, c.seeds.noise = 5, 9, 0
+    assert [seed_of(c, name) for name in ("init", "data", "mask", "noise")] == [5, 5, 9, 0]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_steps", 7),
+        ("log.every", 7),
+        ("eval.every", 7),
+        ("eval.max_rows", 7),
+        ("checkpoint.every", 7),
+        ("checkpoint.keep", 7),
+        ("mesh.data", 2),
+    ],
+)
+def test_what_does_not_change_the_experiment_may_change_on_resume(name, value):
+    assert changed_on_resume(valid_config().to_dict(), with_field(name, value)) == {}
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("seed", 0, 1),
+        ("seeds.mask", None, 1),
+        ("global_batch_size", 32, 64),
+        ("objective.mask_ratio", 0.15, 0.2),
+        ("model.num_layers", 2, 3),
+        ("optimizer.learning_rate", 4e-4, 1e-3),
+        ("data.retrieval.num_facts", 8, 4),
+        ("init_from", None, "/runs/other"),
+    ],
+)
+def test_any_other_change_on_resume_is_named_with_both_values(name, old, new):
+    assert changed_on_resume(valid_config().to_dict(), with_field(name, new)) == {name: (old, new)}
+
+
+def test_fields_that_only_one_version_knows_count_as_changed():
+    old = valid_config().to_dict()
+    del old["seq_len"]
+    old["objective"]["forgotten"] = 1
+    assert changed_on_resume(old, valid_config()) == {"objective.forgotten": (1, None), "seq_len": (None, 128)}

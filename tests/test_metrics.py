@@ -1,0 +1,91 @@
+"""Records of a run: one line a step, cut back on resume, uploaded to buckets."""
+
+import json
+import logging
+
+import fsspec
+import pytest
+from etils import epath
+from tensorboard_reader import read_scalars
+
+from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, read_metrics
+
+
+def writer(workdir, start=0):
+    return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, tokens_per_step=100)
+
+
+def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
+    w = writer(tmp_path)
+    w.write(5, {"loss": 2.5, "learning_rate": 0.1})
+    w.close()
+    [record] = read_metrics(epath.Path(tmp_path))
+    assert {"step": 5, "loss": 2.5, "learning_rate": 0.1}.items() <= record.items()
+    assert record["tokens_per_second"] > 0
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    w = writer(tmp_path)
+    w.write(1, {"loss": 2.5})
+    w.write(2, {"loss": 2.0, "validation/accuracy": 0.5})
+    w.close()
+    scalars = read_scalars(tmp_path / "tensorboard")
+    assert scalars["loss"] == [(1, 2.5), (2, 2.0)]
+    assert scalars["validation/accuracy"] == [(2, 0.5)]
+
+
+def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="meap_jax"):
+        w = writer(tmp_path)
+        w.write(5, {"loss": 2.5, "validation/accuracy": 0.25})
+        w.close()
+    assert "step 5/10  loss 2.5000" in caplog.text and "left" in caplog.text
+    assert "validation/accuracy 0.2500" in caplog.text
+
+
+def test_resume_cuts_back_to_the_restored_step_so_that_no_step_stands_twice(tmp_path):
+    w = writer(tmp_path)
+    for step in range(1, 8):
+        w.write(step, {"loss": float(step)})
+    w.close()
+    w = writer(tmp_path, start=4)
+    w.write(5, {"loss": 55.0})
+    w.close()
+    records = read_metrics(epath.Path(tmp_path))
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert records[-1]["loss"] == 55.0
+
+
+def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
+    file = tmp_path / METRICS_FILE
+    file.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
+    cut_back(file, 10)
+    assert file.read_text() == json.dumps({"step": 1, "loss": 1.0}) + "\n"
+
+
+@pytest.fixture
+def bucket():
+    """gs:// served from memory, by the same fsspec door that a real bucket goes through."""
+    memory = fsspec.filesystem("memory")
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, type(memory), clobber=True)
+    yield epath.Path("gs://bucket/run")
+    memory.store.clear()
+
+
+def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "host1"))
+    (tmp_path / "host1").mkdir()
+    w = writer(bucket)
+    w.write(1, {"loss": 3.0})
+    w.flush()
+    w.write(2, {"loss": 2.0})  # After the flush, so a machine that dies now takes it along.
+    assert [r["step"] for r in read_metrics(bucket)] == [1]
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "host2"))
+    (tmp_path / "host2").mkdir()
+    w = writer(bucket, start=1)
+    w.write(2, {"loss": 2.5})
+    w.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(bucket)] == [(1, 3.0), (2, 2.5)]
+    assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())

@@ -1,0 +1,125 @@
+"""The schedule by hand at a few steps, and AdamW against a slow loop and against PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meap_jax import config as config_lib
+from meap_jax.optimizer import learning_rate, make_optimizer
+
+
+def run_config(num_steps=10, **fields):
+    c = config_lib.base()
+    c.num_steps = num_steps
+    c.optimizer.update(dict(learning_rate=1.0, warmup_fraction=0.2, weight_decay=0.1) | fields)
+    return c
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(
+    "step, rate",
+    [
+        (0, 0.5),  # The first step moves: half way up a warm-up of two.
+        (1, 1.0),  # The peak, at the end of the warm-up.
+        (5, 0.55),  # Half way down the cosine: between 1 and 0.1.
+        (9, 0.1),  # The last step: 10 % of the peak.
+    ],
+)
+def test_the_rate_rises_linearly_and_falls_by_cosine_to_a_tenth(step, rate):
+    np.testing.assert_allclose(learning_rate(run_config())(step), rate, rtol=1e-6)
+
+
+def test_the_papers_rate_peaks_at_4e_4_after_a_tenth_and_ends_at_4e_5():
+    c = config_lib.paper("100m", "meap")
+    rates = np.asarray(jax.vmap(learning_rate(c))(jnp.arange(1907)))
+    assert rates[0] > 0 and rates.argmax() == 190
+    np.testing.assert_allclose(rates[[0, 190, 1906]], [4e-4 / 191, 4e-4, 4e-5], rtol=1e-5)
+    assert (np.diff(rates[:191]) > 0).all() and (np.diff(rates[190:]) <= 0).all()
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    np.testing.assert_allclose(learning_rate(run_config(warmup_fraction=0.0))(0), 1.0)
+
+
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.5, 1.0])
+def test_a_run_of_one_step_has_a_rate(warmup_fraction):
+    np.testing.assert_allclose(learning_rate(run_config(1, warmup_fraction=warmup_fraction))(0), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the update
+
+PARAMS = {
+    "embedding": np.linspace(-1, 1, 6).reshape(3, 2),
+    "layers": {"attn_norm": {"scale": np.array([[1.0, 2.0], [0.5, -1.0]])}, "mlp": {"up": np.full((2, 2, 2), 0.3)}},
+    "final_norm": {"scale": np.array([1.0, -2.0])},
+}
+PARAMS = jax.tree.map(np.float32, PARAMS)
+NORMS = {("layers", "attn_norm", "scale"), ("final_norm", "scale")}
+
+
+def gradients(step):
+    """Of global norm far below 1 at the first step and far above it later, so that clipping shows."""
+    rng = np.random.default_rng(step)
+    return jax.tree.map(lambda p: np.float32(rng.normal(0, [0.01, 5, 0.1, 2][step], p.shape)), PARAMS)
+
+
+def trained(c, num_steps=4):
+    optimizer = make_optimizer(c)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    for step in range(num_steps):
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, gradients(step)), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def leaves(tree):
+    return {tuple(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("decay_on", ["all", "matrices"])
+def test_four_steps_equal_a_slow_loop(decay_on):
+    c = run_config(decay_on=decay_on, clip_norm=1.0, learning_rate=0.1)
+    params = {path: x.astype(np.float64) for path, x in leaves(PARAMS).items()}
+    m, v = ({path: np.zeros(x.shape) for path, x in params.items()} for _ in range(2))
+    for step, rate in enumerate([0.05, 0.1, 0.09657457, 0.08681981]):  # 0.1 * (0.1 + 0.9 * (1 + cos(pi * t / 8)) / 2)
+        grads = leaves(gradients(step))
+        norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values()))
+        for path, p in params.items():
+            g = grads[path] * min(1.0, 1.0 / norm)
+            m[path] = 0.9 * m[path] + 0.1 * g
+            v[path] = 0.95 * v[path] + 0.05 * g**2
+            adam = m[path] / (1 - 0.9 ** (step + 1)) / (np.sqrt(v[path] / (1 - 0.95 ** (step + 1))) + 1e-8)
+            decay = 0.0 if decay_on == "matrices" and path in NORMS else 0.1
+            params[path] = p - rate * (adam + decay * p)
+    for path, p in leaves(trained(c)).items():
+        np.testing.assert_allclose(p, params[path], rtol=2e-5, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("decay_on", ["all", "matrices"])
+def test_decay_shrinks_every_parameter_or_spares_the_norms(decay_on):
+    optimizer = make_optimizer(run_config(decay_on=decay_on))
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in leaves(updates).items():
+        spared = decay_on == "matrices" and path in NORMS
+        np.testing.assert_allclose(update, 0 if spared else -0.5 * 0.1 * leaves(PARAMS)[path], rtol=1e-6)
+
+
+def test_four_steps_equal_pytorchs_adamw():
+    torch = pytest.importorskip("torch")
+    c = run_config(clip_norm=1.0, learning_rate=0.1)
+    params = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in leaves(PARAMS).items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(4):
+        for path, g in leaves(gradients(step)).items():
+            params[path].grad = torch.tensor(g)
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = float(learning_rate(c)(step))
+        optimizer.step()
+    for path, p in leaves(trained(c)).items():
+        np.testing.assert_allclose(p, params[path].detach(), rtol=2e-5, atol=1e-6, err_msg=str(path))
