@@ -3,20 +3,19 @@
 python -m experiments.mask_ratio --config=configs/quickstart.py --workdir=runs/mask_ratio
     [--ratios=0,.05,.1,.15,.2] [--seeds=3] [--config.field=value ...]
 
-A member of the population is one (ratio, seed), and sees what `meap_jax.main` with them sees. Members
-of one seed share initial weights, data order and mask keys, so that ratios are paired within a seed.
+A member of the population is one (ratio, seed), and sees what `meap_jax.main` with them sees. Members of one seed share
+initial weights, data order and mask keys, so that ratios are paired within a seed.
 
-Members take turns (`jax.lax.map`), each bit-equal to the same model trained alone with `train_step`.
-On 2 busy CPU cores with jax 0.12 (November 2026; 15 members, 2 layers, medians of 5 to 7 rounds):
+Members take turns (`jax.lax.map`), each bit-equal to the same model trained alone with `train_step`. Seconds for 15
+members of 2 layers on 2 busy CPU cores with jax 0.12 (November 2026, medians of 5 to 7 interleaved rounds):
 
-| width, rows x tokens, steps a call | lax.map | vmap   | a Python loop |
-| ---------------------------------- | ------- | ------ | ------------- |
-| 64, 32 x 128, 2                    | 5.77 s  | 7.59 s | 9.26 s        |
-| 32, 8 x 64, 5                      | 0.84 s  | 0.93 s | 1.04 s        |
-| 16, 2 x 32, 20                     | 0.27 s  | 0.23 s | 0.66 s        |
+| width, rows x tokens, steps a call | lax.map | vmap | Python loop |
+| ---------------------------------- | ------- | ---- | ----------- |
+| 64, 32 x 128, 2                    | 5.77    | 7.59 | 9.26        |
+| 32, 8 x 64, 5                      | 0.84    | 0.93 | 1.04        |
+| 16, 2 x 32, 20                     | 0.27    | 0.23 | 0.66        |
 
-vmap wins only at a size that no config has, and its losses are 5e-7 off from the first step on: it
-is not offered.
+vmap wins only at a size that no config has, and its losses are 5e-7 off from the first step on: it is not offered.
 """
 
 import argparse
@@ -32,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
@@ -60,10 +58,10 @@ class Population(NamedTuple):
     seed_index: jax.Array  # [P] int32: whose of the S batches of a step are the member's.
 
 
-# -------------------------------------------------------------------------------------------- program
+# -------------------------------------------------------------------------------------------------------------- program
 
 
-def compile_steps(run: Run) -> Callable[[Population, Batch], tuple[Population, jax.Array]]:
+def compile_steps(run: Run, population: Population) -> Callable[[Population, Batch], tuple[Population, jax.Array]]:
     """(population, batches [steps, S, B, T + 1]) -> (population, losses [P, steps]), jitted."""
     step_fn = functools.partial(
         train_step,
@@ -74,7 +72,7 @@ def compile_steps(run: Run) -> Callable[[Population, Batch], tuple[Population, j
         grad_accum_steps=run.config.grad_accum_steps,
     )
 
-    def train_population(population: Population, batches: Batch) -> tuple[Population, jax.Array]:
+    def steps(population: Population, batches: Batch) -> tuple[Population, jax.Array]:
         def train_member(member: Population) -> tuple[TrainState, jax.Array]:
             def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
                 state, metrics = step_fn(state, batch, member.ratio)
@@ -86,27 +84,11 @@ def compile_steps(run: Run) -> Callable[[Population, Batch], tuple[Population, j
         state, losses = jax.lax.map(train_member, population)
         return population._replace(state=state), losses
 
-    everywhere = sharding.replicated(run.mesh)
-    population = Population(_state_shardings(run), everywhere, everywhere)
-    return jax.jit(
-        train_population,
-        in_shardings=(population, _batch_sharding(run)),
-        out_shardings=(population, everywhere),
-        donate_argnums=0,
-    )
+    lies = jax.tree.map(lambda x: x.sharding, population)
+    return jax.jit(steps, out_shardings=(lies, sharding.replicated(run.mesh)), donate_argnums=0)
 
 
-def _state_shardings(run: Run) -> TrainState:
-    """Every member lies on the mesh as it would alone."""
-    alone = state_shardings(run.config, run.definition, run.mesh)
-    return jax.tree.map(lambda s: NamedSharding(run.mesh, PartitionSpec(None, *s.spec)), alone)
-
-
-def _batch_sharding(run: Run) -> NamedSharding:
-    return NamedSharding(run.mesh, PartitionSpec(None, None, *sharding.batch_sharding(run.mesh).spec))
-
-
-# ------------------------------------------------------------------------------------- state and data
+# ------------------------------------------------------------------------------------------------------- state and data
 
 
 def seed_configs(config: ml_collections.ConfigDict, num: int) -> list[ml_collections.ConfigDict]:
@@ -119,40 +101,34 @@ def seed_configs(config: ml_collections.ConfigDict, num: int) -> list[ml_collect
 
 def init_population(run: Run, ratios: Sequence[float], num_seeds: int) -> Population:
     """Step 0 of every member."""
-    alone = state_shardings(run.config, run.definition, run.mesh)
-    states = [
-        jax.jit(functools.partial(init_state, config, run.definition), out_shardings=alone)()
-        for config in seed_configs(run.config, num_seeds)
-    ]
+    single = state_shardings(run.config, run.definition, run.mesh)
+    init = lambda config: jax.jit(lambda: init_state(config, run.definition), out_shardings=single)()  # noqa: E731
+    states = [init(config) for config in seed_configs(run.config, num_seeds)]
+    lies = jax.tree.map(lambda s: NamedSharding(run.mesh, PartitionSpec(None, *s.spec)), single)
     stack = lambda states: jax.tree.map(lambda *x: jnp.stack(x * len(ratios)), *states)  # noqa: E731
     everywhere = sharding.replicated(run.mesh)
     return Population(
-        state=jax.jit(stack, out_shardings=_state_shardings(run))(states),
-        ratio=sharding.put_whole(everywhere, np.repeat(np.asarray(ratios, np.float32), num_seeds)),
-        seed_index=sharding.put_whole(everywhere, np.tile(np.arange(num_seeds), len(ratios))),
+        jax.jit(stack, out_shardings=lies)(states),
+        sharding.put_whole(everywhere, np.repeat(np.asarray(ratios, np.float32), num_seeds)),
+        sharding.put_whole(everywhere, np.tile(np.arange(num_seeds, dtype=np.int32), len(ratios))),
     )
 
 
 def population_batches(run: Run, num_seeds: int, steps: int) -> Iterator[Batch]:
-    """What every seed sees in the next `steps` steps: [steps, S, B, T + 1] int32, without end."""
+    """What every seed sees in the next `steps` steps, without end: [steps, S, B, T + 1] int32."""
     sequences = [
         global_sequence(run.prepared, mixture(config), seed_of(config, "data"))
         .batch(config.global_batch_size)
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=steps))
         for config in seed_configs(run.config, num_seeds)
     ]
-    for_each_step = zip(*sequences, strict=True)
+    lies = NamedSharding(run.mesh, PartitionSpec(None, None, *sharding.batch_sharding(run.mesh).spec))
+    seeds_of_steps = zip(*sequences, strict=True)
     while True:
-        rows = [next(for_each_step) for _ in range(steps)]
-        yield {
-            name: sharding.put_whole(
-                _batch_sharding(run), np.array([[batch[name] for batch in step] for step in rows])
-            )
-            for name in ("tokens", "segment_ids")
-        }
-
-
-# -------------------------------------------------------------------------------------- train, measure
+        batches = [batch for _ in range(steps) for batch in next(seeds_of_steps)]
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in ("tokens", "segment_ids")}
+        shape = (steps, num_seeds, *stacked["tokens"].shape[1:])
+        yield {name: sharding.put_whole(lies, rows.reshape(shape)) for name, rows in stacked.items()}
 
 
 def train(run: Run, ratios: Sequence[float], num_seeds: int) -> Population:
@@ -169,32 +145,29 @@ def train(run: Run, ratios: Sequence[float], num_seeds: int) -> Population:
 
     began = time.perf_counter()
     with jax.set_mesh(run.mesh):
-        program = compile_steps(run)
+        program = compile_steps(run, population)
         for done in range(steps, num_steps + 1, steps):
             population, losses = program(population, next(batches))
             losses_PxS = jax.device_get(losses)
-            for member, of_member in enumerate(losses_PxS):
-                if not np.isfinite(of_member).all():
-                    raise Diverged(
-                        f"ratio {ratios[member // num_seeds]:g} with seed "
-                        f"{run.config.seed + member % num_seeds} lost its way before step {done}: "
-                        f"the loss is not finite; try a lower optimizer.learning_rate."
-                    )
-            left = tqdm.tqdm.format_interval((time.perf_counter() - began) / done * (num_steps - done))
+            for member in np.flatnonzero(~np.isfinite(losses_PxS).all(axis=1)):
+                ratio, seed = ratios[member // num_seeds], run.config.seed + member % num_seeds
+                raise Diverged(
+                    f"the loss of ratio {ratio:g} with seed {seed} is not finite by step {done}: "
+                    "try a lower optimizer.learning_rate or a longer warm-up."
+                )
+            seconds_left = (time.perf_counter() - began) / done * (num_steps - done)
             low, high = losses_PxS[:, -1].min(), losses_PxS[:, -1].max()
-            _log.info("step %d/%d  loss %.4f to %.4f  %s left", done, num_steps, low, high, left)
+            _log.info("step %d/%d  loss %.4f to %.4f  %.0f s left", done, num_steps, low, high, seconds_left)
     return population
 
 
 def measure(run: Run, population: Population) -> dict[str, np.ndarray]:
     """Every metric on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}."""
     evaluators = make_evaluators(run.config, run.definition, run.prepared, run.mesh, "validation")
-    alone = state_shardings(run.config, run.definition, run.mesh).params
-    take = jax.jit(lambda params, i: jax.tree.map(lambda x: x[i], params), out_shardings=alone)
     values: dict[str, list[float]] = {}
     with jax.set_mesh(run.mesh):
         for i in range(len(population.ratio)):
-            params = take(population.state.params, i)
+            params = jax.tree.map(lambda x, i=i: x[i], population.state.params)
             for name, evaluator in evaluators.items():
                 for key, value in evaluator.run(params):
                     if key != "masked_loss":
@@ -202,29 +175,27 @@ def measure(run: Run, population: Population) -> dict[str, np.ndarray]:
     return {name: np.array(of_members) for name, of_members in values.items()}
 
 
-# --------------------------------------------------------------------------------------------- report
-
-
 def summarize(values: np.ndarray, ratios: Sequence[float]) -> list[dict[str, Any]]:
-    """One metric [P] as a row a ratio: mean and spread over seeds, and the paired step from ratio 0."""
+    """One metric [P] as a row a ratio: mean and spread over seeds, and the difference to ratio 0, paired by seed."""
     by_ratio = dict(zip(ratios, values.reshape(len(ratios), -1), strict=True))
-    rows = []
-    for ratio, own in by_ratio.items():
-        row: dict[str, Any] = {"ratio": ratio, "values": own.tolist(), "mean": float(own.mean())}
-        if len(own) > 1:
-            row["sd"] = float(own.std(ddof=1))
-            row["difference"] = paired_t_interval(own - by_ratio[0])._asdict()
-        rows.append(row)
-    return rows
+    return [
+        {
+            "ratio": ratio,
+            "values": own.tolist(),
+            "mean": float(own.mean()),
+            "sd": float(own.std(ddof=1)),
+            "difference": paired_t_interval(own - by_ratio[0])._asdict(),
+        }
+        for ratio, own in by_ratio.items()
+    ]
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
     """One metric as Markdown."""
     lines = [f"| ratio | {name} | minus ratio 0, 95 % t interval |", "| --- | --- | --- |"]
     for row in rows:
-        spread = f" ± {row['sd']:.4f}" if "sd" in row else ""
-        difference = "{estimate:+.4f} [{low:+.4f}, {high:+.4f}]".format(**row.get("difference", {})) if spread and row["ratio"] else ""
-        lines.append(f"| {row['ratio']:g} | {row['mean']:.4f}{spread} | {difference} |")
+        difference = "{estimate:+.4f} [{low:+.4f}, {high:+.4f}]".format(**row["difference"]) if row["ratio"] else ""
+        lines.append("| {ratio:g} | {mean:.4f} ± {sd:.4f} |".format(**row) + f" {difference} |")
     return "\n".join(lines)
 
 
@@ -241,20 +212,18 @@ def plot(file: epath.Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
         figure.savefig(out, format="png", dpi=150)
 
 
-# ----------------------------------------------------------------------------------------------- door
-
-
 def parse_ratios(text: str) -> tuple[float, ...]:
-    """Reads "0,.05,.1" as (0.0, 0.05, 0.1); anything but distinct shares with 0 among them raises ConfigError."""
+    """Reads "0,.05,.1"; all others are compared with ratio 0.
+
+    Raises:
+      ConfigError: for anything but distinct shares with 0 among them.
+    """
     try:
         ratios = tuple(float(part) for part in text.split(","))
     except ValueError:
         ratios = ()
     if 0 not in ratios or not all(0 <= r <= 1 for r in ratios) or len(set(ratios)) < len(ratios):
-        raise ConfigError(
-            f"--ratios is {text!r}, but must be distinct numbers in [0, 1] with 0, which the others "
-            "are compared with, such as 0,.1,.2."
-        )
+        raise ConfigError(f"--ratios is {text!r}, but must be distinct numbers in [0, 1], 0 among them: 0,.1,.2.")
     return ratios
 
 
@@ -265,21 +234,15 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="3")
     args, rest = parser.parse_known_args(argv[1:])
     ratios = parse_ratios(args.ratios)
-    if not args.seeds.isdecimal() or int(args.seeds) < 1:
-        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number of seeds, such as 3.")
+    if not args.seeds.isdecimal() or int(args.seeds) < 2:
+        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one seed has no spread.")
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/mask_ratio", *rest])
 
-    began = time.perf_counter()
     workdir.mkdir(parents=True, exist_ok=True)
     run = open_run(config, workdir)
     measured = measure(run, train(run, ratios, int(args.seeds)))
     metrics = {name: summarize(values, ratios) for name, values in measured.items()}
-    setting = {
-        "config": config.to_dict(),
-        "fingerprint": run.prepared.fingerprint,
-        "versions": versions(),
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-    }
+    setting = {"config": config.to_dict(), "fingerprint": run.prepared.fingerprint, "versions": versions()}
     (workdir / "mask_ratio.json").write_text(json.dumps({"metrics": metrics, "setting": setting}, indent=1))
     plot(workdir / "mask_ratio.png", metrics)
     print("\n\n".join(table(name, rows) for name, rows in metrics.items()))

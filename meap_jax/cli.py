@@ -30,7 +30,7 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Where checkpoints and logs go; a folder or a bucket.", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "A file in configs/.", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "A file in configs/.", flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
         if rest[1:]:
@@ -38,12 +38,14 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
         if values["config"].value is None:
             raise ConfigError("--config is not set: name a file, such as --config=configs/quickstart.py.")
         config = values.config
+        config_lib.check(config)
+    except ConfigError:
+        raise
     except AttributeError as error:
         field, *hint = str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
         raise ConfigError(f"the config has no field {field.strip(chr(39))!r}. {' '.join(hint)}".strip()) from error
     except (flags.Error, OSError, ImportError, SyntaxError, KeyError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    config_lib.check(config)
     name = os.path.splitext(os.path.basename(values["config"].config_filename))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, workdir if "://" in str(workdir) else workdir.expanduser().resolve()

@@ -27,6 +27,4 @@ hypothesis.settings.load_profile("meap-jax")
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     """A decoder with two of everything that can be two: 2 layers, 2 query heads a kv head, 2 kv heads."""
-    return ModelConfig(
-        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32, mlp_dim=48, vocab_size=64
-    )
+    return ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32, mlp_dim=48, vocab_size=64)

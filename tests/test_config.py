@@ -153,7 +153,9 @@ def test_one_axis_of_the_mesh_at_most_may_be_minus_1():
         check(with_field("mesh.fsdp", -1))
 
 
-@pytest.mark.parametrize("value", ["wikipedia=1", "stdlib=0", "stdlib=-1", "stdlib=much", "stdlib=nan", "text=inf", "", ","])
+@pytest.mark.parametrize(
+    "value", ["wikipedia=1", "stdlib=0", "stdlib=-1", "stdlib=much", "stdlib=nan", "text=inf", "", ","]
+)
 def test_a_mixture_that_cannot_be_read_is_refused_with_the_sources(value):
     with pytest.raises(ConfigError, match=f"data.mixture is '{value}', .*among stdlib, retrieval, text"):
         check(with_field("data.mixture", value))

@@ -41,7 +41,7 @@ def key_data(c):
     return {name: jax.random.key_data(key).tolist() for name, key in named_keys(c).items()}
 
 
-# -------------------------------------------------------------------------------------------------------- the objectives
+# ------------------------------------------------------------------------------------------------------- the objectives
 
 
 def test_ntp_leaves_the_inputs_clean_whatever_its_mask_ratio():
@@ -84,7 +84,9 @@ def test_random_tokens_stand_in_the_gaps_of_meap():
     meap, noise = inputs_of("meap"), inputs_of("random_tokens")
     np.testing.assert_array_equal(noise.is_masked, meap.is_masked)
     np.testing.assert_array_equal(noise.tokens[~noise.is_masked], TOKENS[:, :-1][~np.asarray(noise.is_masked)])
-    many = np.concatenate([np.asarray(x.tokens[x.is_masked]) for x in (inputs_of("random_tokens", s) for s in range(20))])
+    many = np.concatenate(
+        [np.asarray(x.tokens[x.is_masked]) for x in (inputs_of("random_tokens", s) for s in range(20))]
+    )
     assert many.min() >= 0 and many.max() < VOCAB and len(np.unique(many)) > VOCAB // 2
 
 
@@ -136,7 +138,9 @@ def test_the_official_strategy_works_for_a_traced_step():
 
 
 def test_the_official_strategy_refuses_another_ratio_than_its_tables():
-    with pytest.raises(ConfigError, match="objective.strategy is 'official', which masks with objective.mask_ratio only"):
+    with pytest.raises(
+        ConfigError, match="objective.strategy is 'official', which masks with objective.mask_ratio only"
+    ):
         inputs_of("meap", strategy="official", ratio=jnp.float32(0.5))
 
 

@@ -25,7 +25,7 @@ def mesh_of(**sizes):
     return make_mesh(dict.fromkeys(AXES, 1) | sizes)
 
 
-# -------------------------------------------------------------------------------------------------------------- the mesh
+# ------------------------------------------------------------------------------------------------------------- the mesh
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,9 @@ def test_a_mesh_can_be_made_of_some_devices():
     assert make_mesh(dict(data=-1, fsdp=1, tensor=1, context=1), jax.devices()[:1]).size == 1
 
 
-@pytest.mark.parametrize("sizes", [dict(), dict(data=3), dict(data=16), dict(data=-1, tensor=3), dict(data=-1, fsdp=16)])
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(data=3), dict(data=16), dict(data=-1, tensor=3), dict(data=-1, fsdp=16)]
+)
 def test_sizes_that_do_not_come_to_the_devices_are_refused(sizes):
     asked = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
     with pytest.raises(ConfigError, match=f"mesh is {asked}, but there are 8 devices"):
@@ -65,7 +67,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_with_its_divisor():
         check_batch(mesh, global_batch_size=24, grad_accum_steps=3, seq_len=15)
 
 
-# ------------------------------------------------------------------------------------------------------------- the rules
+# ------------------------------------------------------------------------------------------------------------ the rules
 
 
 @pytest.mark.parametrize(

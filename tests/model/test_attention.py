@@ -50,7 +50,9 @@ def assert_is_slow_attention(arrays, visibility, atol=1e-5):
 ROW = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
 ONE_DOCUMENT = Visibility(np.ones((B, T), np.int32), ROW)
 # Two documents and padding; one document that starts at position 5.
-DOCUMENTS = Visibility(np.int32([[1, 1, 1, 2, 2, 2, 0, 0], [1] * T]), np.int32([[0, 1, 2, 0, 1, 2, 0, 1], [*range(5, 13)]]))
+DOCUMENTS = Visibility(
+    np.int32([[1, 1, 1, 2, 2, 2, 0, 0], [1] * T]), np.int32([[0, 1, 2, 0, 1, 2, 0, 1], [*range(5, 13)]])
+)
 # A trunk of three and two branches that continue it side by side, each from position 3.
 BRANCHES = ONE_DOCUMENT._replace(
     positions=np.int32([[0, 1, 2, 3, 4, 5, 3, 4]] * B), branch_ids=np.int32([[0, 0, 0, 1, 1, 1, 2, 2]] * B)

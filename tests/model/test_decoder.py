@@ -56,7 +56,7 @@ def logits(definition, params):
     return forward(definition, params, TOKENS, ONES)
 
 
-# ------------------------------------------------------------------------------------------------------------ parameters
+# ----------------------------------------------------------------------------------------------------------- parameters
 
 
 @pytest.mark.parametrize("size, millions", [("100m", 122), ("300m", 324), ("500m", 481), ("1b", 1176)])
@@ -115,7 +115,7 @@ def test_layers_are_drawn_apart_and_the_key_alone_decides(draw):
     assert (params["embedding"] != other["embedding"]).any()
 
 
-# ----------------------------------------------------------------------------------------------------------- the forward
+# ---------------------------------------------------------------------------------------------------------- the forward
 
 
 def test_a_token_changes_no_logit_before_it(definition, params, logits):
@@ -129,7 +129,9 @@ def test_a_token_changes_no_logit_before_it(definition, params, logits):
 
 def test_documents_side_by_side_give_the_logits_that_each_gives_alone(definition, params):
     first, second = TOKENS[0, :5], TOKENS[1, :7]
-    together = forward(definition, params, np.stack([np.concatenate([first, second])] * B), np.int32([[1] * 5 + [2] * 7] * B))
+    together = forward(
+        definition, params, np.stack([np.concatenate([first, second])] * B), np.int32([[1] * 5 + [2] * 7] * B)
+    )
     alone = np.zeros((B, T), np.int32)
     alone[0, :5], alone[1, :7] = first, second
     separate = forward(definition, params, alone, np.where(np.arange(T) < np.array([[5], [7]]), 1, 0).astype(np.int32))
@@ -142,7 +144,9 @@ def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):
     keep = np.broadcast_to(np.arange(T) != 4, (B, T))
     dropped = definition.apply(params, tokens, causal(tokens), jnp.asarray(keep))
     zero_for_token_0 = params | {"embedding": params["embedding"].at[0].set(0)}
-    np.testing.assert_allclose(dropped, forward(definition, zero_for_token_0, np.where(keep, tokens, 0), ONES), atol=1e-4)
+    np.testing.assert_allclose(
+        dropped, forward(definition, zero_for_token_0, np.where(keep, tokens, 0), ONES), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("change", [dict(unroll=5), dict(remat=True)], ids=str)
@@ -164,7 +168,7 @@ def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, lo
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-# ------------------------------------------------------------------------------------------------------------- elsewhere
+# ------------------------------------------------------------------------------------------------------------ elsewhere
 
 
 def llama(model: ModelConfig, params):

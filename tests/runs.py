@@ -1,0 +1,55 @@
+"""Tiny runs that the tests of the doors share."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A model that compiles fast, on few and short documents; eight steps unless a test says otherwise.
+TINY = {
+    "seq_len": 80, "global_batch_size": 8, "num_steps": 8,
+    "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 8,
+    "model.embed_dim": 16, "model.mlp_dim": 24, "model.vocab_size": 512,
+    "data.mixture": "retrieval=1", "data.retrieval.num_facts": 3, "data.retrieval.num_questions": 2,
+    "data.retrieval.max_fillers": 1, "data.retrieval.num_documents": 80, "data.retrieval.num_eval_documents": 8,
+    "log.every": 1, "eval.every": 4, "checkpoint.every": 2,
+}  # fmt: skip
+
+
+def flags(workdir, config="configs/quickstart.py", **overrides):
+    """The words that a user would type after `python -m meap_jax.main`, with TINY and these overrides."""
+    values = {**TINY, **{name.replace("__", "."): value for name, value in overrides.items()}}
+    return [f"--config={ROOT / config}", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def command(workdir, **overrides):
+    """The whole command."""
+    return [sys.executable, "-m", "meap_jax.main", *flags(workdir, **overrides)]
+
+
+def environment(**variables):
+    """That of the tests, on one device."""
+    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return {**os.environ, "XLA_FLAGS": one_device, "PYTHONPATH": str(ROOT), **variables}
+
+
+def run(workdir, **overrides):
+    """Runs it to the end; returns the finished process, its output as text."""
+    return subprocess.run(
+        command(workdir, **overrides), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+    )
+
+
+def records(workdir):
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """{step: (loss, gradient norm)}; fails if a step stands in the log twice."""
+    values = [(r["step"], (r["loss"], r["grad_norm"])) for r in records(workdir)]
+    assert len(values) == len(dict(values)), "a step stands in metrics.jsonl twice"
+    return dict(values)

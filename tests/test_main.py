@@ -1,0 +1,188 @@
+"""The door that trains: what it leaves behind, where it starts, and what it says of bad input."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+from runs import ROOT, TINY, flags, losses, records, run
+
+from meap_jax import cli, evaluate, main
+from meap_jax.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A prepared folder that all runs share; made by the first."""
+    return tmp_path_factory.mktemp("prepared") / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A finished run."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    main.command(["main", *flags(workdir, data__prepared=data)])
+    return workdir
+
+
+def said(monkeypatch, capsys, words):
+    """Exit code and last words of the door in this process."""
+    monkeypatch.setattr(sys, "argv", ["main", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(main.command)
+    return stop.value.code, capsys.readouterr().err.strip().split("\n")[-1]
+
+
+def test_a_run_leaves_log_tensorboard_config_versions_and_checkpoints(trained):
+    assert [r["step"] for r in records(trained)] == list(range(1, 9))
+    assert all({"step", "loss", "learning_rate", "tokens_per_second"} <= r.keys() for r in records(trained))
+    evaluated = [r["step"] for r in records(trained) if "validation_retrieval_answers/accuracy" in r]
+    assert evaluated == [4, 8]
+    assert list((trained / "tensorboard").glob("*tfevents*"))
+    assert json.loads((trained / "config.json").read_text())["model"]["num_layers"] == TINY["model.num_layers"]
+    assert {"python", "jax", "meap_jax"} <= json.loads((trained / "versions.json").read_text()).keys()
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["6", "8"]
+
+
+def test_a_finished_run_started_again_changes_nothing(trained, data):
+    before = (trained / "metrics.jsonl").read_text()
+    main.command(["main", *flags(trained, data__prepared=data)])
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_init_from_takes_the_parameters_and_starts_at_step_one_with_a_fresh_optimizer(trained, data, tmp_path):
+    main.command(["main", *flags(tmp_path / "next", data__prepared=data, init_from=trained, num_steps=2)])
+    main.command(["main", *flags(tmp_path / "scratch", data__prepared=data, num_steps=2)])
+    assert [r["step"] for r in records(tmp_path / "next")] == [1, 2]
+    first, scratch = records(tmp_path / "next")[0], records(tmp_path / "scratch")[0]
+    assert first["loss"] < scratch["loss"] and first["num_targets"] == scratch["num_targets"]
+
+
+def test_two_objectives_of_one_seed_start_from_the_same_weights_and_see_the_same_batches(data, tmp_path):
+    for name in ("ntp", "meap"):
+        main.command(["main", *flags(tmp_path / name, data__prepared=data, objective__name=name, num_steps=1)])
+    ntp, meap = records(tmp_path / "ntp")[0], records(tmp_path / "meap")[0]
+    assert ntp["num_targets"] == meap["num_targets"]
+    assert ntp["mask_fraction"] == 0 < meap["mask_fraction"]
+
+
+def test_evaluate_reads_a_run_and_writes_what_it_found(trained, capsys):
+    evaluate.command(["evaluate", f"--workdir={trained}"])
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((trained / "evaluation_test.json").read_text())
+    assert {"test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"} <= printed.keys()
+    answers = written["test_retrieval_answers/answers"]
+    assert len(answers["correct"]) == len(answers["depth"]) == len(answers["distance"]) > 8
+    assert sum(answers["correct"]) / len(answers["correct"]) == printed["test_retrieval_answers/accuracy"]
+
+
+def test_the_paper_config_trains_on_the_users_own_text_at_reduced_size(tmp_path):
+    text = tmp_path / "books"
+    text.mkdir()
+    for i in range(12):
+        (text / f"{i}.txt").write_text(" ".join(f"Book {i} says that {n} times {i} is {n * i}." for n in range(200)))
+    workdir = tmp_path / "run"
+    small = {
+        "model.num_layers": 2, "model.embed_dim": 16, "model.num_heads": 2, "model.head_dim": 8, "model.mlp_dim": 24,
+        "seq_len": 64, "global_batch_size": 16, "grad_accum_steps": 2, "num_steps": 2, "data.path": text, "log.every": 1,
+        "data.holdout": 0.1,
+    }  # fmt: skip
+    words = [f"--config={ROOT / 'configs/meap_1b.py'}", f"--workdir={workdir}"]
+    main.command(["main", *words, *(f"--config.{k}={v}" for k, v in small.items())])
+    assert [r["step"] for r in records(workdir)] == [1, 2]
+    tokenizer = json.loads((workdir / "data" / "manifest.json").read_text())["tokenizer"]
+    assert (tokenizer["mask_id"], tokenizer["vocab_size"]) == (32_000, 32_064)
+
+
+def test_the_paper_config_typed_just_so_says_what_to_set(monkeypatch, capsys):
+    code, text = said(monkeypatch, capsys, [f"--config={ROOT / 'configs/meap_1b.py'}"])
+    assert code == 1
+    assert text == "error: data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
+
+
+def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
+    _, workdir = cli.parse_config(["main", f"--config={ROOT / 'configs/quickstart.py'}"])
+    assert workdir.parts[-2:] == ("runs", "quickstart") and workdir.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"objective.mask_ratoi": 0.1}, "no field 'mask_ratoi'. Did you mean \"mask_ratio\""),
+        ({"objective.mask_ratio": 1.5}, "objective.mask_ratio is 1.5, but must be in [0, 1]"),
+        ({"model.num_heads": 0}, "model.num_heads is 0, but must be at least 1"),
+        ({"num_steps": "many"}, "--config.num_steps=many"),
+        ({"global_batch_size": 6}, "global_batch_size is 6, but must be a multiple of 8"),
+        ({"mesh.data": 3}, "there are 8 devices"),
+        ({"objective.mask_id": 5}, "objective.mask_id is 5, but [MASK] of the tokenizer"),
+        ({"data.mixture": "text=1", "data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"init_from": "/nowhere/at/all"}, "/nowhere/at/all has no folder checkpoints"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_bad_input_gets_one_sentence_and_an_exit_code(overrides, expected, monkeypatch, capsys, tmp_path):
+    code, text = said(monkeypatch, capsys, flags(tmp_path / "run", **overrides))
+    assert code == 1
+    assert text.startswith("error: ") and expected in text
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--config is not set"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/quickstart.py", "--steps=3"], "'steps'"),
+        (["--config=configs/quickstart.py", "num_steps=3"], "'num_steps=3' is not a flag"),
+    ],
+)
+def test_a_command_that_is_not_one_says_why(words, expected, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, text = said(monkeypatch, capsys, words)
+    assert code == 1 and expected in text
+
+
+def test_an_empty_data_folder_is_said_in_a_process_of_its_own_without_a_traceback(tmp_path):
+    (tmp_path / "empty").mkdir()
+    finished = run(tmp_path / "run", data__mixture="text=1", data__path=tmp_path / "empty")
+    assert finished.returncode == 1
+    assert finished.stderr.strip().split("\n")[-1].startswith("error: ") and "empty" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_workdir_of_another_config_is_refused_with_every_change_named(trained, data, monkeypatch, capsys):
+    before = sorted(str(p) for p in pathlib.Path(trained).rglob("*"))
+    words = flags(trained, data__prepared=data, **{"optimizer.learning_rate": 0.5, "seeds.mask": 7, "num_steps": 9})
+    code, text = said(monkeypatch, capsys, words)
+    assert code == 1
+    assert "optimizer.learning_rate was 0.0" in text and "seeds.mask was None and is now 7" in text
+    assert "num_steps" not in text  # It may change.
+    assert sorted(str(p) for p in pathlib.Path(trained).rglob("*")) == before
+
+
+def test_other_data_is_refused_with_both_fingerprints(trained, data, tmp_path):
+    import shutil
+
+    from etils import epath
+
+    from meap_jax.run import check_resume, open_run
+
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    config, workdir = cli.parse_config(["main", *flags(trained, data__prepared=data)])
+    run_of = open_run(config, epath.Path(workdir))
+    meta = {"config": config.to_dict(), "fingerprint": "0" * 64}
+    with pytest.raises(ConfigError, match=f"{'0' * 64}.*{run_of.prepared.fingerprint}"):
+        check_resume(run_of, meta)
+
+
+def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    words = flags(workdir, data__prepared=data, **{"optimizer.learning_rate": 1e18, "optimizer.warmup_fraction": 1.0, "num_steps": 40})
+    code, text = said(monkeypatch, capsys, words)
+    assert code == 1
+    assert "error: step " in text and "must be finite" in text
+    failed = int(text.split("step ")[1].split(":")[0])
+    kept = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    assert all(step < failed for step in kept)
+    assert all(step < failed for step in losses(workdir))

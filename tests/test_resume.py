@@ -1,0 +1,100 @@
+"""Runs that are really killed go on bit for bit; damaged checkpoints and strange ones are said."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from runs import command, environment, losses, records, run
+
+STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nothing disturbs, and the data folder that all of them share."""
+    folder = tmp_path_factory.mktemp("reference")
+    finished = run(folder / "run", data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def start(reference, workdir):
+    return subprocess.Popen(
+        command(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000),
+        env=environment(), cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def kill_when(process, moment, timeout=200):
+    """SIGKILL as soon as `moment()` holds; returns whether it did before the run was over."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        if moment():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    return False
+
+
+def logged(workdir):
+    file = workdir / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def saved(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def test_a_run_killed_at_three_moments_one_of_them_in_a_save_gives_bit_identical_losses(reference, tmp_path):
+    workdir = tmp_path / "run"
+    # Before the first checkpoint.
+    assert kill_when(start(reference, workdir), lambda: 3 <= logged(workdir))
+    assert saved(workdir) == []
+    # While a save is being written: orbax's temporary folder is there.
+    assert kill_when(start(reference, workdir), lambda: any((workdir / "checkpoints").glob("40*tmp*")))
+    assert 40 not in saved(workdir)
+    # Between two saves.
+    assert kill_when(start(reference, workdir), lambda: 80 in saved(workdir) and logged(workdir) >= 85)
+
+    process = start(reference, workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "resuming from step" in said
+    assert losses(workdir) == losses(reference / "run")
+    assert [r["step"] for r in records(workdir)] == list(range(1, STEPS + 1))
+
+
+def truncate(folder):
+    """Cuts the largest file of a checkpoint's parameters to half its length."""
+    largest = max((f for f in (folder / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_a_truncated_checkpoint_is_put_aside_and_the_one_before_is_used(reference, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference / "run", workdir)
+    assert saved(workdir) == [STEPS - 20, STEPS]
+    truncate(workdir / "checkpoints" / str(STEPS))
+    finished = run(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    assert finished.returncode == 0, finished.stderr
+    assert f"checkpoints/{STEPS} is damaged" in finished.stderr
+    assert f"resuming from step {STEPS - 20}" in finished.stderr
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).exists()
+    assert losses(workdir) == losses(reference / "run")
+
+
+def test_a_run_of_which_no_checkpoint_can_be_read_stops_and_keeps_them(reference, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference / "run", workdir)
+    for step in saved(workdir):
+        truncate(workdir / "checkpoints" / str(step))
+    finished = run(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    assert finished.returncode == 1
+    assert "none of the checkpoints" in finished.stderr and "Traceback" not in finished.stderr
+    assert saved(workdir) == [STEPS - 20, STEPS]
