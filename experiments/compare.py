@@ -108,7 +108,9 @@ def collect(jobs: list[Job]) -> Iterator[report.RunResult]:
         yield report.RunResult(job.objective, job.seed, read_metrics(job.workdir), evaluate(job.workdir, "test"))
 
 
-def compare(config: ml_collections.ConfigDict, workdir: epath.Path, num_seeds: int, config_flags: list[str]) -> dict[str, Any]:
+def compare(
+    config: ml_collections.ConfigDict, workdir: epath.Path, num_seeds: int, config_flags: list[str]
+) -> dict[str, Any]:
     """Data, training, evaluation, report; returns what stands in results.json."""
     began = time.perf_counter()
     jobs = [

@@ -93,9 +93,7 @@ def _by(of: dict, seeds: list[int], name: str, by: str, edges: tuple[float, ...]
                 hits, trials = hits + int(correct.sum()), trials + correct.size
             row[objective] = {"per_seed": shares, "trials": trials}
             row[objective] |= binomial_interval(hits, trials)._asdict() if trials else {}
-        row["difference"] = paired_t_interval(
-            np.subtract(row["meap"]["per_seed"], row["ntp"]["per_seed"])
-        )._asdict()
+        row["difference"] = paired_t_interval(np.subtract(row["meap"]["per_seed"], row["ntp"]["per_seed"]))._asdict()
         rows.append(row)
     return rows
 
@@ -133,7 +131,9 @@ def _plot_depth(file: epath.Path, results: dict[str, Any]) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for panel, (by, label) in zip(
-        axes, (("depth", "depth of the fact (0 first, 1 last)"), ("distance", "tokens from fact to answer")), strict=True
+        axes,
+        (("depth", "depth of the fact (0 first, 1 last)"), ("distance", "tokens from fact to answer")),
+        strict=True,
     ):
         rows = tables[0][by]
         x = np.arange(len(rows))
@@ -222,7 +222,9 @@ def _markdown(results: dict[str, Any]) -> str:
         "## How it was made",
         "",
         f"- Data {setting['fingerprint'][:12]}: {counts}.",
-        "- " + ", ".join(f"{name} {version}" for name, version in setting["versions"].items()) + f"; {setting['cores']} cores.",
+        "- "
+        + ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+        + f"; {setting['cores']} cores.",
         f"- {setting['minutes']} minutes from the first run's start to this page.",
         "- Everything above stands in results.json; each run's own log in its folder.",
         "",
@@ -246,7 +248,8 @@ def _retrieval_section(table: dict[str, Any]) -> list[str]:
         lines += [f"| {title} | NTP | MEAP | difference, interval over seeds |", "| --- | --- | --- | --- |"]
         for row in table[by]:
             shown = [
-                f"{100 * row[o]['estimate']:.1f} [{100 * row[o]['low']:.1f}, {100 * row[o]['high']:.1f}]" for o in LABELS
+                f"{100 * row[o]['estimate']:.1f} [{100 * row[o]['low']:.1f}, {100 * row[o]['high']:.1f}]"
+                for o in LABELS
             ]
             lines.append(f"| {_group(row)} | {shown[0]} | {shown[1]} | {_interval(row['difference'], True)} |")
         lines.append("")

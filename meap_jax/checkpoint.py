@@ -98,7 +98,9 @@ class Checkpointer:
             state = serialization.from_state_dict(template, {"params": read["params"], **read["rest"]})
             return Restored(step, state, read["meta"])
         if steps:
-            raise ConfigError(f"none of the checkpoints in {self._folder} can be read (steps {steps}); move the folder away to start again.")
+            raise ConfigError(
+                f"none of the checkpoints in {self._folder} can be read (steps {steps}); move the folder away to start again."
+            )
         return None
 
     def close(self) -> None:
@@ -142,7 +144,9 @@ def restore_params(workdir: epath.Path, shapes: Any) -> Restored:
                 step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes), meta=ocp.args.JsonRestore())
             )
         except _BROKEN as error:
-            raise ConfigError(f"{folder / str(step)} does not hold parameters of this model: {_short(error)}") from error
+            raise ConfigError(
+                f"{folder / str(step)} does not hold parameters of this model: {_short(error)}"
+            ) from error
     _check_layout(read["meta"], folder)
     return Restored(step, read["params"], read["meta"])
 

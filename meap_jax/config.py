@@ -74,7 +74,9 @@ def base() -> ml_collections.ConfigDict:
     a.b2 = 0.95
     a.eps = 1e-8
     a.weight_decay = 0.05
-    a.decay_on = "all"  # all: as the official code, norms and embeddings too; matrices: what has two dimensions or more.
+    a.decay_on = (
+        "all"  # all: as the official code, norms and embeddings too; matrices: what has two dimensions or more.
+    )
     a.clip_norm = 1.0  # Global norm of the gradient.
 
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # One may be -1: what is left.
@@ -214,12 +216,24 @@ def check(config: ml_collections.ConfigDict) -> None:
         most = (config.seq_len - 1) / config.seq_len
         expected = f"at most {most:.4g} with objective.strategy=official, which never masks the last position"
         require("objective.mask_ratio", lambda v: v <= most, expected)
-    require("objective.mask_id", lambda v: 0 <= v < config.model.vocab_size, f"an id below model.vocab_size ({config.model.vocab_size})")
-    require("model.num_kv_heads", lambda v: config.model.num_heads % v == 0, f"a divisor of model.num_heads ({config.model.num_heads})")
+    require(
+        "objective.mask_id",
+        lambda v: 0 <= v < config.model.vocab_size,
+        f"an id below model.vocab_size ({config.model.vocab_size})",
+    )
+    require(
+        "model.num_kv_heads",
+        lambda v: config.model.num_heads % v == 0,
+        f"a divisor of model.num_heads ({config.model.num_heads})",
+    )
     require("model.head_dim", lambda v: v % 2 == 0, "even, for RoPE turns pairs")
     require("model.rope_base", lambda v: 0 < v < math.inf, "positive")
     require("model.norm_eps", lambda v: 0 < v < math.inf, "positive")
-    require("grad_accum_steps", lambda v: config.global_batch_size % v == 0, f"a divisor of global_batch_size ({config.global_batch_size})")
+    require(
+        "grad_accum_steps",
+        lambda v: config.global_batch_size % v == 0,
+        f"a divisor of global_batch_size ({config.global_batch_size})",
+    )
     require("seq_len", lambda v: v >= 2, "at least 2")
     require("optimizer.learning_rate", lambda v: 0 < v < math.inf, "positive")
     require("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more")

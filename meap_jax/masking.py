@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PAPER_MASK_ID = 32_000  # [MASK] is appended to Llama's 32,000 pieces (official code, MEAP-Pretain/pretrained/meap_1b.py).
+PAPER_MASK_ID = (
+    32_000  # [MASK] is appended to Llama's 32,000 pieces (official code, MEAP-Pretain/pretrained/meap_1b.py).
+)
 STRATEGIES = ("random", "span", "bernoulli", "shared")
 OFFICIAL_CYCLE = 51  # The official code reseeds with 50 + step % 51, so there are only 51 masks.
 
@@ -114,7 +116,9 @@ def official_masks(seq_len: int, ratio: float) -> np.ndarray:
         return masks
     count = max(1, int(seq_len * ratio))
     if count > seq_len - 1:
-        raise ValueError(f"ratio {ratio} asks for {count} masks, but only {seq_len - 1} of {seq_len} positions can be masked")
+        raise ValueError(
+            f"ratio {ratio} asks for {count} masks, but only {seq_len - 1} of {seq_len} positions can be masked"
+        )
     for cycle in range(OFFICIAL_CYCLE):
         masks[cycle, random.Random(50 + cycle).sample(range(seq_len - 1), count)] = True
     return masks

@@ -88,7 +88,9 @@ def make_inputs(
       ConfigError: for a ratio given to the official strategy, whose tables are made for the objective's own.
     """
     if ratio is not None and objective.strategy == "official":
-        raise ConfigError("objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another.")
+        raise ConfigError(
+            "objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another."
+        )
     clean = clean_inputs(batch)
     ratio = objective.mask_ratio if ratio is None else ratio
     if isinstance(ratio, float) and ratio == 0:

@@ -89,7 +89,9 @@ def check_resume(run: Run, meta: dict[str, Any]) -> None:
     changed = changed_on_resume(meta["config"], run.config)
     if changed:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
-        raise ConfigError(f"{run.workdir} holds checkpoints of another config: {listed}. Use another --workdir, or the old values.")
+        raise ConfigError(
+            f"{run.workdir} holds checkpoints of another config: {listed}. Use another --workdir, or the old values."
+        )
     if meta["fingerprint"] != run.prepared.fingerprint:
         raise ConfigError(
             f"{run.workdir} holds checkpoints made on data {meta['fingerprint']}, but {run.prepared.folder} is "

@@ -37,9 +37,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise ConfigError(
             f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis -1 for what is left."
         )
-    return jax.make_mesh(
-        tuple(fitted.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(fitted.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_len: int) -> None:
@@ -74,7 +72,9 @@ def spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Pa
         if size % shards and axis == "kv_heads":
             entry = None
         elif size % shards:
-            raise ConfigError(f"the axis {axis!r} of size {size} can't be split over {entry} = {shards} devices; choose a mesh that divides it.")
+            raise ConfigError(
+                f"the axis {axis!r} of size {size} can't be split over {entry} = {shards} devices; choose a mesh that divides it."
+            )
         entries.append(entry)
     used = [a for entry in entries if entry for a in np.atleast_1d(entry)]
     if len(used) != len(set(used)):

@@ -22,7 +22,11 @@ TINY = {
 def flags(workdir, config="configs/quickstart.py", **overrides):
     """The words that a user would type after `python -m meap_jax.main`, with TINY and these overrides."""
     values = {**TINY, **{name.replace("__", "."): value for name, value in overrides.items()}}
-    return [f"--config={ROOT / config}", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in values.items())]
+    return [
+        f"--config={ROOT / config}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
 
 
 def command(workdir, **overrides):
@@ -39,7 +43,13 @@ def environment(**variables):
 def run(workdir, **overrides):
     """Runs it to the end; returns the finished process, its output as text."""
     return subprocess.run(
-        command(workdir, **overrides), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+        command(workdir, **overrides),
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
 
 

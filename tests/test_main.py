@@ -97,7 +97,10 @@ def test_the_paper_config_trains_on_the_users_own_text_at_reduced_size(tmp_path)
 def test_the_paper_config_typed_just_so_says_what_to_set(monkeypatch, capsys):
     code, text = said(monkeypatch, capsys, [f"--config={ROOT / 'configs/meap_1b.py'}"])
     assert code == 1
-    assert text == "error: data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
+    assert (
+        text
+        == "error: data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
+    )
 
 
 def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
@@ -176,9 +179,15 @@ def test_other_data_is_refused_with_both_fingerprints(trained, data, tmp_path):
         check_resume(run_of, meta)
 
 
-def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
-    words = flags(workdir, data__prepared=data, **{"optimizer.learning_rate": 1e18, "optimizer.warmup_fraction": 1.0, "num_steps": 40})
+    words = flags(
+        workdir,
+        data__prepared=data,
+        **{"optimizer.learning_rate": 1e18, "optimizer.warmup_fraction": 1.0, "num_steps": 40},
+    )
     code, text = said(monkeypatch, capsys, words)
     assert code == 1
     assert "error: step " in text and "must be finite" in text

@@ -53,9 +53,7 @@ def make(*arguments, python=None, cwd="/"):
     if python:
         environment["PYTHON"] = str(python)
     command = ["make", "--no-print-directory", *map(str, arguments), ".venv"]
-    return subprocess.run(
-        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def interpreter(folder, python=sys.executable, **modules):

@@ -16,7 +16,9 @@ STEPS = 240
 def reference(tmp_path_factory):
     """A run that nothing disturbs, and the data folder that all of them share."""
     folder = tmp_path_factory.mktemp("reference")
-    finished = run(folder / "run", data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    finished = run(
+        folder / "run", data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000
+    )
     assert finished.returncode == 0, finished.stderr
     return folder
 

@@ -147,7 +147,9 @@ def test_the_state_is_donated_and_stays_where_it_was():
     with jax.set_mesh(mesh):
         new_state, _ = train.compile_step(config, definition, mesh)(state, batch)
     assert state.params["head"].is_deleted()
-    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), new_state, shardings)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), new_state, shardings
+    )
 
 
 class Recorder:

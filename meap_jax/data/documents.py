@@ -53,9 +53,7 @@ class EncodedDocument(NamedTuple):
     answers: tuple[AnswerSpan, ...] = ()
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer
-) -> Iterator[EncodedDocument]:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
     """Encodes documents piece by piece as bos + pieces + eos, in order and lazily.
 
     The bos in front and the eos behind are what the official pre-training data has.
@@ -87,9 +85,7 @@ def encode_documents(
             yield _assemble(document, known, tokenizer)
 
 
-def _assemble(
-    document: Document, known: dict[tuple[str, bool], list[int]], tokenizer: Tokenizer
-) -> EncodedDocument:
+def _assemble(document: Document, known: dict[tuple[str, bool], list[int]], tokenizer: Tokenizer) -> EncodedDocument:
     ids = [tokenizer.bos_id]
     starts = []
     for index, piece in enumerate(document.pieces):

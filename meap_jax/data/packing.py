@@ -40,9 +40,7 @@ def smallest_dtype(largest: int) -> np.dtype:
     return np.min_scalar_type(largest)
 
 
-def pack_concat(
-    documents: Iterable[Sequence[int]], block_len: int, dtype: DTypeLike = np.int32
-) -> Packed:
+def pack_concat(documents: Iterable[Sequence[int]], block_len: int, dtype: DTypeLike = np.int32) -> Packed:
     """Lets documents run on across blocks, without a mask between them.
 
     This is how the official pre-training code packs (bos + text + eos, one stream cut into 4,097
@@ -158,10 +156,7 @@ def pack_source(
                     "in another split; raise num_keys, num_values or num_facts."
                 )
         return packs, "document"
-    packs = {
-        split: pack_concat((document.ids for document in encoded(split)), block_len, dtype)
-        for split in SPLITS
-    }
+    packs = {split: pack_concat((document.ids for document in encoded(split)), block_len, dtype) for split in SPLITS}
     if all(len(packed.tokens) for packed in packs.values()):
         return packs, "document"
     # Documents that were to be held out come last: they fill the end that is cut off.

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from meap_jax.data.prepare import Prepared
 from meap_jax.sharding import put
 
-
 _ENDLESS = 2**40  # Steps; grain wants a length.
 
 

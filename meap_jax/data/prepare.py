@@ -69,8 +69,7 @@ class Prepared:
         names = [f"{stem}.{kind}.npy" for kind in ("tokens", "segments", "answers")]
         if names[0] not in self.manifest["files"]:
             raise DataError(
-                f"The prepared folder {self.folder} holds no {stem}, only "
-                f"{', '.join(self.manifest['sources'])}."
+                f"The prepared folder {self.folder} holds no {stem}, only {', '.join(self.manifest['sources'])}."
             )
         answers = self._map(names[2]) if names[2] in self.manifest["files"] else None
         return Blocks(self._map(names[0]), self._map(names[1]), answers)
@@ -106,8 +105,7 @@ def prepare(folder: str | os.PathLike[str], *, options: Mapping[str, Any]) -> Pr
     folder = Path(folder)
     if "://" in str(folder) or str(folder).startswith("gs:/"):
         raise ConfigError(
-            f"data.prepared is {folder}, but must be a local folder, since its blocks "
-            "are mapped into memory."
+            f"data.prepared is {folder}, but must be a local folder, since its blocks are mapped into memory."
         )
     folder = folder.expanduser().absolute()
     wanted = _relevant(options)
@@ -147,8 +145,7 @@ def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
         raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
     if layout != LAYOUT_VERSION:
         raise DataError(
-            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: "
-            "delete it to prepare it again."
+            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
         )
     for name, entry in files.items():
         file = folder / name
@@ -169,10 +166,7 @@ def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
     sources = list(options["sources"])
     kept = {name: options[name] for name in ("tokenizer", "seq_len")} | {"sources": sources}
     if options["tokenizer"] not in TOKENIZERS:
-        raise ConfigError(
-            f"data.tokenizer is {options['tokenizer']!r}, but must be one of "
-            f"{', '.join(TOKENIZERS)}."
-        )
+        raise ConfigError(f"data.tokenizer is {options['tokenizer']!r}, but must be one of {', '.join(TOKENIZERS)}.")
     if "vocab_size" in options:
         kept["vocab_size"] = options["vocab_size"]
     if "retrieval" in sources:
@@ -223,10 +217,7 @@ def _write(folder: Path, options: dict[str, Any]) -> None:
             if source.whole and split != "train":
                 np.save(folder / f"{source.name}-{split}.answers.npy", packed.answers)
             _log.info("Prepared %s-%s: %s", source.name, split, counts[source.name][split])
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
     manifest = {
         "layout_version": LAYOUT_VERSION,

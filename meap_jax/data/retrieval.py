@@ -95,9 +95,7 @@ class RetrievalSpec:
                 raise ConfigError(f"data.retrieval.{name} is {value}, but must be {valid}.")
 
 
-def generate(
-    spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int
-) -> Iterator[Document]:
+def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int) -> Iterator[Document]:
     """Generates documents, the same ones for the same arguments on every machine.
 
     Args:

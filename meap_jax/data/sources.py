@@ -42,13 +42,10 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
         path = options.get("path")
         if not path:
             raise ConfigError(
-                "data.path is not set: name a folder of .txt or .jsonl files, such as "
-                "--config.data.path=/data/books."
+                "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
             )
         return _split_texts(name, lambda: read_text(path), options["holdout"])
-    raise ConfigError(
-        f"data.mixture names the source {name!r}, but there are {', '.join(SOURCES)}."
-    )
+    raise ConfigError(f"data.mixture names the source {name!r}, but there are {', '.join(SOURCES)}.")
 
 
 def _retrieval(counts: dict[str, int], seed: int) -> Source:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 # Third-party code, tests and their data, and packages that newer Pythons dropped or may drop.
 _SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib lib2to3 lib-dynload "
-    "ensurepip __pycache__".split()
+    "site-packages dist-packages test tests idle_test idlelib lib2to3 lib-dynload ensurepip __pycache__".split()
 )
 _SHORTEST = 100  # characters; below it docstrings are mostly "Return the name." and the like
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -30,9 +30,7 @@ def read_text(path: str) -> Iterator[str]:
     """
     root = epath.Path(path)
     if not root.exists():
-        raise ConfigError(
-            f"data.path is {path!r}, which does not exist: give a folder of .txt or .jsonl files."
-        )
+        raise ConfigError(f"data.path is {path!r}, which does not exist: give a folder of .txt or .jsonl files.")
     if not root.is_dir() and root.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"data.path is {path!r}, a file that is neither .txt nor .jsonl.")
     files, documents = 0, 0
@@ -84,9 +82,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")  # without the mark that some editors put in front
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}."
-        ) from error
+        raise DataError(f"{where} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}.") from error
 
 
 def _is_utf8(text: str) -> bool:

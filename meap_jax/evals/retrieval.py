@@ -46,8 +46,7 @@ class Retrieval:
     def answers(self, params: Params) -> Answers:
         """Every answer by itself."""
         hits = [
-            self._step(params, batch)
-            for batch in batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+            self._step(params, batch) for batch in batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
         ]
         hits_NxT = np.concatenate(jax.device_get(hits))
         return Answers(

@@ -31,12 +31,11 @@ class Validation:
         meap = dataclasses.replace(
             Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random"
         )
-        self._step = jax.jit(
-            functools.partial(_losses, definition, meap), out_shardings=sharding.replicated(mesh)
-        )
+        self._step = jax.jit(functools.partial(_losses, definition, meap), out_shardings=sharding.replicated(mesh))
         # A stream of its own: never the masks of a training step.
         self._key = sharding.put_whole(
-            sharding.replicated(mesh), np.asarray(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31)))
+            sharding.replicated(mesh),
+            np.asarray(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31))),
         )
 
     def run(self, params: Params) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,14 @@ from meap_jax.data.pipeline import TrainBatches, global_sequence
 from meap_jax.data.prepare import prepare
 
 RETRIEVAL = dict(
-    num_keys=16, num_values=16, min_facts=1, num_facts=3, num_questions=2, max_fillers=1, num_documents=60, num_eval_documents=8
+    num_keys=16,
+    num_values=16,
+    min_facts=1,
+    num_facts=3,
+    num_questions=2,
+    max_fillers=1,
+    num_documents=60,
+    num_eval_documents=8,
 )
 
 
@@ -30,7 +37,9 @@ WEIGHTS = {"retrieval": 3.0, "text": 1.0}
 
 
 def batches(prepared, seed=0, batch_size=8, num_devices=1, axis="data"):
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | {axis: num_devices}, jax.devices()[:num_devices])
+    mesh = sharding.make_mesh(
+        {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | {axis: num_devices}, jax.devices()[:num_devices]
+    )
     return TrainBatches(prepared, WEIGHTS, seed=seed, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
 
 

@@ -78,9 +78,7 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared):
     for answer in blocks.answers:
         tokens = blocks.tokens[answer["row"]]
         start, length, distance = answer["start"], answer["length"], answer["distance"]
-        assert np.array_equal(
-            tokens[start : start + length], tokens[start - distance : start - distance + length]
-        )
+        assert np.array_equal(tokens[start : start + length], tokens[start - distance : start - distance + length])
 
 
 def test_the_manifest_counts_what_is_there(prepared):
@@ -108,9 +106,7 @@ def test_the_fingerprint_depends_on_content_alone(prepared, options, tmp_path, m
 def test_no_text_stands_in_two_splits(prepared, options):
     for name in ("retrieval", "text"):
         source = sources.open_source(name, options)
-        train, validation, test = (
-            {document.text for document in source.documents(split)} for split in sources.SPLITS
-        )
+        train, validation, test = ({document.text for document in source.documents(split)} for split in sources.SPLITS)
         assert train and validation and test
         assert not (train & validation or train & test or validation & test)
     assert len(train | validation | test) == 40  # of 41 files, two of which are equal
@@ -255,9 +251,7 @@ def test_too_few_different_documents_are_an_error(tmp_path, options):
 def test_a_single_small_book_can_be_trained_on_with_the_large_vocabulary(tmp_path, books):
     path = str(books / "00.txt")
     wanted = OPTIONS | {"sources": ("text",), "path": path, "seq_len": 32}
-    prepared = prepare(
-        tmp_path / "a", options=wanted | {"tokenizer": "mistral", "vocab_size": 32064}
-    )
+    prepared = prepare(tmp_path / "a", options=wanted | {"tokenizer": "mistral", "vocab_size": 32064})
     assert prepared.manifest["sources"]["text"]["split_by"] == "block"
     assert prepared.tokenizer.mask_id == 32_000
     text = prepared.tokenizer.decode(prepared.blocks("text", "train").tokens[0])

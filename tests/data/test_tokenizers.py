@@ -100,9 +100,7 @@ def test_bpe_stays_within_its_size_and_pads_it_to_a_multiple_of_64():
 
 
 def test_words_of_retrieval_become_single_tokens():
-    assert [len(bpe.encode(f" {word}")) for word in ("harbor", "museum", "falcon", "otter")] == [
-        1
-    ] * 4
+    assert [len(bpe.encode(f" {word}")) for word in ("harbor", "museum", "falcon", "otter")] == [1] * 4
 
 
 def test_a_bpe_too_small_for_the_bytes_is_refused():

@@ -60,7 +60,9 @@ def test_teacher_forced_matches_equal_greedy_exact_match(setup):
 def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
-    answers = np.array([(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ANSWER_DTYPE)
+    answers = np.array(
+        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ANSWER_DTYPE
+    )
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
 
 
@@ -77,7 +79,9 @@ def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(set
     values = dict(Validation(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:2])).run(params))
     tokens, segments = np.asarray(blocks.tokens, np.int32), np.asarray(blocks.segment_ids, np.int32)
     total, count = 0.0, 0
-    logits = definition.apply(params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1])))
+    logits = definition.apply(
+        params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]))
+    )
     for row in range(len(tokens)):
         for t in range(T):
             if segments[row, t + 1]:
