@@ -27,6 +27,7 @@ test: .venv ## run the tests, on the CPU
 lint: .venv ## check style, types and the direction of imports
 	@cd "$(ROOT)"
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	.venv/bin/python .venv/bin/lint-imports
 

@@ -1,6 +1,6 @@
 """Trains NTP and MEAP on the same blocks from the same weights, evaluates both and writes the report.
 
-python -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart [--seeds=3] [--config.field=value ...]
+python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--seeds=3] [--config.field=value ...]
 
 Runs that are finished are kept, and interrupted ones go on where they were: the same command again picks up the rest.
 """
@@ -46,15 +46,16 @@ class Job(NamedTuple):
 def train_all(jobs: list[Job], config_flags: list[str], data: str, num_steps: int) -> None:
     """Runs `meap_jax.main` for every job, on the CPU one at a time on each core, else one after the other.
 
-    A small model on one core wastes none of it on waiting for other threads: two runs side by side finish sooner than one
-    after the other with both cores each.
+    A small model on one core wastes none of it on waiting for other threads: two runs side by side finish sooner than
+    one after the other with both cores each.
 
     Raises:
       ConfigError: if a run fails; names its log.
     """
     on_cpu = jax.default_backend() == "cpu"
     cores = sorted(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else [None]
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running: dict[int | None, tuple[Job, subprocess.Popen]] = {}  # By core.
     with tqdm.tqdm(total=len(jobs) * num_steps, unit="step", disable=not sys.stderr.isatty()) as bar:
         try:
             while waiting or running:

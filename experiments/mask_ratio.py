@@ -58,9 +58,6 @@ class Population(NamedTuple):
     seed_index: jax.Array  # [P] int32: whose of the S batches of a step are the member's.
 
 
-# -------------------------------------------------------------------------------------------------------------- program
-
-
 def compile_steps(run: Run, population: Population) -> Callable[[Population, Batch], tuple[Population, jax.Array]]:
     """(population, batches [steps, S, B, T + 1]) -> (population, losses [P, steps]), jitted."""
     step_fn = functools.partial(
@@ -86,9 +83,6 @@ def compile_steps(run: Run, population: Population) -> Callable[[Population, Bat
 
     lies = jax.tree.map(lambda x: x.sharding, population)
     return jax.jit(steps, out_shardings=(lies, sharding.replicated(run.mesh)), donate_argnums=0)
-
-
-# ------------------------------------------------------------------------------------------------------- state and data
 
 
 def seed_configs(config: ml_collections.ConfigDict, num: int) -> list[ml_collections.ConfigDict]:
@@ -230,8 +224,8 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 def command(argv: list[str]) -> None:
     """The door."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ratios", default="0,.05,.1,.15,.2")
-    parser.add_argument("--seeds", default="3")
+    parser.add_argument("--ratios", nargs="?", const="", default="0,.05,.1,.15,.2")
+    parser.add_argument("--seeds", nargs="?", const="", default="3")
     args, rest = parser.parse_known_args(argv[1:])
     ratios = parse_ratios(args.ratios)
     if not args.seeds.isdecimal() or int(args.seeds) < 2:

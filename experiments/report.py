@@ -1,12 +1,16 @@
 """The page that compares NTP and MEAP: results.json, report.md and two plots."""
 
 import json
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from meap_jax.evals.statistics import Interval, binomial_interval, paired_t_interval
 
@@ -62,7 +66,7 @@ def summarize(runs: list[RunResult]) -> dict[str, Any]:
             "difference": paired_t_interval(differences)._asdict(),
         }
 
-    results: dict[str, Any] = {"seeds": seeds, "metrics": {m: compared(lambda e, m=m: e[m]) for m in metrics}}
+    results: dict[str, Any] = {"seeds": seeds, "metrics": {m: compared(operator.itemgetter(m)) for m in metrics}}
     for name in [name for name in runs[0].evaluation if name.endswith("/answers")]:
         some = of["ntp", seeds[0]][name]
         groups = {"depth": DEPTH_EDGES, "distance": _quantile_edges(some["distance"])}
@@ -152,11 +156,11 @@ def _plot_depth(file: epath.Path, results: dict[str, Any]) -> None:
     _save(figure, file)
 
 
-def _legend(panel: plt.Axes) -> None:
-    panel.legend(handles=[plt.Line2D([], [], color=COLORS[o], label=LABELS[o]) for o in LABELS], frameon=False)
+def _legend(panel: Axes) -> None:
+    panel.legend(handles=[Line2D([], [], color=COLORS[o], label=LABELS[o]) for o in LABELS], frameon=False)
 
 
-def _save(figure: plt.Figure, file: epath.Path) -> None:
+def _save(figure: Figure, file: epath.Path) -> None:
     figure.tight_layout()
     with file.open("wb") as stream:
         figure.savefig(stream, dpi=110, format="png")
@@ -174,14 +178,16 @@ def _markdown(results: dict[str, Any]) -> str:
     lines = [
         "# NTP and MEAP, side by side",
         "",
-        f"Next-token prediction (NTP) against mask-enhanced autoregressive prediction (MEAP, {objective['mask_ratio']:.0%} of the "
-        f"input tokens masked). {len(seeds)} seeds ({', '.join(map(str, seeds))}); the two runs of a seed share initial weights, "
-        "batches, steps and learning rate, and differ in the objective alone.",
+        "Next-token prediction (NTP) against mask-enhanced autoregressive prediction "
+        f"(MEAP, {objective['mask_ratio']:.0%} of the input tokens masked). "
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); the two runs of a seed share initial weights, batches, "
+        "steps and learning rate, and differ in the objective alone.",
         "",
-        f"Decoder: {model['num_layers']} layers, width {model['embed_dim']}, {model['num_heads']} heads, vocabulary "
-        f"{model['vocab_size']}, {model['dtype']}. Each run: {config['num_steps']:,} steps of {config['global_batch_size']} x "
-        f"{config['seq_len']} tokens ({tokens / 1e6:.1f}M), peak learning rate {config['optimizer']['learning_rate']:g}, data "
-        f"{config['data']['mixture']}.",
+        f"Decoder: {model['num_layers']} layers, width {model['embed_dim']}, {model['num_heads']} heads, "
+        f"vocabulary {model['vocab_size']}, {model['dtype']}. "
+        f"Each run: {config['num_steps']:,} steps of {config['global_batch_size']} x {config['seq_len']} tokens "
+        f"({tokens / 1e6:.1f}M), peak learning rate {config['optimizer']['learning_rate']:g}, "
+        f"data {config['data']['mixture']}.",
         "",
         "## On held-out test data",
         "",
@@ -196,8 +202,8 @@ def _markdown(results: dict[str, Any]) -> str:
         verdicts.append(f"- {_title(name)}: {_verdict(Interval(**row['difference']), higher_is_better=percent)}")
     lines += [
         "",
-        "Mean ± standard deviation over seeds; losses in nats a token on clean inputs unless marked masked. The interval is "
-        f"Student's t on the {len(seeds)} paired differences.",
+        "Mean ± standard deviation over seeds; losses in nats a token on clean inputs unless marked masked. "
+        f"The interval is Student's t on the {len(seeds)} paired differences.",
         "",
         *verdicts,
         "",
@@ -238,8 +244,9 @@ def _retrieval_section(table: dict[str, Any]) -> list[str]:
     lines = [
         "## Retrieval: is the fact given back?",
         "",
-        f"{table['trials_per_run']:,} questions a run. An answer counts if the most likely token is right at each of its "
-        "positions. Brackets: 95 % binomial interval over the answers of all seeds (within runs; seeds differ by more).",
+        f"{table['trials_per_run']:,} questions a run. An answer counts if the most likely token is right at each of "
+        "its positions. Brackets: 95 % binomial interval over the answers of all seeds (within runs; seeds differ by "
+        "more).",
         "",
         "![accuracy by depth and distance](depth.png)",
         "",

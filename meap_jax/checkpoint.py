@@ -1,7 +1,8 @@
 """Checkpoints: what a run needs to go on exactly where it was, by orbax, as plain nested dicts with a layout version.
 
-A step's folder holds `params` (so that another run can start from them alone), `rest` (optimizer, step, keys) and `meta`
-(JSON: layout, the whole config, the data's fingerprint and iterator state). Orbax writes beside and renames when complete.
+A step's folder holds `params` (so that another run can start from them alone), `rest` (optimizer, step, keys) and
+`meta` (JSON: layout, the whole config, the data's fingerprint and iterator state). Orbax writes beside and renames when
+complete.
 """
 
 import logging
@@ -43,7 +44,7 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copies the state (a NamedTuple with `params`) to the host and returns; files are written in the background."""
+        """Copies the state (a NamedTuple with `params`) to the host and returns; files are written meanwhile."""
         tree = serialization.to_state_dict(state)
         self._manager.save(
             step,
@@ -99,7 +100,8 @@ class Checkpointer:
             return Restored(step, state, read["meta"])
         if steps:
             raise ConfigError(
-                f"none of the checkpoints in {self._folder} can be read (steps {steps}); move the folder away to start again."
+                f"none of the checkpoints in {self._folder} can be read (steps {steps}); "
+                "move the folder away to start again."
             )
         return None
 

@@ -46,7 +46,7 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
         raise ConfigError(f"the config has no field {field.strip(chr(39))!r}. {' '.join(hint)}".strip()) from error
     except (flags.Error, OSError, ImportError, SyntaxError, KeyError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    name = os.path.splitext(os.path.basename(values["config"].config_filename))[0]
+    name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, workdir if "://" in str(workdir) else workdir.expanduser().resolve()
 
@@ -54,8 +54,8 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
 def join_hosts() -> None:
     """Connects the processes of a run, if there are several.
 
-    Either as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or as the cluster does (Cloud TPU, Slurm and
-    others that `jax.distributed.initialize` knows).
+    Either as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or as the cluster does (Cloud TPU,
+    Slurm and others that `jax.distributed.initialize` knows).
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(

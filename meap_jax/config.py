@@ -1,7 +1,8 @@
 """Every field of a run: its default, its type, its unit, and the checks that stop an impossible one.
 
 A file in `configs/` calls `base` or `paper`, changes what it is about and returns the result from `get_config()`.
-Fields that a user may set but need not are typed placeholders; nothing is a list, since ml_collections can override neither.
+Fields that a user may set but need not are typed placeholders; nothing is a list, since ml_collections can override
+neither.
 """
 
 import math
@@ -92,9 +93,9 @@ def base() -> ml_collections.ConfigDict:
         dict(
             num_keys=16,  # Things that a fact can be about.
             num_values=16,  # Words that can be an access code.
-            min_facts=1,  # A document has this many facts ...
-            num_facts=8,  # ... to this many.
-            num_questions=8,  # Of them asked later; all where there are fewer.
+            min_facts=2,  # A document has this many facts ...
+            num_facts=8,  # ... to this many, short documents prevailing.
+            num_questions=8,  # Asked after them, each about one of the facts.
             max_fillers=2,  # Sentences between facts and questions, 0 to this many.
             num_documents=20_000,  # For training.
             num_eval_documents=500,  # For each of validation and test.
@@ -209,7 +210,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("optimizer.decay_on", ("all", "matrices")),
         ("data.tokenizer", TOKENIZERS),
     ):
-        require(name, lambda v, choices=choices: v in choices, f"one of {', '.join(choices)}")
+        require(name, choices.__contains__, f"one of {', '.join(choices)}")
 
     require("objective.mask_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
     if config.objective.strategy == "official":

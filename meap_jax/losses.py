@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 
-def token_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def token_cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
     """-log p(target) of every position, in float32, natural units (nats).
 
     Args:

@@ -10,15 +10,15 @@ https://arxiv.org/abs/2502.07490, section 3.
 import math
 import numbers
 import random
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PAPER_MASK_ID = (
-    32_000  # [MASK] is appended to Llama's 32,000 pieces (official code, MEAP-Pretain/pretrained/meap_1b.py).
-)
+# [MASK] is appended to Llama's 32,000 pieces (official code, MEAP-Pretain/pretrained/meap_1b.py).
+PAPER_MASK_ID = 32_000
 STRATEGIES = ("random", "span", "bernoulli", "shared")
 OFFICIAL_CYCLE = 51  # The official code reseeds with 50 + step % 51, so there are only 51 masks.
 
@@ -53,7 +53,8 @@ def mask_tokens(
       ratio: fraction in [0, 1], a Python number or a scalar array (traced: a sweep over ratios compiles once). A Python
         number is multiplied by N in double precision, an array in float32.
       mask_id: the id that stands in the gaps.
-      eligible: [B, T] bool, where a mask may fall; False for padding and whatever else the caller protects. Default: all.
+      eligible: [B, T] bool, where a mask may fall; False for padding and whatever else the caller protects. Default:
+        everywhere.
       segment_ids: [B, T] integers; a segment is a run of equal ids. Default: a row is one segment.
       protect_last: never mask the last eligible position of a segment.
       strategy: "random" (the paper); "span" (Table 15): the same exact count in whole spans of `span_length` candidates
@@ -136,7 +137,7 @@ def _quota(size: jax.Array, ratio: float | jax.Array, T: int, protect_last: bool
 
 
 def _choose(bits: jax.Array, candidate: jax.Array, group: jax.Array, quota: jax.Array) -> jax.Array:
-    """Picks exactly `quota` of the candidates of each group of one row, each subset equally likely; all [T] -> bool [T]."""
+    """Picks exactly `quota` of the candidates of each group of one row, all subsets equally likely; [T] -> bool [T]."""
     T = bits.shape[0]
     position = jnp.arange(T)
     # Sorted by random bits within each group (non-candidates last, as a group of their own), the first `quota` win.
@@ -158,8 +159,8 @@ def _choose_spans(
     """
     T = bits.shape[0]
     position = jnp.arange(T)
-    count = lambda mask: jax.ops.segment_sum(mask.astype(jnp.int32), group, T)  # noqa: E731  [groups]
-    num_candidates = count(candidate)[group]
+    group_size = jax.ops.segment_sum(candidate.astype(jnp.int32), group, T)
+    num_candidates = group_size[group]
     num_spans = -(-quota // span_length)
     num_items = num_candidates - quota + num_spans
 
@@ -173,7 +174,7 @@ def _choose_spans(
 
     # An item that starts at slot s and has length n covers slots s ... s + n - 1. Slots of all groups in one line:
     # +1 where a span starts, -1 where it ends, and the running sum says who is covered.
-    line_start = jnp.cumsum(count(candidate)) - count(candidate)
+    line_start = jnp.cumsum(group_size) - group_size
     start = line_start[group] + _exclusive_sum(length, group)
     edges = jnp.zeros(T + 1, jnp.int32)
     edges = edges.at[jnp.where(is_span, start, T)].add(1).at[jnp.where(is_span, start + length, T)].add(-1)
@@ -193,7 +194,7 @@ def _exclusive_rank(mask: jax.Array, group: jax.Array) -> jax.Array:
     return _exclusive_sum(mask.astype(jnp.int32), group)
 
 
-def _per_group(reduction, values: jax.Array, group: jax.Array) -> jax.Array:
+def _per_group(reduction: Callable[..., jax.Array], values: jax.Array, group: jax.Array) -> jax.Array:
     """Reduces [B, T] values over the groups of each row and hands every position its group's result."""
     T = values.shape[1]
     return jax.vmap(lambda v, g: reduction(v, g, num_segments=T)[g])(values, group)
@@ -212,7 +213,14 @@ def _check_ratio(ratio: float | jax.Array) -> None:
         raise ValueError(f"ratio must be a scalar in [0, 1], got {ratio}")
 
 
-def _check(ids, ratio, eligible, segment_ids, strategy, span_length) -> None:
+def _check(
+    ids: jax.Array,
+    ratio: float | jax.Array,
+    eligible: jax.Array | None,
+    segment_ids: jax.Array | None,
+    strategy: str,
+    span_length: int,
+) -> None:
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers of shape [B, T], got {ids.dtype}{list(ids.shape)}")
     for name, array in (("eligible", eligible), ("segment_ids", segment_ids)):

@@ -125,7 +125,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 
 
 def cut_back(file: pathlib.Path, step: int) -> None:
-    """Drops records after `step`, and a last line that a kill cut short, so that no step will stand in the file twice."""
+    """Drops records after `step` and a last line that a kill cut short: no step will stand in the file twice."""
     if not file.exists():
         return
     kept = []

@@ -1,8 +1,8 @@
 """What a batch becomes under an objective: next-token prediction (NTP), MEAP, and the controls the paper lacks.
 
 All of them are NTP with something in the gaps of the *input*: nothing hidden (ntp), `[MASK]` (meap), a random token
-(random_tokens) or a zero embedding (token_dropout). With one mask key they hide the same positions. Targets are always the
-clean next tokens, and the loss covers every target that is not padding.
+(random_tokens) or a zero embedding (token_dropout). With one mask key they hide the same positions. Targets are always
+the clean next tokens, and the loss covers every target that is not padding.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from meap_jax.config import SEEDS, ConfigError, seed_of
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
@@ -37,26 +38,26 @@ class Objective:
 
 
 class Inputs(NamedTuple):
-    """What the decoder is given and asked for; all [B, T]."""
+    """What the decoder is given and asked for; one axis more in front where micro-batches are stacked."""
 
-    tokens: jax.Array  # int32, corrupted.
-    targets: jax.Array  # int32, the clean next tokens.
-    loss_weights: jax.Array  # float32, 0 where the target is padding.
-    segment_ids: jax.Array  # int32, 0 is padding.
-    is_masked: jax.Array  # bool, the gaps.
-    keep_embedding: jax.Array | None = None  # bool, False where the embedding is dropped; None: all kept.
+    tokens: Int32[Array, "*micro B T"]  # Corrupted.
+    targets: Int32[Array, "*micro B T"]  # The clean next tokens.
+    loss_weights: Float32[Array, "*micro B T"]  # 0 where the target is padding.
+    segment_ids: Int32[Array, "*micro B T"]  # 0 is padding.
+    is_masked: Bool[Array, "*micro B T"]  # The gaps.
+    keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
 
 
-def named_keys(config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
+def named_keys(config: ml_collections.ConfigDict) -> dict[str, Key[Array, ""]]:
     """One key a use: init, data, mask, noise. `seed` gives all four; `seeds.mask` and so on set one alone."""
     return {name: jax.random.fold_in(jax.random.key(seed_of(config, name)), i) for i, name in enumerate(SEEDS)}
 
 
-def clean_inputs(batch: dict[str, jax.Array]) -> Inputs:
+def clean_inputs(batch: dict[str, Int32[Array, "B L"]]) -> Inputs:
     """A batch of blocks under plain next-token prediction.
 
     Args:
-      batch: `tokens` [B, T + 1] and `segment_ids` [B, T + 1] int32; segment 0 is padding.
+      batch: `tokens` and `segment_ids`, [B, L] with L = T + 1; segment 0 is padding.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     return Inputs(
@@ -69,16 +70,16 @@ def clean_inputs(batch: dict[str, jax.Array]) -> Inputs:
 
 
 def make_inputs(
-    batch: dict[str, jax.Array],
+    batch: dict[str, Int32[Array, "B L"]],
     objective: Objective,
-    keys: dict[str, jax.Array],
-    step: jax.Array,
-    ratio: jax.Array | None = None,
+    keys: dict[str, Key[Array, ""]],
+    step: Int[Array, ""],
+    ratio: Float[Array, ""] | None = None,
 ) -> Inputs:
     """The inputs of one step, from the whole global batch: call it before micro-batches are cut and outside any remat.
 
     Args:
-      batch: `tokens` [B, T + 1] and `segment_ids` [B, T + 1] int32; segment 0 is padding and never masked.
+      batch: `tokens` and `segment_ids`, [B, L] with L = T + 1; segment 0 is padding and never masked.
       objective: what stands in the gaps, and where they are.
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
@@ -92,8 +93,8 @@ def make_inputs(
             "objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another."
         )
     clean = clean_inputs(batch)
-    ratio = objective.mask_ratio if ratio is None else ratio
-    if isinstance(ratio, float) and ratio == 0:
+    fraction = objective.mask_ratio if ratio is None else ratio
+    if isinstance(fraction, float) and fraction == 0:
         return clean
 
     eligible = clean.segment_ids != 0
@@ -105,7 +106,7 @@ def make_inputs(
         masked_tokens, is_masked = mask_tokens(
             jax.random.fold_in(keys["mask"], step),
             clean.tokens,
-            ratio,
+            fraction,
             mask_id=objective.mask_id,
             eligible=eligible,
             segment_ids=clean.segment_ids,

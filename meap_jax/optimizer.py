@@ -1,5 +1,7 @@
 """AdamW with clipping, linear warm-up and cosine decay: Table 11 of the paper."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -10,7 +12,8 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
     """The rate of each optimizer step, counted from 0.
 
     Linear from 0 to the peak over `warmup_fraction * num_steps`, then cosine to `final_fraction` of it at `num_steps`.
-    Step s uses the schedule at s + 1, so that the first step moves, as the last micro-batch of the official code's does.
+    Step s uses the schedule at s + 1, so that the first step moves, as that of the official code does with its last
+    micro-batch.
     """
     o = config.optimizer
     warmup = max(1, round(o.warmup_fraction * config.num_steps))
@@ -44,7 +47,12 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
-def _is_matrix(params):
-    # Layers are stacked, so that a norm's scale is [L, D] and its axes don't tell: its name does.
-    is_scale = lambda path: any("norm" in str(getattr(key, "key", key)) for key in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, p: not is_scale(path) and jnp.ndim(p) >= 2, params)
+def _is_matrix(params: Any) -> Any:
+    """True for each parameter that is a matrix, in a tree like theirs."""
+
+    def decays(path: tuple[Any, ...], p: jax.Array) -> bool:
+        # Layers are stacked, so that a norm's scale is [L, D] and its axes don't tell: its name does.
+        is_scale = any("norm" in str(getattr(key, "key", key)) for key in path)
+        return not is_scale and jnp.ndim(p) >= 2
+
+    return jax.tree_util.tree_map_with_path(decays, params)

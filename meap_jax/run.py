@@ -75,7 +75,8 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
         prepared = open_prepared(folder)
     if prepared.tokenizer.mask_id != config.objective.mask_id:
         raise ConfigError(
-            f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is {prepared.tokenizer.mask_id}."
+            f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is "
+            f"{prepared.tokenizer.mask_id}."
         )
     return prepared
 

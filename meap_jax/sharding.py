@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meap_jax.config import ConfigError
 
@@ -35,7 +35,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if int(np.prod(list(fitted.values()))) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in shape.items())
         raise ConfigError(
-            f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis -1 for what is left."
+            f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis "
+            "-1 for what is left."
         )
     return jax.make_mesh(tuple(fitted.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -56,7 +57,7 @@ def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_l
         raise ConfigError(f"seq_len is {seq_len}, but must be a multiple of mesh.context ({mesh.shape['context']}).")
 
 
-def spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+def spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
     """Where an array with these logical axes lies; kv heads are replicated where `tensor` does not divide them.
 
     Raises:
@@ -73,7 +74,8 @@ def spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Pa
             entry = None
         elif size % shards:
             raise ConfigError(
-                f"the axis {axis!r} of size {size} can't be split over {entry} = {shards} devices; choose a mesh that divides it."
+                f"the axis {axis!r} of size {size} can't be split over {entry} = {shards} devices; "
+                "choose a mesh that divides it."
             )
         entries.append(entry)
     used = [a for entry in entries if entry for a in np.atleast_1d(entry)]
@@ -114,7 +116,7 @@ def put(sharding: NamedSharding, shape: tuple[int, ...], piece: Callable[[tuple[
       piece: gives the host array at a global index.
     """
     indices = sharding.addressable_devices_indices_map(shape)
-    arrays = [jax.device_put(piece(index), device) for device, index in indices.items()]
+    arrays = [jax.device_put(piece(index), device) for device, index in indices.items() if index is not None]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

@@ -3,13 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import sharding
 from meap_jax.losses import token_cross_entropy
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 def train_step(
     state: TrainState,
     batch: Batch,
-    ratio: jax.Array | None = None,
+    ratio: Float[Array, ""] | None = None,
     *,
     definition: Definition,
     objective: Objective,
@@ -65,7 +66,10 @@ def train_step(
     if grad_accum_steps == 1:
         loss, grads = loss_and_grad(state.params, inputs)
     else:
-        add = lambda total, micro: (jax.tree.map(jnp.add, total, loss_and_grad(state.params, micro)), None)  # noqa: E731
+
+        def add(total: tuple[jax.Array, Params], micro: Inputs) -> tuple[tuple[jax.Array, Params], None]:
+            return jax.tree.map(jnp.add, total, loss_and_grad(state.params, micro)), None
+
         zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
         (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches(inputs, grad_accum_steps))
     loss, grads = jax.tree.map(lambda total: total / num_targets, (loss, grads))
@@ -87,7 +91,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.keys), metrics
 
 
-def summed_loss(definition: Definition, params: Params, inputs: Inputs) -> jax.Array:
+def summed_loss(definition: Definition, params: Params, inputs: Inputs) -> Float32[Array, ""]:
     """Cross-entropy summed over the targets that count, in nats."""
     visibility = causal(inputs.tokens, inputs.segment_ids)
     logits = definition.apply(params, inputs.tokens, visibility, inputs.keep_embedding)
@@ -95,8 +99,12 @@ def summed_loss(definition: Definition, params: Params, inputs: Inputs) -> jax.A
 
 
 def micro_batches(inputs: Inputs, num: int) -> Inputs:
-    """[B, T] -> [num, B / num, T]; micro-batch i takes rows i, i + num, ..., so that every device keeps its own rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), inputs)
+    """Stacks `num` micro-batches; the i-th takes rows i, i + num, ..., so that every device keeps its own rows."""
+
+    def dealt(x: Shaped[Array, "B T"]) -> Shaped[Array, "num B/num T"]:
+        return x.reshape(-1, num, x.shape[1]).swapaxes(0, 1)
+
+    return jax.tree.map(dealt, inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -121,7 +129,7 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
     shapes = definition.shapes()
     params = jax.tree.map(functools.partial(sharding.sharding_of, mesh), shapes, definition.axes())
     optimizer = make_optimizer(config)
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)  # Any: shardings stand where the state has arrays.
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, param_sharding: param_sharding,
@@ -135,8 +143,8 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
 def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
     """`train_step` jitted for this mesh.
 
-    `in_shardings` says where the state and the batch lie when they come in, `out_shardings` where the new state is left:
-    in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
+    `in_shardings` says where the state and the batch lie when they come in, `out_shardings` where the new state is
+    left: in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
     """
     state = state_shardings(config, definition, mesh)
     batch = {name: sharding.batch_sharding(mesh) for name in ("tokens", "segment_ids")}
@@ -158,6 +166,7 @@ def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Measures a model; the loop knows no evaluator by name."""
 
@@ -165,6 +174,7 @@ class Evaluator(Protocol):
         """Yields (name, value)."""
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes numbers of a step; see `meap_jax.metrics`."""
 

@@ -4,6 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
+import pytest
+
 # JAX reads these when it is imported, so they come first; subprocesses inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they compute: code that LLVM does not optimize is there in half the time.
@@ -15,10 +18,7 @@ _CACHE = Path(tempfile.gettempdir()) / f"meap-jax-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-
-from meap_jax.model.config import ModelConfig  # noqa: E402
+from meap_jax.model.config import ModelConfig  # noqa: E402  After the environment is set.
 
 hypothesis.settings.register_profile("meap-jax", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("meap-jax")

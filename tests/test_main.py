@@ -84,8 +84,8 @@ def test_the_paper_config_trains_on_the_users_own_text_at_reduced_size(tmp_path)
     workdir = tmp_path / "run"
     small = {
         "model.num_layers": 2, "model.embed_dim": 16, "model.num_heads": 2, "model.head_dim": 8, "model.mlp_dim": 24,
-        "seq_len": 64, "global_batch_size": 16, "grad_accum_steps": 2, "num_steps": 2, "data.path": text, "log.every": 1,
-        "data.holdout": 0.1,
+        "seq_len": 64, "global_batch_size": 16, "grad_accum_steps": 2, "num_steps": 2, "log.every": 1,
+        "data.path": text, "data.holdout": 0.1,
     }  # fmt: skip
     words = [f"--config={ROOT / 'configs/meap_1b.py'}", f"--workdir={workdir}"]
     main.command(["main", *words, *(f"--config.{k}={v}" for k, v in small.items())])

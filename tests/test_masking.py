@@ -193,8 +193,12 @@ def test_token_ids_do_not_change_the_draw():
 
 def test_spans_of_the_paper_are_whole_but_the_last_which_is_cut_to_the_exact_count():
     ids = jnp.zeros((30, 400), jnp.int32)
-    mask = lambda rng, length: mask_tokens(rng, ids, 0.16, strategy="span", span_length=length)[1]  # noqa: E731
-    for length, is_masked in jax.jit(lambda rng: {n: mask(rng, n) for n in (5, 50)})(jax.random.key(0)).items():
+
+    @jax.jit
+    def masks(rng):
+        return {n: mask_tokens(rng, ids, 0.16, strategy="span", span_length=n)[1] for n in (5, 50)}
+
+    for length, is_masked in masks(jax.random.key(0)).items():
         assert (is_masked.sum(axis=1) == 64).all()
         for row in np.asarray(is_masked):
             assert_spans_whole_but_the_last(row, length)
@@ -227,7 +231,10 @@ def test_shared_is_one_draw_for_all_rows():
 def test_a_traced_ratio_gives_the_mask_of_a_python_ratio_at_every_length_up_to_512():
     ids = jnp.zeros((512, 512), jnp.int32)
     eligible = jnp.arange(512) <= jnp.arange(512)[:, None]  # Row i has i + 1 eligible positions.
-    masks = lambda *ratios: [mask_tokens(jax.random.key(0), ids, r, eligible=eligible)[1] for r in ratios]  # noqa: E731
+
+    def masks(*ratios):
+        return [mask_tokens(jax.random.key(0), ids, r, eligible=eligible)[1] for r in ratios]
+
     ratios = (0.05, 0.1, 0.15, 0.2)
     python = jax.jit(lambda: masks(*ratios))()
     traced = jax.jit(masks)(*ratios)

@@ -51,7 +51,7 @@ def test_every_cell_runs_and_the_accuracies_are_numbers(kernel, tmp_path):
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in printed("train")
     for objective in ("ntp", "meap"):
         assert re.search(rf"{objective} +seed 0: clean loss \d\.\d{{4}}, retrieval \d+\.\d% \[", printed("accuracy"))
-        assert re.search(rf"{objective} +0\.0 to 0\.2: \d+\.\d%", printed("depth"))
+        assert re.search(rf"{objective} +depth 0\.0 to 0\.2: \d+\.\d%", printed("depth"))
         assert f"{objective} seed 0:" in printed("generate")
     for name in ("loss", "depth"):
         assert any("image/png" in output.get("data", {}) for output in cells[name].outputs)

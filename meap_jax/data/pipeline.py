@@ -1,7 +1,8 @@
 """From frozen blocks to global arrays on the mesh.
 
-The order of blocks is one global sequence that depends on the data seed alone. Row r of step s is item s * B + r of it, on
-any number of hosts; each process reads only the rows that its own devices hold, and the iterator's state is the step.
+The order of blocks is one global sequence that depends on the data seed alone. Row r of step s is item s * B + r of
+it, on any number of hosts; each process reads only the rows that its own devices hold, and the iterator's state is the
+step.
 """
 
 from collections.abc import Iterator

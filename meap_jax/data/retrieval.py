@@ -61,9 +61,9 @@ _LIMITS = {"num_keys": len(KEYS), "num_values": len(VALUES)}
 class RetrievalSpec:
     """What documents are made of; the first num_keys keys and num_values values are used.
 
-    A document has min_facts to num_facts facts, each number equally likely (min_facts None: always num_facts), and asks
-    for num_questions of them, or for all where it has fewer. Short documents are a curriculum: with few facts to choose
-    from, looking one up is learned much earlier.
+    A document has min_facts to num_facts facts (min_facts None: always num_facts); the number f has a probability
+    proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one up is
+    learned early, and then carries over. Each of num_questions questions asks a fact drawn anew.
     """
 
     num_keys: int = 16
@@ -86,8 +86,8 @@ class RetrievalSpec:
             low, high = 1, _LIMITS.get(name)
             if name == "num_facts":
                 high = words  # the keys and the values of a document are distinct
-            elif name in ("num_questions", "min_facts"):
-                high = self.num_facts  # No fact is asked twice.
+            elif name == "min_facts":
+                high = self.num_facts
             elif name == "max_fillers":
                 low = 0
             if value < low or (high is not None and value > high):
@@ -104,8 +104,7 @@ def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int)
       num_documents: how many.
 
     Yields:
-      Documents whose questions ask distinct facts, chosen uniformly, after a uniformly chosen
-      number of fillers.
+      Documents with a uniformly chosen number of fillers between facts and questions.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     for _ in range(num_documents):
@@ -124,23 +123,23 @@ def document(
     Args:
       rng: where the draws come from.
       spec: the counts.
-      asked: which facts (0 is the first stated) of all num_facts the questions ask, in their order; drawn if None.
+      asked: which of num_facts facts (0 is the first stated) the questions ask, in their order; both drawn if None.
       num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
 
     Returns:
       The document; its pieces from the second on begin with a space or are punctuation, so that
-      their tokens are those of the whole text.
+      their tokens are those of the whole text. Its answers are those that ask a fact for the first time: asked again, it
+      could be read off the answer before.
 
     Raises:
-      ValueError: `asked` names a fact that isn't there, or one twice.
+      ValueError: `asked` names a fact that isn't there.
     """
     num_facts = spec.num_facts
     if asked is None:
-        if spec.min_facts is not None and spec.min_facts < spec.num_facts:
-            num_facts = spec.min_facts + int(rng.random() * (spec.num_facts - spec.min_facts + 1))
-        asked = _choose(rng, num_facts, min(spec.num_questions, num_facts))
-    elif len(set(asked)) < len(asked) or not set(asked) <= set(range(spec.num_facts)):
-        raise ValueError(f"asked is {asked}, but must be distinct facts below {spec.num_facts}.")
+        num_facts = _num_facts(rng, spec)
+        asked = [int(draw * num_facts) for draw in rng.random(spec.num_questions)]
+    elif not set(asked) <= set(range(num_facts)):
+        raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
     values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
     if num_fillers is None:
@@ -151,12 +150,20 @@ def document(
         pieces += [f" {FACT.format(key=key)}", f" {value}", _END]
     pieces += [f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers)]
     answers = []
-    for fact in asked:
-        depth = fact / max(num_facts - 1, 1)
-        answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
+    for i, fact in enumerate(asked):
+        if fact not in asked[:i]:
+            depth = fact / max(num_facts - 1, 1)
+            answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
         pieces += [f" {QUESTION.format(key=keys[fact])}", f" {values[fact]}", _END]
     pieces[0] = pieces[0].lstrip()
     return Document(tuple(pieces), tuple(answers))
+
+
+def _num_facts(rng: np.random.Generator, spec: RetrievalSpec) -> int:
+    """From min_facts to num_facts, with probability proportional to 1 / f^2."""
+    counts = np.arange(spec.min_facts or spec.num_facts, spec.num_facts + 1)
+    cumulative = np.cumsum(1 / counts**2)
+    return int(counts[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
 def _choose(rng: np.random.Generator, num: int, count: int) -> list[int]:

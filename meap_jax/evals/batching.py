@@ -18,11 +18,13 @@ def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Itera
     """
     num_rows = min(max_rows, len(blocks.tokens))
     for start in range(0, num_rows, batch_size):
-        stop = min(start + batch_size, num_rows)
-        missing = batch_size - (stop - start)
+        rows = slice(start, min(start + batch_size, num_rows))
+        arrays = {"tokens": blocks.tokens[rows], "segment_ids": blocks.segment_ids[rows]}
+        yield {
+            name: sharding.put_whole(sharding.batch_sharding(mesh), _filled(array, batch_size))
+            for name, array in arrays.items()
+        }
 
-        def filled(array: np.ndarray, start=start, stop=stop, missing=missing) -> jax.Array:
-            rows = np.pad(np.asarray(array[start:stop], np.int32), ((0, missing), (0, 0)))
-            return sharding.put_whole(sharding.batch_sharding(mesh), rows)
 
-        yield {"tokens": filled(blocks.tokens), "segment_ids": filled(blocks.segment_ids)}
+def _filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    return np.pad(np.asarray(rows, np.int32), ((0, batch_size - len(rows)), (0, 0)))

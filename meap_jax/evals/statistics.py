@@ -33,6 +33,7 @@ def paired_t_interval(differences: np.ndarray, confidence: float = 0.95) -> Inte
 
     Args:
       differences: [S] float, S at least 2.
+      confidence: share of such intervals that hold the true mean.
 
     Raises:
       ValueError: for fewer than two pairs, which have no spread.

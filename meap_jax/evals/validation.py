@@ -21,8 +21,8 @@ from meap_jax.objective import Inputs, Objective, clean_inputs, make_inputs, nam
 class Validation:
     """Mean cross-entropy in nats a token over held-out rows.
 
-    `loss` is on clean inputs, whatever the run was trained with. `masked_loss` is on inputs masked as MEAP would with the
-    config's ratio, the same for every objective and at every step.
+    `loss` is on clean inputs, whatever the run was trained with. `masked_loss` is on inputs masked as MEAP would with
+    the config's ratio, the same for every objective and at every step.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, definition: Definition, blocks: Blocks, mesh: Mesh):

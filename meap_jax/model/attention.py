@@ -1,12 +1,14 @@
 """Who sees whom, and attention under it.
 
-Callers describe visibility once, by positions, segments, window and branches; how it is computed is this file's business.
+Callers describe visibility once, by positions, segments, window and branches; how it is computed is this file's
+business.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 QUERY_BLOCK = 512  # Longer sequences go block by block, so that memory grows as T, not as T squared.
 
@@ -20,24 +22,36 @@ class Visibility(NamedTuple):
     - the key is on the trunk (branch 0) or on the query's own branch, if there are branches.
     """
 
-    segment_ids: jax.Array  # [B, T] int32; 0 is padding by convention.
-    positions: jax.Array  # [B, T] int32, from 0 in each segment; also RoPE's.
+    segment_ids: Int[Array, "B T"]  # 0 is padding by convention.
+    positions: Int[Array, "B T"]  # From 0 in each segment; also RoPE's.
     window: int | None = None  # Positions, the query's own included.
-    branch_ids: jax.Array | None = None  # [B, T] int32; 0 is the trunk.
+    branch_ids: Int[Array, "B T"] | None = None  # 0 is the trunk.
 
-    def mask(self, queries: slice = slice(None)) -> jax.Array:
-        """Which keys each of these queries sees: [B, Q, T] bool."""
-        q_pos, k_pos = self.positions[:, queries, None], self.positions[:, None, :]
-        sees = (self.segment_ids[:, queries, None] == self.segment_ids[:, None, :]) & (k_pos <= q_pos)
-        if self.window is not None:
-            sees &= q_pos - k_pos < self.window
-        if self.branch_ids is not None:
-            k_branch = self.branch_ids[:, None, :]
-            sees &= (k_branch == 0) | (k_branch == self.branch_ids[:, queries, None])
-        return sees
+    def mask(self, queries: slice = slice(None)) -> Bool[Array, "B Q T"]:
+        """Which keys each of these queries sees."""
+        return _sees(*self, queries)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+def _sees(
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    window: int | None,
+    branch_ids: Int[Array, "B T"] | None,
+    queries: slice,
+) -> Bool[Array, "B Q T"]:
+    q_pos, k_pos = positions[:, queries, None], positions[:, None, :]
+    sees = (segment_ids[:, queries, None] == segment_ids[:, None, :]) & (k_pos <= q_pos)
+    if window is not None:
+        sees &= q_pos - k_pos < window
+    if branch_ids is not None:
+        k_branch = branch_ids[:, None, :]
+        sees &= (k_branch == 0) | (k_branch == branch_ids[:, queries, None])
+    return sees
+
+
+def attention(
+    q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"], visibility: Visibility
+) -> Float[Array, "B T H d"]:
     """Grouped-query attention with float32 scores and softmax.
 
     Args:
@@ -52,22 +66,28 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) 
     K = k.shape[2]
     q_BTKGd = q.reshape(B, T, K, H // K, d)
 
-    def block(q_BQKGd, sees_BQT):
-        scores = jnp.einsum("BQKGd,BTKd->BKGQT", q_BQKGd, k, preferred_element_type=jnp.float32) * d**-0.5
-        scores = jnp.where(sees_BQT[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("BKGQT,BTKd->BQKGd", weights, v)
-
     if T <= QUERY_BLOCK:
-        return block(q_BTKGd, visibility.mask()).reshape(B, T, H, d)
-    # The weights of a block are recomputed in the backward pass: they are what would not fit.
-    starts = range(0, T, QUERY_BLOCK)
-    slices = [slice(start, min(start + QUERY_BLOCK, T)) for start in starts]
-    out = [jax.checkpoint(lambda q, s=s: block(q, visibility.mask(s)))(q_BTKGd[:, s]) for s in slices]
-    return jnp.concatenate(out, axis=1).reshape(B, T, H, d)
+        return _attend(q_BTKGd, k, v, visibility.mask()).reshape(B, T, H, d)
+
+    def block(queries: slice) -> Float[Array, "B Q K G d"]:
+        # The weights of a block are recomputed in the backward pass: they are what would not fit.
+        return jax.checkpoint(lambda q: _attend(q, k, v, visibility.mask(queries)))(q_BTKGd[:, queries])
+
+    blocks = [block(slice(start, min(start + QUERY_BLOCK, T))) for start in range(0, T, QUERY_BLOCK)]
+    return jnp.concatenate(blocks, axis=1).reshape(B, T, H, d)
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def _attend(
+    q: Float[Array, "B Q K G d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"], sees: Bool[Array, "B Q T"]
+) -> Float[Array, "B Q K G d"]:
+    """Q queries over all keys; G query heads share each of the K kv heads."""
+    scores = jnp.einsum("BQKGd,BTKd->BKGQT", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(sees[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGQT,BTKd->BQKGd", weights, v)
+
+
+def rope(x: Float[Array, "B T N d"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T N d"]:
     """Rotary position embedding, Llama's layout: dimension i turns with i + d / 2, by position * base^(-2 i / d).
 
     Args:

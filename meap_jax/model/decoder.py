@@ -1,6 +1,7 @@
 """The decoder, and the split of it into a static half (`Definition`) and a pytree of arrays (parameters).
 
-The hot path sees parameters as plain nested dicts, their layers stacked [num_layers, ...], and `apply`, a pure function.
+The hot path sees parameters as plain nested dicts, their layers stacked [num_layers, ...], and `apply`, a pure
+function.
 """
 
 import dataclasses
@@ -8,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from meap_jax.model.attention import Visibility
 from meap_jax.model.config import ModelConfig
@@ -35,9 +37,12 @@ class Decoder(nnx.Module):
         self.head = normal(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), input_std(c))
 
     def __call__(
-        self, tokens_BT: jax.Array, visibility: Visibility, keep_embedding_BT: jax.Array | None = None
-    ) -> jax.Array:
-        """Logits [B, T, V] in the compute dtype; where `keep_embedding` is False, a zero stands for the embedding."""
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        keep_embedding_BT: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits in the compute dtype; where `keep_embedding` is False, a zero stands for the embedding."""
         c = self.config
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
@@ -46,12 +51,11 @@ class Decoder(nnx.Module):
 
         block, weights = nnx.split(self.layers)
 
-        def layer(x_BTD, layer_weights):
+        def layer(x_BTD: Float[Array, "B T D"], layer_weights: Any) -> tuple[Float[Array, "B T D"], None]:
             return nnx.merge(block, layer_weights)(x_BTD, visibility), None
 
-        if c.remat:
-            layer = jax.checkpoint(layer)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, weights, unroll=min(c.unroll, c.num_layers))
+        body = jax.checkpoint(layer) if c.remat else layer
+        x_BTD, _ = jax.lax.scan(body, x_BTD, weights, unroll=min(c.unroll, c.num_layers))
         logits_BTV = linear(self.final_norm(x_BTD), self.head)
         return constrain(logits_BTV, "batch", "sequence", "vocab")
 
@@ -63,18 +67,18 @@ class Definition:
     config: ModelConfig
     graphdef: nnx.GraphDef
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters, as nested dicts."""
         return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key)), nnx.Param))
 
     def apply(
         self,
         params: Params,
-        tokens: jax.Array,
+        tokens: Int[Array, "B T"],
         visibility: Visibility,
-        keep_embedding: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits [B, T, V] of tokens [B, T] int32; see `Decoder.__call__`."""
+        keep_embedding: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of tokens; see `Decoder.__call__`."""
         return nnx.merge(self.graphdef, params)(tokens, visibility, keep_embedding)
 
     def shapes(self) -> Params:
@@ -85,18 +89,12 @@ class Definition:
         """The logical axes of every parameter, a tuple of names in the place of each array."""
         abstract = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
 
-        def named(path, variable):
+        def named(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
             stacked = ("layers",) if path[0] == "layers" else ()
             return stacked + variable.get_metadata("axes")
 
         flat = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
-        tree: Params = {}
-        for path, variable in flat:
-            branch = tree
-            for name in path[:-1]:
-                branch = branch.setdefault(name, {})
-            branch[path[-1]] = named(path, variable)
-        return tree
+        return traverse_util.unflatten_dict({path: named(path, variable) for path, variable in flat})
 
 
 def define(config: ModelConfig) -> Definition:
@@ -105,12 +103,12 @@ def define(config: ModelConfig) -> Definition:
     return Definition(config, graphdef)
 
 
-def causal(tokens: jax.Array, segment_ids: jax.Array | None = None) -> Visibility:
+def causal(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Visibility:
     """Visibility of ordinary documents: causal within a segment, positions from 0 in each.
 
     Args:
-      tokens: [B, T]; only its shape is read.
-      segment_ids: [B, T] int32, equal ids side by side. Default: a row is one segment.
+      tokens: only their shape is read.
+      segment_ids: equal ids side by side. Default: a row is one segment.
     """
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:

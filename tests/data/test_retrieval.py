@@ -17,8 +17,9 @@ from meap_jax.data.retrieval import FACT, FILLERS, KEYS, QUESTION, VALUES, Retri
 def specs(draw):
     num_keys, num_values = draw(st.integers(1, len(KEYS))), draw(st.integers(1, len(VALUES)))
     num_facts = draw(st.integers(1, min(num_keys, num_values, 12)))
-    num_questions = draw(st.integers(1, num_facts))
-    return RetrievalSpec(num_keys, num_values, num_facts, num_questions, draw(st.integers(0, 5)))
+    min_facts = draw(st.none() | st.integers(1, num_facts))
+    num_questions, max_fillers = draw(st.integers(1, 12)), draw(st.integers(0, 5))
+    return RetrievalSpec(num_keys, num_values, num_facts, num_questions, max_fillers, min_facts)
 
 
 def _rng(seed=0):
@@ -32,16 +33,28 @@ def _pairs(template, text):
 
 @settings(max_examples=50, deadline=None)
 @given(specs(), st.integers(0, 2**32 - 1))
-def test_every_answer_is_the_value_that_its_fact_stated(spec, seed):
+def test_every_answer_is_the_value_that_its_fact_stated_and_counts_once(spec, seed):
     made = document(_rng(seed), spec)
     facts = _pairs(FACT, made.text)
     asked = _pairs(QUESTION, made.text)
-    assert len(facts) == spec.num_facts and len(asked) == spec.num_questions == len(made.answers)
-    assert len(dict(facts)) == len({value for _, value in facts}) == spec.num_facts
-    assert len(dict(asked)) == spec.num_questions and set(asked) <= set(facts)
-    for answer, (key, value) in zip(made.answers, asked, strict=True):
+    assert (spec.min_facts or spec.num_facts) <= len(facts) <= spec.num_facts
+    assert len(dict(facts)) == len({value for _, value in facts}) == len(facts)
+    assert len(asked) == spec.num_questions and set(asked) <= set(facts)
+    # Asked again, a fact could be read off the first answer: only that one says what was retrieved.
+    first_time = [pair for i, pair in enumerate(asked) if pair not in asked[:i]]
+    for answer, (key, value) in zip(made.answers, first_time, strict=True):
         assert made.pieces[answer.piece] == made.pieces[answer.fact] == f" {value}"
-        assert answer.depth == facts.index((key, value)) / max(spec.num_facts - 1, 1)
+        assert made.pieces[answer.piece - 1].split()[-1].strip("?") == key
+        assert answer.depth == facts.index((key, value)) / max(len(facts) - 1, 1)
+
+
+def test_short_documents_prevail_as_one_over_the_square_of_their_facts():
+    spec = RetrievalSpec(16, 16, 4, 1, 0, min_facts=2)
+    counts = np.zeros(5)
+    for made in retrieval.generate(spec, 0, 3000):
+        counts[len(_pairs(FACT, made.text))] += 1
+    expected = 3000 * np.array([1 / 4, 1 / 9, 1 / 16]) / (1 / 4 + 1 / 9 + 1 / 16)
+    assert np.all(np.abs(counts[2:] - expected) < 5 * np.sqrt(expected)) and counts[:2].sum() == 0
 
 
 def test_equal_seeds_give_equal_documents_for_ever():
@@ -71,7 +84,7 @@ def test_depth_and_fillers_can_be_chosen():
         f" {values[4]}",
         f" {values[0]}",
     ]
-    for wrong in ([5], [-1], [1, 1]):
+    for wrong in ([5], [-1]):
         with pytest.raises(ValueError, match="asked"):
             document(_rng(), spec, asked=wrong)
 
@@ -100,7 +113,8 @@ def test_keys_values_and_wording_share_no_word():
         ("num_keys", 1000),
         ("num_values", 1000),
         ("num_facts", 17),
-        ("num_questions", 9),
+        ("num_questions", 0),
+        ("min_facts", 9),
         ("max_fillers", -1),
     ],
 )

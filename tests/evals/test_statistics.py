@@ -24,7 +24,7 @@ def test_all_or_nothing_keeps_a_width(hits):
 
 
 def test_paired_interval_of_three_seeds():
-    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3); t of 2 degrees of freedom at 97.5 % is 4.302653 (any table).
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3); t of 2 degrees of freedom, 97.5 %: 4.302653 (any table).
     interval = paired_t_interval(np.array([1.0, 2.0, 3.0]))
     assert interval.estimate == pytest.approx(2)
     assert interval.high - 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)

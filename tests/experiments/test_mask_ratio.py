@@ -125,7 +125,9 @@ def test_a_loss_that_is_not_finite_stops_the_sweep_and_names_the_member(run, mon
         mask_ratio.train(run, RATIOS, NUM_SEEDS)
 
 
-@pytest.mark.parametrize("flag", ["--ratios=.1,.2", "--ratios=0,1.5", "--ratios=0,nan", "--ratios=0,0", "--ratios=x"])
+@pytest.mark.parametrize(
+    "flag", ["--ratios=.1,.2", "--ratios=0,1.5", "--ratios=0,nan", "--ratios=0,0", "--ratios=x", "--ratios"]
+)
 def test_bad_ratios_are_named(flag):
     with pytest.raises(ConfigError, match="--ratios is"):
         mask_ratio.command(["mask_ratio", flag])

@@ -42,8 +42,13 @@ def slow_attention(q, k, v, visibility):
     return out
 
 
+def in_jax(visibility):
+    """The same, of JAX's arrays; the slow loops read NumPy's."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, visibility)
+
+
 def assert_is_slow_attention(arrays, visibility, atol=1e-5):
-    result = attention(*map(jnp.asarray, arrays), jax.tree.map(jnp.asarray, visibility))
+    result = attention(*map(jnp.asarray, arrays), in_jax(visibility))
     np.testing.assert_allclose(result, slow_attention(*arrays, visibility), atol=atol)
 
 
@@ -77,7 +82,7 @@ def test_a_permuted_sequence_sees_what_its_positions_say():
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
     q, k, v = qkv()
     visibility = ONE_DOCUMENT._replace(positions=ROW[:, order])
-    shuffled = attention(*(jnp.asarray(x[:, order]) for x in (q, k, v)), visibility)
+    shuffled = attention(*(jnp.asarray(x[:, order]) for x in (q, k, v)), in_jax(visibility))
     np.testing.assert_allclose(shuffled, slow_attention(q, k, v, ONE_DOCUMENT)[:, order], atol=1e-5)
 
 
@@ -89,9 +94,10 @@ def test_a_permuted_sequence_sees_what_its_positions_say():
     window=st.none() | st.integers(1, 6),
 )
 def test_the_mask_says_who_sees_whom_and_every_query_sees_itself(segments, positions, branches, window):
-    row = lambda values: np.int32(values).reshape(B, T)  # noqa: E731
-    visibility = Visibility(row(segments), row(positions), window, None if branches is None else row(branches))
-    mask = jax.tree.map(jnp.asarray, visibility).mask()
+    segments, positions = (np.int32(values).reshape(B, T) for values in (segments, positions))
+    branches = None if branches is None else np.int32(branches).reshape(B, T)
+    visibility = Visibility(segments, positions, window, branches)
+    mask = in_jax(visibility).mask()
     expected = [[[sees(visibility, b, q, k) for k in range(T)] for q in range(T)] for b in range(B)]
     np.testing.assert_array_equal(mask, expected)
     assert np.asarray(mask)[:, range(T), range(T)].all()
@@ -105,7 +111,7 @@ def test_causal_counts_positions_from_0_in_each_segment():
 
 def test_half_precision_arrays_are_attended_with_float32_softmax():
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
-    result = attention(*arrays, ONE_DOCUMENT)
+    result = attention(*arrays, in_jax(ONE_DOCUMENT))
     assert result.dtype == jnp.bfloat16
     expected = slow_attention(*(np.asarray(x, np.float64) for x in arrays), ONE_DOCUMENT)
     np.testing.assert_allclose(np.asarray(result, np.float64), expected, atol=0.02)
@@ -113,10 +119,13 @@ def test_half_precision_arrays_are_attended_with_float32_softmax():
 
 def test_queries_block_by_block_give_the_values_and_gradients_of_all_at_once(monkeypatch):
     weight = np.random.default_rng(9).normal(size=(B, T, H, d)).astype(np.float32)
-    visibility = DOCUMENTS._replace(window=4, branch_ids=np.int32([[0, 1, 1, 0, 1, 2, 0, 0], [0, 0, 1, 1, 2, 2, 1, 2]]))
+    branch_ids = np.int32([[0, 1, 1, 0, 1, 2, 0, 0], [0, 0, 1, 1, 2, 2, 1, 2]])
+    visibility = in_jax(DOCUMENTS._replace(window=4, branch_ids=branch_ids))
+
+    def scalar(*arrays):
+        return (attention(*arrays, visibility) * weight).sum()
 
     def values_and_gradients():
-        scalar = lambda *arrays: (attention(*arrays, visibility) * weight).sum()  # noqa: E731
         return jax.jit(lambda *arrays: (attention(*arrays, visibility), jax.grad(scalar, (0, 1, 2))(*arrays)))(*qkv())
 
     whole = values_and_gradients()
@@ -141,7 +150,10 @@ def test_rope_turns_pairs_of_dimensions_as_complex_numbers(base):
 
 def test_rope_makes_scores_depend_on_distances_alone():
     q, k, _ = (jnp.asarray(x) for x in qkv(H))
-    scores = lambda shift: jnp.einsum("bqhd,bkhd->bhqk", *(rope(x, ROW + shift, 100.0) for x in (q, k)))  # noqa: E731
+
+    def scores(shift):
+        return jnp.einsum("bqhd,bkhd->bhqk", *(rope(x, jnp.asarray(ROW) + shift, 100.0) for x in (q, k)))
+
     np.testing.assert_allclose(scores(0), scores(40), atol=1e-4)
 
 

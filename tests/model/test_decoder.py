@@ -70,7 +70,10 @@ def test_the_papers_sizes_have_their_parameters(size, millions):
 def test_every_parameter_has_a_name_for_each_of_its_axes_and_layers_are_stacked(definition):
     axes = definition.axes()
     size = dict(layers=2, vocab=64, embed=32, norm=32, heads=4, kv_heads=2, head_dim=8, mlp=48)
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+
+    def is_names(x):
+        return isinstance(x, tuple)
+
     expected = jax.tree.map(lambda names: tuple(size[name] for name in names), axes, is_leaf=is_names)
     assert jax.tree.map(lambda p: p.shape, definition.shapes()) == expected
     in_layers = jax.tree.leaves(axes["layers"], is_leaf=is_names)
@@ -140,13 +143,12 @@ def test_documents_side_by_side_give_the_logits_that_each_gives_alone(definition
 
 
 def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):
-    tokens = np.maximum(TOKENS, 1)
-    keep = np.broadcast_to(np.arange(T) != 4, (B, T))
-    dropped = definition.apply(params, tokens, causal(tokens), jnp.asarray(keep))
+    tokens = jnp.maximum(TOKENS, 1)
+    keep = jnp.broadcast_to(jnp.arange(T) != 4, (B, T))
+    dropped = definition.apply(params, tokens, causal(tokens), keep)
     zero_for_token_0 = params | {"embedding": params["embedding"].at[0].set(0)}
-    np.testing.assert_allclose(
-        dropped, forward(definition, zero_for_token_0, np.where(keep, tokens, 0), ONES), atol=1e-4
-    )
+    in_its_place = forward(definition, zero_for_token_0, jnp.where(keep, tokens, 0), ONES)
+    np.testing.assert_allclose(dropped, in_its_place, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [dict(unroll=5), dict(remat=True)], ids=str)
