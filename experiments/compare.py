@@ -138,13 +138,13 @@ def compare(
 def command(argv: list[str]) -> None:
     """The door."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="?", const="", default="3")
     args, rest = parser.parse_known_args(argv[1:])
+    if not args.seeds.isdecimal() or int(args.seeds) < 2:
+        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one pair has no spread.")
     config, workdir = cli.parse_config([argv[0], *rest])
-    if args.seeds < 2:
-        raise ConfigError(f"--seeds is {args.seeds}, but must be at least 2: one pair has no spread.")
     config_flags = [flag for flag in rest if flag.startswith("--config")]
-    compare(config, workdir, args.seeds, config_flags)
+    compare(config, workdir, int(args.seeds), config_flags)
     print(f"report: {workdir / 'report.md'}")
 
 

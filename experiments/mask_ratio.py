@@ -19,7 +19,6 @@ vmap wins only at a size that no config has, and its losses are 5e-7 off from th
 """
 
 import argparse
-import functools
 import json
 import logging
 import time
@@ -40,10 +39,8 @@ from meap_jax.config import ConfigError, mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.evals import make_evaluators
 from meap_jax.evals.statistics import paired_t_interval
-from meap_jax.objective import Objective
-from meap_jax.optimizer import learning_rate, make_optimizer
 from meap_jax.run import Run, open_run, versions
-from meap_jax.train import Batch, Diverged, TrainState, init_state, state_shardings, train_step
+from meap_jax.train import Batch, Diverged, TrainState, init_state, state_shardings, step_function
 
 MOST_STEPS_A_CALL = 50
 
@@ -60,14 +57,7 @@ class Population(NamedTuple):
 
 def compile_steps(run: Run, population: Population) -> Callable[[Population, Batch], tuple[Population, jax.Array]]:
     """(population, batches [steps, S, B, T + 1]) -> (population, losses [P, steps]), jitted."""
-    step_fn = functools.partial(
-        train_step,
-        definition=run.definition,
-        objective=Objective.of(run.config),
-        optimizer=make_optimizer(run.config),
-        schedule=learning_rate(run.config),
-        grad_accum_steps=run.config.grad_accum_steps,
-    )
+    step_fn = step_function(run.config, run.definition)
 
     def steps(population: Population, batches: Batch) -> tuple[Population, jax.Array]:
         def train_member(member: Population) -> tuple[TrainState, jax.Array]:

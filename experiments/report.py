@@ -51,7 +51,10 @@ def write(folder: epath.Path, runs: list[RunResult], setting: dict[str, Any]) ->
 
 
 def summarize(runs: list[RunResult]) -> dict[str, Any]:
-    """Means, spreads and paired differences of every test metric, and retrieval by depth and by distance."""
+    """Means, spreads and paired differences of every test metric, and retrieval by depth and by distance.
+
+    Two spreads, never mixed: over seeds (a pair of runs is the unit), and over the answers of one run (binomial).
+    """
     seeds = sorted({run.seed for run in runs})
     of = {(run.objective, run.seed): run.evaluation for run in runs}
     metrics = [name for name in runs[0].evaluation if not name.endswith(("/answers", "/interval"))]
@@ -72,6 +75,7 @@ def summarize(runs: list[RunResult]) -> dict[str, Any]:
         groups = {"depth": DEPTH_EDGES, "distance": _quantile_edges(some["distance"])}
         results[name.removesuffix("/answers")] = {
             "trials_per_run": len(some["correct"]),
+            "within_run": {o: [of[o, seed][name.replace("/answers", "/interval")] for seed in seeds] for o in LABELS},
             **{by: _by(of, seeds, name, by, edges) for by, edges in groups.items()},
         }
     return results
@@ -82,21 +86,24 @@ def _quantile_edges(values: list[float], groups: int = 5) -> tuple[float, ...]:
 
 
 def _by(of: dict, seeds: list[int], name: str, by: str, edges: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Accuracy in each group [low, high) (the last one closed), with its interval over all answers of all seeds."""
+    """Accuracy in each group [low, high) that has answers (the last one closed), run by run."""
     rows = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        row: dict[str, Any] = {"low": low, "high": high}
+        where = np.array(of["ntp", seeds[0]][name][by])  # All runs answer the same questions.
+        inside = (where >= low) & ((where < high) | (high == edges[-1]))
+        if not inside.any():
+            continue
+        row: dict[str, Any] = {"low": low, "high": high, "trials_per_run": int(inside.sum())}
         for objective in LABELS:
-            shares, hits, trials = [], 0, 0
-            for seed in seeds:
-                answers = of[objective, seed][name]
-                where = np.array(answers[by])
-                inside = (where >= low) & ((where < high) | (high == edges[-1]))
-                correct = np.array(answers["correct"])[inside]
-                shares.append(float(correct.mean()) if correct.size else float("nan"))
-                hits, trials = hits + int(correct.sum()), trials + correct.size
-            row[objective] = {"per_seed": shares, "trials": trials}
-            row[objective] |= binomial_interval(hits, trials)._asdict() if trials else {}
+            hits = [int(np.array(of[objective, seed][name]["correct"])[inside].sum()) for seed in seeds]
+            intervals = [binomial_interval(h, row["trials_per_run"]) for h in hits]
+            shares = [interval.estimate for interval in intervals]
+            row[objective] = {
+                "per_seed": shares,
+                "within_run": [interval[1:] for interval in intervals],
+                "mean": float(np.mean(shares)),
+                "sd": float(np.std(shares, ddof=1)),
+            }
         row["difference"] = paired_t_interval(np.subtract(row["meap"]["per_seed"], row["ntp"]["per_seed"]))._asdict()
         rows.append(row)
     return rows
@@ -219,7 +226,7 @@ def _markdown(results: dict[str, Any]) -> str:
     lines += ["", "![losses](loss.png)", ""]
     for table in results.values():
         if isinstance(table, dict) and "depth" in table:
-            lines += _retrieval_section(table)
+            lines += _retrieval_section(table, seeds)
     counts = "; ".join(
         f"{source}: {splits['train']['blocks']:,} training blocks, {splits['test']['blocks']:,} test blocks"
         for source, splits in setting["data"].items()
@@ -240,25 +247,32 @@ def _markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _retrieval_section(table: dict[str, Any]) -> list[str]:
+def _retrieval_section(table: dict[str, Any], seeds: list[int]) -> list[str]:
     lines = [
         "## Retrieval: is the fact given back?",
         "",
-        f"{table['trials_per_run']:,} questions a run. An answer counts if the most likely token is right at each of "
-        "its positions. Brackets: 95 % binomial interval over the answers of all seeds (within runs; seeds differ by "
-        "more).",
+        f"{table['trials_per_run']:,} questions a run, the same ones in all. An answer counts if the most likely "
+        "token is right at each of its positions. 95 % binomial intervals within each run, in %:",
+        "",
+        "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "| --- |" + " --- |" * len(seeds),
+        *(
+            f"| {LABELS[o]} | " + " | ".join(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in intervals) + " |"
+            for o, intervals in table["within_run"].items()
+        ),
         "",
         "![accuracy by depth and distance](depth.png)",
         "",
     ]
     for by, title in (("depth", "depth (0: first fact, 1: last)"), ("distance", "tokens from fact to answer")):
-        lines += [f"| {title} | NTP | MEAP | difference, interval over seeds |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {title} | questions | NTP | MEAP | MEAP - NTP, 95 % interval over seeds |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for row in table[by]:
-            shown = [
-                f"{100 * row[o]['estimate']:.1f} [{100 * row[o]['low']:.1f}, {100 * row[o]['high']:.1f}]"
-                for o in LABELS
-            ]
-            lines.append(f"| {_group(row)} | {shown[0]} | {shown[1]} | {_interval(row['difference'], True)} |")
+            ntp, meap = (f"{100 * row[o]['mean']:.1f} ± {100 * row[o]['sd']:.1f}" for o in LABELS)
+            difference = _interval(row["difference"], percent=True)
+            lines.append(f"| {_group(row)} | {row['trials_per_run']:,} | {ntp} | {meap} | {difference} |")
         lines.append("")
     return lines
 

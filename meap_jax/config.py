@@ -95,7 +95,7 @@ def base() -> ml_collections.ConfigDict:
             num_values=16,  # Words that can be an access code.
             min_facts=2,  # A document has this many facts ...
             num_facts=8,  # ... to this many, short documents prevailing.
-            num_questions=8,  # Asked after them, each about one of the facts.
+            questions_per_fact=2.5,  # Asked after them, each about one of the facts, which may come up again.
             max_fillers=2,  # Sentences between facts and questions, 0 to this many.
             num_documents=20_000,  # For training.
             num_eval_documents=500,  # For each of validation and test.
@@ -195,7 +195,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads "
         "model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll "
         "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys "
-        "data.retrieval.num_values data.retrieval.min_facts data.retrieval.num_facts data.retrieval.num_questions "
+        "data.retrieval.num_values data.retrieval.min_facts data.retrieval.num_facts "
         "data.retrieval.num_documents data.retrieval.num_eval_documents"
     )
     for name in positive.split():
@@ -246,6 +246,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(name, lambda v: 0 <= v < 1, "in [0, 1)")
     require("data.holdout", lambda v: 0 < v < 0.5, "in (0, 0.5)")
     require("data.retrieval.max_fillers", lambda v: v >= 0, "0 or more")
+    require("data.retrieval.questions_per_fact", lambda v: 0 < v < math.inf, "positive")
     for axis in ("data", "fsdp", "tensor", "context"):
         require(f"mesh.{axis}", lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left")
     if sum(size == -1 for size in config.mesh.values()) > 1:

@@ -140,8 +140,20 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
     return TrainState(everywhere, params, opt_state, {"mask": everywhere, "noise": everywhere})
 
 
+def step_function(config: ml_collections.ConfigDict, definition: Definition) -> Callable:
+    """`train_step` with everything static that the config says: (state, batch, ratio=None) -> (state, metrics)."""
+    return functools.partial(
+        train_step,
+        definition=definition,
+        objective=Objective.of(config),
+        optimizer=make_optimizer(config),
+        schedule=learning_rate(config),
+        grad_accum_steps=config.grad_accum_steps,
+    )
+
+
 def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
-    """`train_step` jitted for this mesh.
+    """The step of the config, jitted for this mesh.
 
     `in_shardings` says where the state and the batch lie when they come in, `out_shardings` where the new state is
     left: in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
@@ -149,14 +161,7 @@ def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh
     state = state_shardings(config, definition, mesh)
     batch = {name: sharding.batch_sharding(mesh) for name in ("tokens", "segment_ids")}
     return jax.jit(
-        functools.partial(
-            train_step,
-            definition=definition,
-            objective=Objective.of(config),
-            optimizer=make_optimizer(config),
-            schedule=learning_rate(config),
-            grad_accum_steps=config.grad_accum_steps,
-        ),
+        step_function(config, definition),
         in_shardings=(state, batch),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,

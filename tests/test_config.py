@@ -88,7 +88,7 @@ AT_LEAST_1 = """
     num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads
     model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll checkpoint.every
     checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys data.retrieval.num_values
-    data.retrieval.num_facts data.retrieval.num_questions data.retrieval.num_documents data.retrieval.num_eval_documents
+    data.retrieval.num_facts data.retrieval.num_documents data.retrieval.num_eval_documents
 """.split()
 
 
@@ -129,6 +129,7 @@ AT_LEAST_1 = """
         ("data.holdout", 0.5, "in (0, 0.5)"),
         ("data.tokenizer", "llama", "one of bpe, mistral"),
         ("data.retrieval.max_fillers", -1, "0 or more"),
+        ("data.retrieval.questions_per_fact", 0.0, "positive"),
         ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),
         ("mesh.context", -2, "a number of devices, or -1 for those that are left"),
     ],

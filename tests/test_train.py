@@ -13,7 +13,7 @@ from meap_jax.config import base
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import causal, define
 from meap_jax.objective import Objective, make_inputs, named_keys
-from meap_jax.optimizer import learning_rate, make_optimizer
+from meap_jax.optimizer import make_optimizer
 
 B, T, V = 8, 16, 64
 
@@ -76,12 +76,7 @@ def test_a_step_is_mask_forward_loss_gradient_update_as_written_out_here():
     updates, _ = jax.jit(optimizer.update)(grads, state.opt_state, state.params)
     expected = jax.tree.map(np.add, state.params, jax.device_get(updates))
 
-    new_state, metrics = jax.jit(
-        lambda s, b: train.train_step(
-            s, b, definition=definition, objective=objective, optimizer=optimizer,
-            schedule=learning_rate(config), grad_accum_steps=1,
-        )
-    )(state, batch)  # fmt: skip
+    new_state, metrics = jax.jit(train.step_function(config, definition))(state, batch)
     assert int(new_state.step) == 1
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
@@ -125,10 +120,7 @@ def test_a_traced_ratio_replaces_the_configs_and_compiles_once():
     @jax.jit
     def step(state, batch, ratio):
         traces.append(1)
-        return train.train_step(
-            state, batch, ratio, definition=definition, objective=Objective.of(config),
-            optimizer=make_optimizer(config), schedule=learning_rate(config), grad_accum_steps=1,
-        )  # fmt: skip
+        return train.step_function(config, definition)(state, batch, ratio)
 
     state, batch = jax.jit(lambda: train.init_state(config, definition))(), random_batch(padding=False)
     fractions = [float(step(state, batch, jnp.float32(r))[1]["mask_fraction"]) for r in (0.0, 0.25, 0.5)]

@@ -1,11 +1,12 @@
 """Generated English documents that state facts and ask for them later.
 
     The access code of the harbor is falcon. The access code of the museum is otter. It was late.
-    What is the access code of the museum? otter. What is the access code of the harbor? falcon.
+    Tell the museum otter. Tell the harbor falcon. Tell the museum otter.
 
 How deep a fact lies and how far its question is away are known for every answer.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,9 +15,11 @@ import numpy as np
 from meap_jax.config import ConfigError
 from meap_jax.data.documents import Answer, Document
 
-# All wording. The value follows a fact or a question after one space, and _END follows the value.
+# All wording. The value follows a fact or a question after one space, and _END follows the value. A question ends in
+# its key, so that the token which must find the value is the key itself. Two small layers learn to look that up within
+# a million tokens; with "What is the access code of the harbor?" they had not after three.
 FACT = "The access code of the {key} is"
-QUESTION = "What is the access code of the {key}?"
+QUESTION = "Tell the {key}"
 _END = "."
 
 FILLERS = (
@@ -62,14 +65,15 @@ class RetrievalSpec:
     """What documents are made of; the first num_keys keys and num_values values are used.
 
     A document has min_facts to num_facts facts (min_facts None: always num_facts); the number f has a probability
-    proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one up is
-    learned early, and then carries over. Each of num_questions questions asks a fact drawn anew.
+    proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one
+    up is learned early, and then carries over. Each of the questions, questions_per_fact * f of them and at least
+    one, asks a fact drawn anew.
     """
 
     num_keys: int = 16
     num_values: int = 16
     num_facts: int = 8
-    num_questions: int = 8
+    questions_per_fact: float = 2.5
     max_fillers: int = 2
     min_facts: int | None = None
 
@@ -79,9 +83,13 @@ class RetrievalSpec:
         Raises:
           ConfigError: a count is out of range; names the field, its value and the range.
         """
+        if not 0 < self.questions_per_fact < math.inf:
+            raise ConfigError(
+                f"data.retrieval.questions_per_fact is {self.questions_per_fact}, but must be a positive number."
+            )
         words = min(self.num_keys, self.num_values)
         for name, value in asdict(self).items():
-            if value is None:
+            if value is None or name == "questions_per_fact":
                 continue
             low, high = 1, _LIMITS.get(name)
             if name == "num_facts":
@@ -127,9 +135,9 @@ def document(
       num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
 
     Returns:
-      The document; its pieces from the second on begin with a space or are punctuation, so that
-      their tokens are those of the whole text. Its answers are those that ask a fact for the first time: asked again, it
-      could be read off the answer before.
+      The document; its pieces from the second on begin with a space or are punctuation, so that their tokens are
+      those of the whole text. Its answers are those that ask a fact for the first time: asked again, it could be read
+      off the answer before.
 
     Raises:
       ValueError: `asked` names a fact that isn't there.
@@ -137,7 +145,8 @@ def document(
     num_facts = spec.num_facts
     if asked is None:
         num_facts = _num_facts(rng, spec)
-        asked = [int(draw * num_facts) for draw in rng.random(spec.num_questions)]
+        num_questions = max(1, int(spec.questions_per_fact * num_facts))
+        asked = [int(draw * num_facts) for draw in rng.random(num_questions)]
     elif not set(asked) <= set(range(num_facts)):
         raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]

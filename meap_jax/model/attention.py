@@ -39,6 +39,7 @@ def _sees(
     branch_ids: Int[Array, "B T"] | None,
     queries: slice,
 ) -> Bool[Array, "B Q T"]:
+    """`Visibility.mask` with the fields as arguments, whose shapes are checked in tests as those of fields are not."""
     q_pos, k_pos = positions[:, queries, None], positions[:, None, :]
     sees = (segment_ids[:, queries, None] == segment_ids[:, None, :]) & (k_pos <= q_pos)
     if window is not None:

@@ -19,7 +19,7 @@ from meap_jax.data.retrieval import RetrievalSpec, generate
 from meap_jax.data.sources import Source
 from meap_jax.data.tokenizers import train_bpe
 
-bpe = train_bpe((d.text for d in generate(RetrievalSpec(16, 16, 4, 4, 2), 0, 200)), 500)
+bpe = train_bpe((d.text for d in generate(RetrievalSpec(16, 16, 4, 1, 2), 0, 200)), 500)
 ids = st.lists(st.integers(1, 60_000), min_size=1, max_size=12)
 
 
@@ -71,7 +71,7 @@ def test_a_document_longer_than_a_block_is_named_with_both_lengths():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(120, 400))
 def test_answer_spans_point_at_the_answer_wherever_its_document_went(seed, num_docs, block_len):
-    documents = list(generate(RetrievalSpec(16, 16, 4, 3, 2), seed, num_docs))
+    documents = list(generate(RetrievalSpec(16, 16, 4, 0.75, 2), seed, num_docs))
     packed = pack_whole(encode_documents(documents, bpe), block_len, bpe.pad_id, np.uint16)
     values = [d.pieces[a.piece] for d in documents for a in d.answers]
     found = []
@@ -88,7 +88,7 @@ def test_answer_spans_point_at_the_answer_wherever_its_document_went(seed, num_d
 
 
 def test_spans_count_bos():
-    document = next(generate(RetrievalSpec(16, 16, 2, 1, 0), 0, 1))
+    document = next(generate(RetrievalSpec(16, 16, 2, 0.5, 0), 0, 1))
     [encoded] = encode_documents([document], bpe)
     [span] = encoded.answers
     assert isinstance(span, AnswerSpan)

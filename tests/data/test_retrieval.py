@@ -18,8 +18,8 @@ def specs(draw):
     num_keys, num_values = draw(st.integers(1, len(KEYS))), draw(st.integers(1, len(VALUES)))
     num_facts = draw(st.integers(1, min(num_keys, num_values, 12)))
     min_facts = draw(st.none() | st.integers(1, num_facts))
-    num_questions, max_fillers = draw(st.integers(1, 12)), draw(st.integers(0, 5))
-    return RetrievalSpec(num_keys, num_values, num_facts, num_questions, max_fillers, min_facts)
+    questions_per_fact, max_fillers = draw(st.floats(0.1, 4)), draw(st.integers(0, 5))
+    return RetrievalSpec(num_keys, num_values, num_facts, questions_per_fact, max_fillers, min_facts)
 
 
 def _rng(seed=0):
@@ -39,17 +39,17 @@ def test_every_answer_is_the_value_that_its_fact_stated_and_counts_once(spec, se
     asked = _pairs(QUESTION, made.text)
     assert (spec.min_facts or spec.num_facts) <= len(facts) <= spec.num_facts
     assert len(dict(facts)) == len({value for _, value in facts}) == len(facts)
-    assert len(asked) == spec.num_questions and set(asked) <= set(facts)
+    assert len(asked) == max(1, int(spec.questions_per_fact * len(facts))) and set(asked) <= set(facts)
     # Asked again, a fact could be read off the first answer: only that one says what was retrieved.
     first_time = [pair for i, pair in enumerate(asked) if pair not in asked[:i]]
     for answer, (key, value) in zip(made.answers, first_time, strict=True):
         assert made.pieces[answer.piece] == made.pieces[answer.fact] == f" {value}"
-        assert made.pieces[answer.piece - 1].split()[-1].strip("?") == key
+        assert made.pieces[answer.piece - 1].split()[-1] == key
         assert answer.depth == facts.index((key, value)) / max(len(facts) - 1, 1)
 
 
 def test_short_documents_prevail_as_one_over_the_square_of_their_facts():
-    spec = RetrievalSpec(16, 16, 4, 1, 0, min_facts=2)
+    spec = RetrievalSpec(16, 16, 4, 0.1, 0, min_facts=2)
     counts = np.zeros(5)
     for made in retrieval.generate(spec, 0, 3000):
         counts[len(_pairs(FACT, made.text))] += 1
@@ -58,7 +58,7 @@ def test_short_documents_prevail_as_one_over_the_square_of_their_facts():
 
 
 def test_equal_seeds_give_equal_documents_for_ever():
-    spec = RetrievalSpec(16, 16, 4, 2, 2)
+    spec = RetrievalSpec(16, 16, 4, 0.5, 2)
     texts = [made.text for made in retrieval.generate(spec, 7, 20)]
     assert texts == [made.text for made in retrieval.generate(spec, 7, 20)]
     assert texts[:10] == [made.text for made in retrieval.generate(spec, 7, 10)]
@@ -75,7 +75,7 @@ def test_draws_come_from_the_bare_bit_stream_of_pcg64():
 
 
 def test_depth_and_fillers_can_be_chosen():
-    spec = RetrievalSpec(16, 16, 5, 1, 2)
+    spec = RetrievalSpec(16, 16, 5, 0.1, 2)
     made = document(_rng(), spec, asked=[4, 0], num_fillers=7)
     assert [answer.depth for answer in made.answers] == [1.0, 0.0]
     assert sum(piece.strip() in FILLERS for piece in made.pieces) == 7
@@ -90,7 +90,7 @@ def test_depth_and_fillers_can_be_chosen():
 
 
 def test_all_depths_and_numbers_of_fillers_turn_up_equally_often():
-    spec = RetrievalSpec(16, 16, 4, 1, 2)
+    spec = RetrievalSpec(16, 16, 4, 0.1, 2)
     documents = list(retrieval.generate(spec, 0, 1200))
     depths = np.unique([d.answers[0].depth for d in documents], return_counts=True)[1]
     fillers = np.unique([len(d.pieces) for d in documents], return_counts=True)[1]
@@ -113,12 +113,13 @@ def test_keys_values_and_wording_share_no_word():
         ("num_keys", 1000),
         ("num_values", 1000),
         ("num_facts", 17),
-        ("num_questions", 0),
+        ("questions_per_fact", 0.0),
+        ("questions_per_fact", float("inf")),
         ("min_facts", 9),
         ("max_fillers", -1),
     ],
 )
 def test_an_impossible_count_is_named_with_its_value(field, value):
-    good = dict(num_keys=16, num_values=16, num_facts=8, num_questions=8, max_fillers=2)
+    good = dict(num_keys=16, num_values=16, num_facts=8, questions_per_fact=1.0, max_fillers=2)
     with pytest.raises(ConfigError, match=rf"data\.retrieval\.{field} is {value}"):
         RetrievalSpec(**good | {field: value})

@@ -12,7 +12,7 @@ from meap_jax.data import tokenizers
 from meap_jax.data.retrieval import RetrievalSpec, generate
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "[MASK]", "<s>", "</s>", "<unk>")
-TEXTS = [document.text for document in generate(RetrievalSpec(16, 16, 4, 4, 3), 0, 300)]
+TEXTS = [document.text for document in generate(RetrievalSpec(16, 16, 4, 1, 3), 0, 300)]
 
 bpe = tokenizers.train_bpe([*TEXTS, *SPECIALS * 50], 600)
 mistral = tokenizers.mistral()
@@ -49,7 +49,7 @@ def test_no_text_becomes_a_special_id(tokenizer, text):
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_pieces_of_a_retrieval_document_read_like_its_whole_text(tokenizer, seed):
-    [document] = generate(RetrievalSpec(60, 60, 6, 4, 3), seed, 1)
+    [document] = generate(RetrievalSpec(60, 60, 6, 0.7, 3), seed, 1)
     first, *rest = document.pieces
     pieces = [tokenizer.encode(first), *tokenizer.encode_batch(rest, continues=True)]
     assert sum(pieces, []) == tokenizer.encode(document.text)

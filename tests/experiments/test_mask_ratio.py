@@ -1,6 +1,5 @@
 """A population in one program: each member as if alone, one compile for all, and the command."""
 
-import functools
 import json
 
 import jax
@@ -13,8 +12,6 @@ from experiments import mask_ratio
 from meap_jax import cli, sharding, train
 from meap_jax.config import ConfigError, mixture
 from meap_jax.data.pipeline import TrainBatches
-from meap_jax.objective import Objective
-from meap_jax.optimizer import learning_rate, make_optimizer
 from meap_jax.run import Run, open_run
 
 RATIOS = (0.0, 0.15, 0.5)
@@ -34,12 +31,16 @@ def train_population(run, ratios, monkeypatch):
     """The trained population, and how often `train_step` was traced for it."""
     traces = []
 
-    @functools.wraps(train.train_step)
-    def counted(*args, **kwargs):
-        traces.append(args[2])
-        return train.train_step(*args, **kwargs)
+    def counted(config, definition):
+        step = train.step_function(config, definition)
 
-    monkeypatch.setattr(mask_ratio, "train_step", counted)
+        def counting(state, batch, ratio):
+            traces.append(ratio)
+            return step(state, batch, ratio)
+
+        return counting
+
+    monkeypatch.setattr(mask_ratio, "step_function", counted)
     monkeypatch.setattr(mask_ratio, "MOST_STEPS_A_CALL", 2)  # Two calls of two steps.
     population = mask_ratio.train(run, ratios, NUM_SEEDS)
     return population, len(traces)
@@ -58,14 +59,7 @@ def train_alone(run, seed):
         sharding=sharding.batch_sharding(run.mesh),
     )
     batches = [next(batches) for _ in range(NUM_STEPS)]
-    step = functools.partial(
-        train.train_step,
-        definition=run.definition,
-        objective=Objective.of(config),
-        optimizer=make_optimizer(config),
-        schedule=learning_rate(config),
-        grad_accum_steps=1,
-    )
+    step = train.step_function(config, run.definition)
     step = jax.jit(step, out_shardings=(lies, sharding.replicated(run.mesh)))
 
     def trained(ratio):
@@ -116,11 +110,11 @@ def test_differences_are_paired_by_seed():
 
 
 def test_a_loss_that_is_not_finite_stops_the_sweep_and_names_the_member(run, monkeypatch):
-    def diverging(state, batch, ratio, **_):
+    def diverging(state, batch, ratio):
         loss = jnp.where((ratio > 0.4) & (state.step >= 1), jnp.nan, 1.0)
         return state._replace(step=state.step + 1), {"loss": loss}
 
-    monkeypatch.setattr(mask_ratio, "train_step", diverging)
+    monkeypatch.setattr(mask_ratio, "step_function", lambda *_: diverging)
     with pytest.raises(train.Diverged, match="ratio 0.5 with seed 0 is not finite by step 4"):
         mask_ratio.train(run, RATIOS, NUM_SEEDS)
 
