@@ -70,12 +70,14 @@ def train_all(jobs: list[Job], config_flags: list[str], data: str, num_steps: in
                         continue
                     if process.returncode:
                         last_line = (job.workdir / "log.txt").read_text().strip().split("\n")[-1]
-                        raise ConfigError(f"{job.name} failed: {last_line} (log: {job.workdir / 'log.txt'})")
+                        said = last_line.removeprefix("error: ")
+                        raise ConfigError(f"{job.name} failed: {said} (log: {job.workdir / 'log.txt'})")
                     del running[core]
                     bar.write(f"finished {job.name}", file=sys.stderr)
         finally:
             for _, process in running.values():
                 process.terminate()
+                process.wait()
 
 
 def _launch(job: Job, config_flags: list[str], data: str, core: int | None) -> subprocess.Popen:
@@ -86,9 +88,11 @@ def _launch(job: Job, config_flags: list[str], data: str, core: int | None) -> s
         f"--config.seed={job.seed}",
         f"--config.data.prepared={data}",
     ]
-    pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
     with (job.workdir / "log.txt").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # Before it starts threads, which inherit this.
+    return process
 
 
 def _last_step(workdir: epath.Path) -> int:

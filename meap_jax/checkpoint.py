@@ -19,7 +19,6 @@ _log = logging.getLogger(__name__)
 
 LAYOUT = 1  # Raise when the tree of a checkpoint changes.
 FOLDER = "checkpoints"
-_BROKEN = (ValueError, OSError, KeyError, TypeError, RuntimeError)  # What orbax and tensorstore raise on damaged files.
 
 
 class Restored(NamedTuple):
@@ -60,7 +59,7 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._meta(step)
-            except _BROKEN as error:
+            except Exception as error:  # Orbax raises many kinds, a bare Exception for a truncated array.
                 _log.warning("checkpoint %s: can't read its meta (%s)", self._folder / str(step), _short(error))
         return None
 
@@ -90,7 +89,7 @@ class Checkpointer:
                         meta=ocp.args.JsonRestore(),
                     ),
                 )
-            except _BROKEN as error:
+            except Exception as error:
                 _log.warning("checkpoint %s is damaged (%s)", self._folder / str(step), _short(error))
                 damaged.append(step)
                 continue
@@ -145,7 +144,7 @@ def restore_params(workdir: epath.Path, shapes: Any) -> Restored:
             read = manager.restore(
                 step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes), meta=ocp.args.JsonRestore())
             )
-        except _BROKEN as error:
+        except Exception as error:
             raise ConfigError(
                 f"{folder / str(step)} does not hold parameters of this model: {_short(error)}"
             ) from error
@@ -158,6 +157,9 @@ def _check_layout(meta: dict[str, Any], folder: epath.Path) -> None:
         raise ConfigError(f"{folder} has layout {meta.get('layout')}, this version reads layout {LAYOUT}.")
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
+    """The first cause in one line: what tensorstore said, without the specification that orbax wraps it in."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:200] + "..."

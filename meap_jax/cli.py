@@ -73,6 +73,8 @@ def run_command(command: Callable[[list[str]], None]) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     logging.getLogger("meap_jax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.
+    # Of a damaged checkpoint orbax raises the first failed read, which is told; asyncio would print the others' traces.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         command(sys.argv)
     except USER_ERRORS as error:

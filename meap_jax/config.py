@@ -93,9 +93,10 @@ def base() -> ml_collections.ConfigDict:
         dict(
             num_keys=16,  # Things that a fact can be about.
             num_values=16,  # Words that can be an access code.
-            min_facts=2,  # A document has this many facts ...
+            min_facts=2,  # A training document has this many facts ...
             num_facts=8,  # ... to this many, short documents prevailing.
             questions_per_fact=2.5,  # Asked after them, each about one of the facts, which may come up again.
+            num_eval_facts=8,  # A held-out document has exactly this many, and asks each of them once.
             max_fillers=2,  # Sentences between facts and questions, 0 to this many.
             num_documents=20_000,  # For training.
             num_eval_documents=500,  # For each of validation and test.
@@ -196,7 +197,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll "
         "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys "
         "data.retrieval.num_values data.retrieval.min_facts data.retrieval.num_facts "
-        "data.retrieval.num_documents data.retrieval.num_eval_documents"
+        "data.retrieval.num_eval_facts data.retrieval.num_documents data.retrieval.num_eval_documents"
     )
     for name in positive.split():
         require(name, lambda v: v >= 1, "at least 1")

@@ -39,6 +39,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(self._local / TENSORBOARD_FOLDER), purge_step=start + 1)
         self._last_write = (start, time.perf_counter())
         self._rate = 0.0
+        self._first_write: tuple[int, float] | None = None
         self._bar = tqdm.tqdm(
             total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
@@ -49,6 +50,7 @@ class MetricsWriter:
         last_step, last_time = self._last_write
         self._rate = (step - last_step) * self._tokens_per_step / max(now - last_time, 1e-9)
         self._last_write = (step, now)
+        self._first_write = self._first_write or (step, now)
         values = {**values, "tokens_per_second": self._rate}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -56,11 +58,17 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
         if self._bar.disable:
             extra = "".join(f"  {name} {value:.4f}" for name, value in values.items() if "/" in name)
-            left = (self._num_steps - step) * self._tokens_per_step / max(self._rate, 1e-9)
             _log.info(
                 "step %d/%d  loss %.4f  %.0f tokens/s  %s left%s",
-                step, self._num_steps, values["loss"], self._rate, tqdm.tqdm.format_interval(left), extra,
+                step, self._num_steps, values["loss"], self._rate, self._time_left(step, now), extra,
             )  # fmt: skip
+
+    def _time_left(self, step: int, now: float) -> str:
+        """From the mean pace since the first record: compilation is over then, evaluations and saves are counted."""
+        first_step, first_time = self._first_write or (step, now)
+        if step == first_step:
+            return "?"
+        return tqdm.tqdm.format_interval((now - first_time) / (step - first_step) * (self._num_steps - step))
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the bar."""
@@ -95,6 +103,13 @@ class NoWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
+
+    def _time_left(self, step: int, now: float) -> str:
+        """From the mean pace since the first record: compilation is over then, evaluations and saves are counted."""
+        first_step, first_time = self._first_write or (step, now)
+        if step == first_step:
+            return "?"
+        return tqdm.tqdm.format_interval((now - first_time) / (step - first_step) * (self._num_steps - step))
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""

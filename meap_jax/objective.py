@@ -116,7 +116,9 @@ def make_inputs(
 
     if objective.name == "random_tokens":
         noise_key = jax.random.fold_in(keys["noise"], step)
-        noise = jax.random.randint(noise_key, clean.tokens.shape, 0, objective.vocab_size, jnp.int32)
+        # Any row of the embedding but [MASK]: this control must not contain the treatment.
+        noise = jax.random.randint(noise_key, clean.tokens.shape, 0, objective.vocab_size - 1, jnp.int32)
+        noise += noise >= objective.mask_id
         return clean._replace(tokens=jnp.where(is_masked, noise, clean.tokens), is_masked=is_masked)
     if objective.name == "token_dropout":
         # Other embeddings are not scaled up, so that the controls differ in the gaps and nowhere else.

@@ -14,6 +14,7 @@ TINY = {
     "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 8,
     "model.embed_dim": 16, "model.mlp_dim": 24, "model.vocab_size": 512,
     "data.mixture": "retrieval=1", "data.retrieval.num_facts": 3, "data.retrieval.questions_per_fact": 0.7,
+    "data.retrieval.num_eval_facts": 3,
     "data.retrieval.max_fillers": 1, "data.retrieval.num_documents": 80, "data.retrieval.num_eval_documents": 8,
     "log.every": 1, "eval.every": 4, "checkpoint.every": 2,
 }  # fmt: skip

@@ -88,7 +88,8 @@ AT_LEAST_1 = """
     num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads
     model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll checkpoint.every
     checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys data.retrieval.num_values
-    data.retrieval.num_facts data.retrieval.num_documents data.retrieval.num_eval_documents
+    data.retrieval.num_facts data.retrieval.num_eval_facts data.retrieval.num_documents
+    data.retrieval.num_eval_documents
 """.split()
 
 

@@ -67,13 +67,13 @@ class RetrievalSpec:
     A document has min_facts to num_facts facts (min_facts None: always num_facts); the number f has a probability
     proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one
     up is learned early, and then carries over. Each of the questions, questions_per_fact * f of them and at least
-    one, asks a fact drawn anew.
+    one, asks a fact drawn anew; with None, every fact is asked once, in an order that is drawn.
     """
 
     num_keys: int = 16
     num_values: int = 16
     num_facts: int = 8
-    questions_per_fact: float = 2.5
+    questions_per_fact: float | None = 2.5
     max_fillers: int = 2
     min_facts: int | None = None
 
@@ -83,7 +83,7 @@ class RetrievalSpec:
         Raises:
           ConfigError: a count is out of range; names the field, its value and the range.
         """
-        if not 0 < self.questions_per_fact < math.inf:
+        if self.questions_per_fact is not None and not 0 < self.questions_per_fact < math.inf:
             raise ConfigError(
                 f"data.retrieval.questions_per_fact is {self.questions_per_fact}, but must be a positive number."
             )
@@ -145,8 +145,7 @@ def document(
     num_facts = spec.num_facts
     if asked is None:
         num_facts = _num_facts(rng, spec)
-        num_questions = max(1, int(spec.questions_per_fact * num_facts))
-        asked = [int(draw * num_facts) for draw in rng.random(num_questions)]
+        asked = _asked(rng, spec, num_facts)
     elif not set(asked) <= set(range(num_facts)):
         raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
@@ -173,6 +172,13 @@ def _num_facts(rng: np.random.Generator, spec: RetrievalSpec) -> int:
     counts = np.arange(spec.min_facts or spec.num_facts, spec.num_facts + 1)
     cumulative = np.cumsum(1 / counts**2)
     return int(counts[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def _asked(rng: np.random.Generator, spec: RetrievalSpec, num_facts: int) -> list[int]:
+    if spec.questions_per_fact is None:
+        return _choose(rng, num_facts, num_facts)
+    num_questions = max(1, int(spec.questions_per_fact * num_facts))
+    return [int(draw * num_facts) for draw in rng.random(num_questions)]
 
 
 def _choose(rng: np.random.Generator, num: int, count: int) -> list[int]:

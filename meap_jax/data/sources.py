@@ -1,5 +1,6 @@
 """The sources of documents by name, each with its train, validation and test split."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -51,7 +52,13 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
 def _retrieval(counts: dict[str, int], seed: int) -> Source:
     sizes = {"train": counts.pop("num_documents")}
     sizes["validation"] = sizes["test"] = counts.pop("num_eval_documents")
-    spec = RetrievalSpec(**counts)
+    num_eval_facts = counts.pop("num_eval_facts")
+    train = RetrievalSpec(**counts)
+    most = min(train.num_keys, train.num_values)
+    if not 1 <= num_eval_facts <= most:
+        raise ConfigError(f"data.retrieval.num_eval_facts is {num_eval_facts}, but must be from 1 to {most}.")
+    held_out = dataclasses.replace(train, min_facts=None, num_facts=num_eval_facts, questions_per_fact=None)
+    specs = {"train": train, "validation": held_out, "test": held_out}
     # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
     order = ("test", "validation", "train")
 
@@ -59,9 +66,9 @@ def _retrieval(counts: dict[str, int], seed: int) -> Source:
         earlier = {
             document.text
             for other in order[: order.index(split)]
-            for document in generate(spec, (seed, SPLITS.index(other)), sizes[other])
+            for document in generate(specs[other], (seed, SPLITS.index(other)), sizes[other])
         }
-        for document in generate(spec, (seed, SPLITS.index(split)), sizes[split]):
+        for document in generate(specs[split], (seed, SPLITS.index(split)), sizes[split]):
             if document.text not in earlier:
                 yield document
 

@@ -15,6 +15,7 @@ RETRIEVAL = dict(
     num_values=16,
     min_facts=1,
     num_facts=3,
+    num_eval_facts=3,
     questions_per_fact=1.0,
     max_fillers=1,
     num_documents=60,

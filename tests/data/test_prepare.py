@@ -29,6 +29,7 @@ OPTIONS = {
         "num_keys": 16,
         "num_values": 16,
         "num_facts": 4,
+        "num_eval_facts": 4,
         "questions_per_fact": 0.5,
         "max_fillers": 1,
         "num_documents": 300,
@@ -244,7 +245,7 @@ def test_a_bucket_is_no_place_for_memory_maps(options):
 
 
 def test_too_few_different_documents_are_an_error(tmp_path, options):
-    few = dict(options["retrieval"], num_keys=1, num_values=1, num_facts=1, questions_per_fact=1.0)
+    few = dict(options["retrieval"], num_keys=1, num_values=1, num_facts=1, num_eval_facts=1, questions_per_fact=1.0)
     with pytest.raises(DataError, match="no document left for"):
         prepare(tmp_path / "data", options=options | {"retrieval": few | {"max_fillers": 0}})
 

@@ -1,0 +1,59 @@
+"""The comparison from its command to its page, at tiny size."""
+
+import json
+
+import pytest
+import runs
+
+from experiments import compare
+from meap_jax.config import ConfigError
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The runs that the comparison starts see one device, not the eight of these tests."""
+    for name, value in runs.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(runs.ROOT)
+
+
+def modified(workdir):
+    return {file: file.stat().st_mtime_ns for file in workdir.glob("*seed*/checkpoints/*/_CHECKPOINT_METADATA")}
+
+
+def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(one_device, tmp_path, capfd):
+    # At ratio 0 MEAP is NTP: whatever else differed between the runs of a pair would show.
+    words = runs.flags(tmp_path, num_steps=4, checkpoint__every=4, objective__mask_ratio=0.0)
+    compare.command(["compare", "--seeds=2", *words])
+    assert f"report: {tmp_path / 'report.md'}" in capfd.readouterr().out
+    for seed in (0, 1):
+        assert runs.losses(tmp_path / f"ntp-seed{seed}") == runs.losses(tmp_path / f"meap-seed{seed}")
+    assert runs.losses(tmp_path / "ntp-seed0") != runs.losses(tmp_path / "ntp-seed1")
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["metrics"]) == {
+        "test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"
+    }  # fmt: skip
+    for row in results["metrics"].values():
+        assert row["ntp"] == row["meap"]
+        assert row["difference"] == {"estimate": 0, "low": 0, "high": 0}
+    assert (tmp_path / "report.md").read_text().startswith("# NTP and MEAP")
+
+    before = modified(tmp_path)
+    compare.command(["compare", "--seeds=2", *words])
+    assert len(before) == 4 and modified(tmp_path) == before
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["metrics"] == results["metrics"]
+
+
+def test_a_run_that_fails_stops_the_comparison_with_its_own_sentence(one_device, tmp_path):
+    words = runs.flags(tmp_path, optimizer__learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"seed 0 failed: step \d+: the loss is .* \(log: .*log\.txt\)"):
+        compare.command(["compare", "--seeds=2", *words])
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("value", ["1", "0", "-1", "two", ""])
+def test_a_comparison_needs_two_seeds(value):
+    with pytest.raises(ConfigError, match="--seeds is .*, but must be a number from 2 on"):
+        compare.command(["compare", f"--seeds={value}"])
