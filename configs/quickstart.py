@@ -13,7 +13,7 @@ from meap_jax import config
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart's run; its objective is MEAP."""
     c = config.base()
-    c.num_steps = 1_300
+    c.num_steps = 1_000
     c.global_batch_size = 16  # Splits over up to 16 devices, such as the 8 of a small TPU.
     c.seq_len = 192  # The longest document, twelve facts and as many questions, takes 182.
 
@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
     c.log.every = 25
-    c.eval.every = 130
+    c.eval.every = 100
     c.eval.max_rows = 300
-    c.checkpoint.every = 325
+    c.checkpoint.every = 250
     return c

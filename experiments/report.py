@@ -226,7 +226,7 @@ def _markdown(results: dict[str, Any]) -> str:
     lines += ["", "![losses](loss.png)", ""]
     for table in results.values():
         if isinstance(table, dict) and "depth" in table:
-            lines += _retrieval_section(table, seeds)
+            lines += _retrieval_section(table, seeds, config)
     counts = "; ".join(
         f"{source}: {splits['train']['blocks']:,} training blocks, {splits['test']['blocks']:,} test blocks"
         for source, splits in setting["data"].items()
@@ -247,12 +247,18 @@ def _markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _retrieval_section(table: dict[str, Any], seeds: list[int]) -> list[str]:
+def _guessing(config: dict[str, Any]) -> str:
+    num_facts = config["data"]["retrieval"]["num_eval_facts"]
+    return f"Naming one of the document's {num_facts} values at random would be right in {1 / num_facts:.1%}. "
+
+
+def _retrieval_section(table: dict[str, Any], seeds: list[int], config: dict[str, Any]) -> list[str]:
     lines = [
         "## Retrieval: is the fact given back?",
         "",
         f"{table['trials_per_run']:,} questions a run, the same ones in all. An answer counts if the most likely "
-        "token is right at each of its positions. 95 % binomial intervals within each run, in %:",
+        "token is right at each of its positions. "
+        f"{_guessing(config)}95 % binomial intervals within each run, in %:",
         "",
         "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "| --- |" + " --- |" * len(seeds),

@@ -104,13 +104,6 @@ class NoWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
 
-    def _time_left(self, step: int, now: float) -> str:
-        """From the mean pace since the first record: compilation is over then, evaluations and saves are counted."""
-        first_step, first_time = self._first_write or (step, now)
-        if step == first_step:
-            return "?"
-        return tqdm.tqdm.format_interval((now - first_time) / (step - first_step) * (self._num_steps - step))
-
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
 

@@ -15,7 +15,7 @@ from meap_jax.data.documents import (
     encode_documents,
 )
 from meap_jax.data.packing import pack_concat, pack_source, pack_whole, smallest_dtype
-from meap_jax.data.retrieval import RetrievalSpec, generate
+from meap_jax.data.retrieval import KEYS, RetrievalSpec, generate
 from meap_jax.data.sources import Source
 from meap_jax.data.tokenizers import train_bpe
 
@@ -80,9 +80,9 @@ def test_answer_spans_point_at_the_answer_wherever_its_document_went(seed, num_d
         fact = packed.tokens[row, start - distance : start - distance + length]
         assert answer.tolist() == fact.tolist()
         assert packed.segment_ids[row, start] == packed.segment_ids[row, start - distance]
-        # A fact says "is falcon", a question "? falcon".
+        # A fact says "is falcon", a question "harbor falcon".
         assert bpe.decode(packed.tokens[row, start - distance - 1 : start - distance]) == " is"
-        assert bpe.decode(packed.tokens[row, start - 1 : start]).endswith("?")
+        assert bpe.decode(packed.tokens[row, :start]).split()[-1] in KEYS
         found.append(bpe.decode(answer))
     assert Counter(found) == Counter(values)
 

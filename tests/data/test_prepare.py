@@ -76,7 +76,7 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared):
             assert (blocks.answers is not None) == (source == "retrieval" and split != "train")
     blocks = prepared.blocks("retrieval", "test")
     num_documents = prepared.manifest["sources"]["retrieval"]["test"]["documents"]
-    assert num_documents < len(blocks.answers) <= 2 * num_documents  # Two questions, now and then about one fact.
+    assert len(blocks.answers) == 4 * num_documents  # Held-out documents ask each of their four facts once.
     for answer in blocks.answers:
         tokens = blocks.tokens[answer["row"]]
         start, length, distance = answer["start"], answer["length"], answer["distance"]
