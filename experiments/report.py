@@ -122,7 +122,9 @@ def _plot_losses(file: epath.Path, runs: list[RunResult]) -> None:
                 points = _smoothed(points)
             panel.plot(points[:, 0], points[:, 1], color=COLORS[run.objective], alpha=0.8, linewidth=1.2)
         panel.set_xlabel("step")
-        panel.set_title("training (MEAP: masked inputs)" if name == "loss" else name.replace("/", ", "), fontsize=10)
+        source = name.removeprefix("validation_").removesuffix("/loss")
+        title = "training (MEAP: masked inputs)" if name == "loss" else f"held-out {source}, clean inputs"
+        panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("cross-entropy, nats a token")
     _legend(axes[0][-1])

@@ -5,10 +5,10 @@ import pathlib
 import sys
 
 import pytest
-from runs import ROOT, TINY, flags, losses, records, run
 
 from meap_jax import cli, evaluate, main
 from meap_jax.config import ConfigError
+from tiny_runs import ROOT, TINY, flags, losses, records, run
 
 
 @pytest.fixture(scope="module")

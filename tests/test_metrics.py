@@ -6,9 +6,9 @@ import logging
 import fsspec
 import pytest
 from etils import epath
-from tensorboard_reader import read_scalars
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, read_metrics
+from tensorboard_reader import read_scalars
 
 
 def writer(workdir, start=0):

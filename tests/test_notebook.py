@@ -7,7 +7,8 @@ import sys
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from runs import ROOT, TINY
+
+from tiny_runs import ROOT, TINY
 
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 NUM_STEPS = 4

@@ -7,7 +7,8 @@ import subprocess
 import time
 
 import pytest
-from runs import command, environment, losses, records, run
+
+from tiny_runs import command, environment, losses, records, run
 
 STEPS = 240
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import runs
 
+import tiny_runs
 from experiments import compare
 from meap_jax.config import ConfigError
 
@@ -12,9 +12,9 @@ from meap_jax.config import ConfigError
 @pytest.fixture
 def one_device(monkeypatch):
     """The runs that the comparison starts see one device, not the eight of these tests."""
-    for name, value in runs.environment().items():
+    for name, value in tiny_runs.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.chdir(tiny_runs.ROOT)
 
 
 def modified(workdir):
@@ -23,12 +23,12 @@ def modified(workdir):
 
 def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(one_device, tmp_path, capfd):
     # At ratio 0 MEAP is NTP: whatever else differed between the runs of a pair would show.
-    words = runs.flags(tmp_path, num_steps=4, checkpoint__every=4, objective__mask_ratio=0.0)
+    words = tiny_runs.flags(tmp_path, num_steps=4, checkpoint__every=4, objective__mask_ratio=0.0)
     compare.command(["compare", "--seeds=2", *words])
     assert f"report: {tmp_path / 'report.md'}" in capfd.readouterr().out
     for seed in (0, 1):
-        assert runs.losses(tmp_path / f"ntp-seed{seed}") == runs.losses(tmp_path / f"meap-seed{seed}")
-    assert runs.losses(tmp_path / "ntp-seed0") != runs.losses(tmp_path / "ntp-seed1")
+        assert tiny_runs.losses(tmp_path / f"ntp-seed{seed}") == tiny_runs.losses(tmp_path / f"meap-seed{seed}")
+    assert tiny_runs.losses(tmp_path / "ntp-seed0") != tiny_runs.losses(tmp_path / "ntp-seed1")
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["metrics"]) == {
@@ -47,7 +47,7 @@ def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(
 
 
 def test_a_run_that_fails_stops_the_comparison_with_its_own_sentence(one_device, tmp_path):
-    words = runs.flags(tmp_path, optimizer__learning_rate=1e30)
+    words = tiny_runs.flags(tmp_path, optimizer__learning_rate=1e30)
     with pytest.raises(ConfigError, match=r"seed 0 failed: step \d+: the loss is .* \(log: .*log\.txt\)"):
         compare.command(["compare", "--seeds=2", *words])
     assert not (tmp_path / "report.md").exists()

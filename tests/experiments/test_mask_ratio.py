@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+import tiny_runs
 from experiments import mask_ratio
 from meap_jax import cli, sharding, train
 from meap_jax.config import ConfigError, mixture
@@ -22,7 +22,7 @@ NUM_STEPS = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     workdir = tmp_path_factory.mktemp("population")
-    flags = runs.flags(workdir, num_steps=NUM_STEPS, mesh__data=2, mesh__fsdp=-1)
+    flags = tiny_runs.flags(workdir, num_steps=NUM_STEPS, mesh__data=2, mesh__fsdp=-1)
     config, workdir = cli.parse_config(["mask_ratio", *flags])
     return open_run(config, workdir)
 
@@ -86,7 +86,7 @@ def test_every_member_is_bit_equal_to_the_model_trained_alone_and_all_share_one_
 
 def test_the_command_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = runs.flags("runs/sweep", num_steps=2)
+    flags = tiny_runs.flags("runs/sweep", num_steps=2)
     mask_ratio.command(["mask_ratio", "--ratios=0,.15", "--seeds=2", *flags])
 
     table = capsys.readouterr().out
