@@ -8,6 +8,7 @@ Runs that are finished are kept, and interrupted ones go on where they were: the
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from meap_jax import cli
 from meap_jax.config import ConfigError
 from meap_jax.evaluate import evaluate
 from meap_jax.metrics import METRICS_FILE, read_metrics
-from meap_jax.run import open_data, versions
+from meap_jax.run import make_folder, open_data, versions
 
 OBJECTIVES = ("ntp", "meap")
 POLL_SECONDS = 1.0
@@ -88,7 +89,7 @@ def _launch(job: Job, config_flags: list[str], data: str, core: int | None) -> s
         f"--config.seed={job.seed}",
         f"--config.data.prepared={data}",
     ]
-    with (job.workdir / "log.txt").open("w") as log:
+    with (job.workdir / "log.txt").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     if core is not None:
         os.sched_setaffinity(process.pid, {core})  # Before it starts threads, which inherit this.
@@ -123,6 +124,7 @@ def compare(
         for i in range(num_seeds)
         for objective in OBJECTIVES
     ]
+    is_fresh = not any(_last_step(job.workdir) for job in jobs)
     data = open_data(config, workdir)  # Once, before runs that share it start side by side.
     train_all(jobs, config_flags, str(data.folder), config.num_steps)
     return report.write(
@@ -134,7 +136,7 @@ def compare(
             "fingerprint": data.fingerprint,
             "versions": versions(),
             "cores": os.cpu_count(),
-            "minutes": round((time.perf_counter() - began) / 60, 1),
+            "minutes": round((time.perf_counter() - began) / 60, 1) if is_fresh else None,
         },
     )
 
@@ -143,12 +145,18 @@ def command(argv: list[str]) -> None:
     """The door."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", nargs="?", const="", default="3")
+    parser.add_argument("--workdir")
     args, rest = parser.parse_known_args(argv[1:])
     if not args.seeds.isdecimal() or int(args.seeds) < 2:
         raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one pair has no spread.")
-    config, workdir = cli.parse_config([argv[0], *rest])
-    config_flags = [flag for flag in rest if flag.startswith("--config")]
-    compare(config, workdir, int(args.seeds), config_flags)
+    own = [] if args.workdir is None else [f"--workdir={args.workdir}"]
+    config, workdir = cli.parse_config([argv[0], *rest, *own])
+    if config.seed + int(args.seeds) > 2**32:
+        raise ConfigError(f"--seeds is {args.seeds}, but from seed {config.seed} on there are not so many below 2^32.")
+    make_folder("workdir", workdir)
+    # A scheduler's SIGTERM ends the runs too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    compare(config, workdir, int(args.seeds), rest)
     print(f"report: {workdir / 'report.md'}")
 
 

@@ -39,8 +39,8 @@ from meap_jax.config import ConfigError, mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.evals import make_evaluators
 from meap_jax.evals.statistics import paired_t_interval
-from meap_jax.run import Run, open_run, versions
-from meap_jax.train import Batch, Diverged, TrainState, init_state, state_shardings, step_function
+from meap_jax.run import Run, imported_params, make_folder, open_run, versions
+from meap_jax.train import Batch, Diverged, TrainState, init_state, state_of_params, state_shardings, step_function
 
 MOST_STEPS_A_CALL = 50
 
@@ -86,8 +86,12 @@ def seed_configs(config: ml_collections.ConfigDict, num: int) -> list[ml_collect
 def init_population(run: Run, ratios: Sequence[float], num_seeds: int) -> Population:
     """Step 0 of every member."""
     single = state_shardings(run.config, run.definition, run.mesh)
-    init = lambda config: jax.jit(lambda: init_state(config, run.definition), out_shardings=single)()  # noqa: E731
-    states = [init(config) for config in seed_configs(run.config, num_seeds)]
+    configs = seed_configs(run.config, num_seeds)
+    if run.config.init_from is None:
+        states = [jax.jit(lambda c=c: init_state(c, run.definition), out_shardings=single)() for c in configs]
+    else:
+        params = imported_params(run)
+        states = [jax.jit(lambda p, c=c: state_of_params(c, p), out_shardings=single)(params) for c in configs]
     lies = jax.tree.map(lambda s: NamedSharding(run.mesh, PartitionSpec(None, *s.spec)), single)
     stack = lambda states: jax.tree.map(lambda *x: jnp.stack(x * len(ratios)), *states)  # noqa: E731
     everywhere = sharding.replicated(run.mesh)
@@ -222,7 +226,7 @@ def command(argv: list[str]) -> None:
         raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one seed has no spread.")
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/mask_ratio", *rest])
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder("workdir", workdir)
     run = open_run(config, workdir)
     measured = measure(run, train(run, ratios, int(args.seeds)))
     metrics = {name: summarize(values, ratios) for name, values in measured.items()}

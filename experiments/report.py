@@ -37,7 +37,7 @@ def write(folder: epath.Path, runs: list[RunResult], setting: dict[str, Any]) ->
     Args:
       folder: where they go.
       runs: NTP and MEAP for every seed.
-      setting: config, data counts, versions and minutes, for the record.
+      setting: config, data counts, versions and minutes (None if it was interrupted), for the record.
     """
     results = summarize(runs) | {"setting": setting}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -240,7 +240,7 @@ def _markdown(results: dict[str, Any]) -> str:
         "- "
         + ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
         + f"; {setting['cores']} cores.",
-        f"- {setting['minutes']} minutes from the first run's start to this page.",
+        *([f"- {setting['minutes']} minutes from the first run's start to this page."] if setting["minutes"] else []),
         "- Everything above stands in results.json; each run's own log in its folder.",
         "",
         "A model and a budget of this size say whether the code works, not whether the paper is right.",
@@ -249,9 +249,15 @@ def _markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _guessing(config: dict[str, Any]) -> str:
-    num_facts = config["data"]["retrieval"]["num_eval_facts"]
-    return f"Naming one of the document's {num_facts} values at random would be right in {1 / num_facts:.1%}. "
+def _task(config: dict[str, Any]) -> str:
+    retrieval = config["data"]["retrieval"]
+    num_facts = retrieval["num_eval_facts"]
+    return (
+        f"Training documents state {retrieval['min_facts']} to {retrieval['num_facts']} facts and may ask one again; "
+        f"test documents state {num_facts} and ask each once, so that neither a habit of shorter documents nor "
+        "repeating an earlier answer helps, and the held-out losses are those of this harder task. "
+        f"Naming one of the document's {num_facts} values at random would be right in {1 / num_facts:.1%}. "
+    )
 
 
 def _retrieval_section(table: dict[str, Any], seeds: list[int], config: dict[str, Any]) -> list[str]:
@@ -260,7 +266,7 @@ def _retrieval_section(table: dict[str, Any], seeds: list[int], config: dict[str
         "",
         f"{table['trials_per_run']:,} questions a run, the same ones in all. An answer counts if the most likely "
         "token is right at each of its positions. "
-        f"{_guessing(config)}95 % binomial intervals within each run, in %:",
+        f"{_task(config)}95 % binomial intervals within each run, in %:",
         "",
         "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
         "| --- |" + " --- |" * len(seeds),

@@ -6,12 +6,16 @@ complete.
 """
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
+from jax.experimental import multihost_utils
 
 from meap_jax.config import ConfigError
 
@@ -19,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 LAYOUT = 1  # Raise when the tree of a checkpoint changes.
 FOLDER = "checkpoints"
+ITEMS = ("params", "rest", "meta")
+SECONDS_BETWEEN_READS = 2.0  # A network that drops one read is no damaged checkpoint.
 
 
 class Restored(NamedTuple):
@@ -39,7 +45,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
             ),
-            item_names=("params", "rest", "meta"),
+            item_names=ITEMS,
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -53,15 +59,6 @@ class Checkpointer:
                 meta=ocp.args.JsonSave({"layout": LAYOUT, **meta}),
             ),
         )
-
-    def newest_meta(self) -> dict[str, Any] | None:
-        """The `meta` of the newest checkpoint that can be read; None if there is none. Reads no arrays."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._meta(step)
-            except Exception as error:  # Orbax raises many kinds, a bare Exception for a truncated array.
-                _log.warning("checkpoint %s: can't read its meta (%s)", self._folder / str(step), _short(error))
-        return None
 
     def restore(self, template: Any) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is put aside, with a warning.
@@ -77,40 +74,30 @@ class Checkpointer:
         """
         tree = serialization.to_state_dict(template)
         params, rest = tree.pop("params"), tree
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            rest=ocp.args.StandardRestore(rest),
+            meta=ocp.args.JsonRestore(),
+        )
         steps = sorted(self._manager.all_steps(), reverse=True)
-        damaged = []
-        for step in steps:
-            try:
-                read = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        params=ocp.args.StandardRestore(params),
-                        rest=ocp.args.StandardRestore(rest),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
-            except Exception as error:
-                _log.warning("checkpoint %s is damaged (%s)", self._folder / str(step), _short(error))
-                damaged.append(step)
-                continue
-            self._set_aside(damaged)
-            _check_layout(read["meta"], self._folder)
-            state = serialization.from_state_dict(template, {"params": read["params"], **read["rest"]})
-            return Restored(step, state, read["meta"])
-        if steps:
+        if not steps:
+            return None
+        found = _newest_readable(self._folder, steps, lambda step: self._manager.restore(step, args=items))
+        if found is None:
             raise ConfigError(
                 f"none of the checkpoints in {self._folder} can be read (steps {steps}); "
                 "move the folder away to start again."
             )
-        return None
+        step, read = found
+        self._set_aside([newer for newer in steps if newer > step])
+        _check_layout(read["meta"], self._folder)
+        state = serialization.from_state_dict(template, {"params": read["params"], **read["rest"]})
+        return Restored(step, state, read["meta"])
 
     def close(self) -> None:
         """Waits for the save in progress."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-    def _meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -123,33 +110,73 @@ class Checkpointer:
             self._manager.reload()
 
 
+def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
+    """The `meta` of a run's newest checkpoint that can be read; None if there is none. Reads no arrays."""
+    if not (workdir / FOLDER).exists():
+        return None
+    item = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                return manager.restore(step, args=item)["meta"]
+            except Exception as error:  # As in _newest_readable.
+                _log.warning("checkpoint %s: can't read its meta (%s)", workdir / FOLDER / str(step), _short(error))
+    return None
+
+
 def restore_params(workdir: epath.Path, shapes: Any) -> Restored:
-    """The parameters (only) of another run's newest checkpoint.
+    """The parameters (only) of a run's newest checkpoint that can be read; changes nothing there.
 
     Args:
       workdir: of that run.
       shapes: nested dict of ShapeDtypeStructs that carry shardings.
 
     Raises:
-      ConfigError: if there is no checkpoint, or its parameters have other shapes.
+      ConfigError: if there is no checkpoint, or none that holds parameters of these shapes.
     """
     folder = workdir / FOLDER
     if not folder.exists():
         raise ConfigError(f"{workdir} has no folder {FOLDER}: name the workdir of a run that has saved a checkpoint.")
-    with ocp.CheckpointManager(folder, item_names=("params", "rest", "meta")) as manager:
-        step = manager.latest_step()
-        if step is None:
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes), meta=ocp.args.JsonRestore())
+    with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
             raise ConfigError(f"{folder} holds no checkpoint: name the workdir of a run that has saved one.")
-        try:
-            read = manager.restore(
-                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes), meta=ocp.args.JsonRestore())
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"{folder / str(step)} does not hold parameters of this model: {_short(error)}"
-            ) from error
+        found = _newest_readable(folder, steps, lambda step: manager.restore(step, args=items))
+    if found is None:
+        raise ConfigError(
+            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; why is told above."
+        )
+    step, read = found
     _check_layout(read["meta"], folder)
     return Restored(step, read["params"], read["meta"])
+
+
+def _newest_readable(folder: epath.Path, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any] | None:
+    """The first of `steps` that every process can read, and what `read` gave there.
+
+    A read that failed is tried once more before its checkpoint counts as damaged.
+    """
+    for step in steps:
+        for attempt in (1, 2):
+            error = None
+            try:
+                value = read(step)
+            except Exception as raised:  # Orbax raises many kinds, a bare Exception for a truncated array.
+                error = raised
+            if _all_processes(error is None):
+                return step, value
+            cause = _short(error) if error else "another process failed"
+            if attempt == 1:
+                _log.warning("checkpoint %s can't be read (%s): trying again", folder / str(step), cause)
+                time.sleep(SECONDS_BETWEEN_READS)
+            else:
+                _log.warning("checkpoint %s is damaged (%s)", folder / str(step), cause)
+    return None
+
+
+def _all_processes(ok: bool) -> bool:
+    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
 def _check_layout(meta: dict[str, Any], folder: epath.Path) -> None:

@@ -1,9 +1,11 @@
 """The command line of every door: flags in, one clear sentence out when something is wrong."""
 
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -41,14 +43,27 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
         config_lib.check(config)
     except ConfigError:
         raise
-    except AttributeError as error:
-        field, *hint = str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
-        raise ConfigError(f"the config has no field {field.strip(chr(39))!r}. {' '.join(hint)}".strip()) from error
-    except (flags.Error, OSError, ImportError, SyntaxError, KeyError) as error:
+    except (flags.Error, OSError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    except AttributeError as error:
+        raise ConfigError(_no_such_field(error, argv)) from error
+    except Exception as error:  # A config file is a program: anything can go wrong in it.
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ConfigError(f"the file of --config can't be used: {type(error).__name__}: {reason}") from error
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, workdir if "://" in str(workdir) else workdir.expanduser().resolve()
+
+
+def _no_such_field(error: AttributeError, argv: list[str]) -> str:
+    """One sentence from ml_collections' message: the field alone, and on a second line perhaps the nearest one."""
+    if "get_config" in str(error):
+        return "the file of --config has no function get_config(), which must return the config."
+    field, *hint = str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
+    field = field.strip("'")
+    typed = (word.partition("=")[0].partition("config.")[2] for word in argv)
+    path = next((path for path in typed if path.split(".")[-1] == field), field)
+    return f"the config has no field {path!r}. {' '.join(hint)}".strip()
 
 
 def join_hosts() -> None:
@@ -58,29 +73,58 @@ def join_hosts() -> None:
     Slurm and others that `jax.distributed.initialize` knows).
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
+        try:
+            num, own = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        jax.distributed.initialize(num_processes=num, process_id=own)
         return
     try:
         jax.distributed.initialize()
-    except (ValueError, RuntimeError):
-        pass  # No cluster: one process.
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # What it says where it knows no cluster: one process.
+            raise
 
 
-def run_command(command: Callable[[list[str]], None]) -> None:
-    """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1."""
+def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = False) -> None:
+    """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1.
+
+    Args:
+      command: of the door.
+      joins_hosts: connect the processes of the run first, before anything else touches a device.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     logging.getLogger("meap_jax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.
-    # Of a damaged checkpoint orbax raises the first failed read, which is told; asyncio would print the others' traces.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    _mute_abandoned_reads()
     try:
+        if joins_hosts:
+            join_hosts()
         command(sys.argv)
     except USER_ERRORS as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; start the same command again to go on from the last checkpoint.", file=sys.stderr)
+        print("stopped; what was saved is kept.", file=sys.stderr)
         sys.exit(130)
+
+
+def _mute_abandoned_reads() -> None:
+    """Leaves the words to us when a checkpoint is damaged.
+
+    Orbax raises the first read that failed, which we tell in a line, and abandons the others: their failures would come
+    as tracebacks, from asyncio's log, from tensorstore's threads ("Event loop is closed") or when Python lets go of the
+    coroutines.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unless_abandoned(unraisable: Any) -> None:
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_abandoned

@@ -252,6 +252,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(f"mesh.{axis}", lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left")
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
+    if "text" not in mixture(config) and config.data.path is not None:
+        raise ConfigError(
+            f"data.path is {config.data.path!r}, but data.mixture is {config.data.mixture!r}, which does not read it: "
+            "set data.mixture, such as --config.data.mixture=text=1."
+        )
     if "text" in mixture(config) and config.data.path is None and config.data.prepared is None:
         raise ConfigError(
             "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."

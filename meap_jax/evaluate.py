@@ -15,7 +15,7 @@ from meap_jax import cli
 from meap_jax.evals import make_evaluators
 from meap_jax.evals.retrieval import Retrieval
 from meap_jax.evals.statistics import binomial_interval
-from meap_jax.run import absolute, load_params, open_run, read_config
+from meap_jax.run import absolute, check_data, load_params, open_run, read_config
 
 
 def evaluate(workdir: epath.Path, split: str = "test") -> dict[str, Any]:
@@ -32,7 +32,9 @@ def evaluate(workdir: epath.Path, split: str = "test") -> dict[str, Any]:
       ConfigError, DataError: if the run or its data cannot be read.
     """
     run = open_run(read_config(workdir), workdir)
-    params = load_params(run, workdir)
+    restored = load_params(run, workdir)
+    check_data(run, restored.meta)
+    params = restored.state
     results: dict[str, Any] = {}
     with jax.set_mesh(run.mesh):
         for name, evaluator in make_evaluators(run.config, run.definition, run.prepared, run.mesh, split).items():
@@ -57,7 +59,6 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, help="of a run that has saved a checkpoint")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     args = parser.parse_args(argv[1:])
-    cli.join_hosts()
     workdir = absolute(epath.Path(args.workdir))
     results = evaluate(workdir, args.split)
     if jax.process_index() == 0:
@@ -66,4 +67,4 @@ def command(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(command)
+    cli.run_command(command, joins_hosts=True)

@@ -13,7 +13,7 @@ from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import make_evaluators
 from meap_jax.metrics import MetricsWriter, NoWriter
-from meap_jax.run import open_run, start, versions
+from meap_jax.run import make_folder, open_run, start, versions
 from meap_jax.train import TrainState, compile_step, train_loop
 
 _log = logging.getLogger("meap_jax.main")  # Not __name__, which is __main__ here.
@@ -31,6 +31,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
       Diverged: for a loss that is not finite; the last good checkpoint stays.
     """
     is_first = jax.process_index() == 0
+    make_folder("workdir", workdir)
 
     # Mesh, model definition, data.
     run = open_run(config, workdir)
@@ -68,7 +69,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
     )
 
     def save(step: int, state: TrainState) -> None:
-        meta = {"config": config.to_dict(), "fingerprint": run.prepared.fingerprint, "data": batches.get_state()}
+        meta = {
+            "config": config.to_dict(),
+            "fingerprint": run.prepared.fingerprint,
+            "tokenizer": run.prepared.tokenizer_hash,
+            "data": batches.get_state(),
+        }
         checkpointer.save(step, state, meta)
 
     # Steps.
@@ -92,9 +98,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
 def command(argv: list[str]) -> None:
     """The door."""
     config, workdir = cli.parse_config(argv)
-    cli.join_hosts()
     train(config, workdir)
 
 
 if __name__ == "__main__":
-    cli.run_command(command)
+    cli.run_command(command, joins_hosts=True)

@@ -7,7 +7,6 @@ MEAP: "Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More
 https://arxiv.org/abs/2502.07490, section 3.
 """
 
-import math
 import numbers
 import random
 from collections.abc import Callable
@@ -66,10 +65,11 @@ def mask_tokens(
       (masked_ids, is_masked): [B, T] of the dtype of `ids`, and [B, T] bool.
 
     Raises:
-      ValueError: for ids that are not [B, T] integers, masks of another shape, an unknown strategy, a span length below
-        1, or a ratio outside [0, 1] (if it is known while tracing).
+      ValueError: for ids that are not [B, T] integers with T >= 1, a mask_id that their dtype can't hold, masks of
+        another shape, an unknown strategy, a span length that is not a whole number from 1 on, or a ratio outside
+        [0, 1] (if it is known while tracing).
     """
-    _check(ids, ratio, eligible, segment_ids, strategy, span_length)
+    _check(ids, ratio, mask_id, eligible, segment_ids, strategy, span_length)
     B, T = ids.shape
     eligible = jnp.ones((B, T), bool) if eligible is None else eligible.astype(bool)
     segment_ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
@@ -131,7 +131,7 @@ def _quota(size: jax.Array, ratio: float | jax.Array, T: int, protect_last: bool
         # Python's own floor(ratio * N), from a table: 0.29 * 100 is 28.999... in double precision, 29 in single.
         count = jnp.asarray(np.floor(float(ratio) * np.arange(T + 1)), jnp.int32)[size]
     else:
-        count = jnp.floor(ratio * size).astype(jnp.int32)
+        count = jnp.floor(jnp.asarray(ratio, jnp.float32) * size).astype(jnp.int32)
     count = jnp.minimum(jnp.maximum(count, 1), size - 1 if protect_last else size)
     return jnp.where(ratio > 0, count, 0)
 
@@ -209,25 +209,32 @@ def _bernoulli(bits: jax.Array, ratio: float | jax.Array) -> jax.Array:
 def _check_ratio(ratio: float | jax.Array) -> None:
     if isinstance(ratio, jax.core.Tracer):
         return
-    if np.ndim(ratio) != 0 or not 0 <= float(ratio) <= 1 or math.isnan(float(ratio)):
+    if not isinstance(ratio, numbers.Real | np.ndarray | jax.Array) or np.ndim(ratio) != 0 or not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be a scalar in [0, 1], got {ratio}")
 
 
 def _check(
     ids: jax.Array,
     ratio: float | jax.Array,
+    mask_id: int,
     eligible: jax.Array | None,
     segment_ids: jax.Array | None,
     strategy: str,
     span_length: int,
 ) -> None:
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be integers of shape [B, T], got {ids.dtype}{list(ids.shape)}")
+    for name, array in (("ids", ids), ("eligible", eligible), ("segment_ids", segment_ids)):
+        if array is not None and not isinstance(array, np.ndarray | jax.Array):
+            raise ValueError(f"{name} must be an array, got {array!r}")
+    shape, dtype = ids.shape, ids.dtype
+    if len(shape) != 2 or shape[1] < 1 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"ids must be integers of shape [B, T] with T >= 1, got {dtype}{list(shape)}")
+    if isinstance(mask_id, numbers.Integral) and not jnp.iinfo(dtype).min <= mask_id <= jnp.iinfo(dtype).max:
+        raise ValueError(f"mask_id must be a number that the dtype of ids, {dtype}, can hold, got {mask_id}")
     for name, array in (("eligible", eligible), ("segment_ids", segment_ids)):
-        if array is not None and array.shape != ids.shape:
-            raise ValueError(f"{name} must have the shape {list(ids.shape)} of ids, got {list(array.shape)}")
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must have the shape {list(shape)} of ids, got {list(array.shape)}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if strategy == "span" and span_length < 1:
-        raise ValueError(f"span_length must be at least 1, got {span_length}")
+    if strategy == "span" and not (isinstance(span_length, numbers.Integral) and span_length >= 1):
+        raise ValueError(f"span_length must be a whole number from 1 on, got {span_length}")
     _check_ratio(ratio)

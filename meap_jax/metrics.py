@@ -81,11 +81,11 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
         if self._is_remote():
-            for file in self._local.rglob("*"):
-                if file.is_file():
-                    target = self._workdir / file.relative_to(self._local).as_posix()
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
+            # These and no others: prepared data may lie in the same local folder.
+            for file in (self._local / METRICS_FILE, *(self._local / TENSORBOARD_FOLDER).iterdir()):
+                target = self._workdir / file.relative_to(self._local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
 
     def close(self) -> None:
         """Flushes and lets go."""

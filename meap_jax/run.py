@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
-from meap_jax.checkpoint import Checkpointer, restore_params
+from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
 from meap_jax.config import ConfigError, changed_on_resume, mixture
-from meap_jax.data.prepare import Prepared, open_prepared, prepare
+from meap_jax.data.prepare import Prepared, prepare
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
@@ -46,16 +47,20 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
     sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
     definition = define(ModelConfig.of(config.model))
     state_shardings(config, definition, mesh)  # Raises where the mesh does not divide the model.
+    meta = newest_meta(workdir)
+    if meta is not None:
+        check_resume(config, meta, workdir)  # Before the data: it may lie in the workdir, and be the other config's.
     return Run(config, workdir, mesh, definition, open_data(config, workdir))
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
     """Opens the prepared data, and prepares it first if this is the first run that needs it.
 
-    The first process prepares; the others wait, and must see the same folder.
+    The first process prepares, the others wait for it. Where they don't share its disk, each then prepares its own.
 
     Raises:
-      ConfigError: for a folder frozen with other options, or a tokenizer whose [MASK] is not `objective.mask_id`.
+      ConfigError: for a folder frozen with other options, data that differs between processes, or a tokenizer whose
+        [MASK] is not `objective.mask_id`.
     """
     folder = config.data.prepared or str(local_folder(workdir) / "data")
     options = {
@@ -72,7 +77,13 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
         prepared = prepare(folder, options=options)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepared data")
-        prepared = open_prepared(folder)
+        prepared = prepare(folder, options=options)
+        digest = np.frombuffer(bytes.fromhex(prepared.fingerprint), np.uint8)
+        if (multihost_utils.process_allgather(digest) != digest).any():
+            raise ConfigError(
+                f"{folder} differs between hosts ({prepared.fingerprint[:12]} on host {jax.process_index()}): prepare "
+                "it once, copy it to all of them, and set data.prepared to it."
+            )
     if prepared.tokenizer.mask_id != config.objective.mask_id:
         raise ConfigError(
             f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is "
@@ -81,18 +92,26 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
     return prepared
 
 
-def check_resume(run: Run, meta: dict[str, Any]) -> None:
-    """Stops a run that would go on from a checkpoint of another experiment.
+def check_resume(config: ml_collections.ConfigDict, meta: dict[str, Any], workdir: epath.Path) -> None:
+    """Stops a config that would go on from a checkpoint of another experiment.
 
     Raises:
-      ConfigError: naming the fields that differ, or both data fingerprints.
+      ConfigError: naming the fields that differ.
     """
-    changed = changed_on_resume(meta["config"], run.config)
+    changed = changed_on_resume(meta["config"], config)
     if changed:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(
-            f"{run.workdir} holds checkpoints of another config: {listed}. Use another --workdir, or the old values."
+            f"{workdir} holds checkpoints of another config: {listed}. Use another --workdir, or the old values."
         )
+
+
+def check_data(run: Run, meta: dict[str, Any]) -> None:
+    """Stops a run whose checkpoint was made on other data.
+
+    Raises:
+      ConfigError: naming both fingerprints.
+    """
     if meta["fingerprint"] != run.prepared.fingerprint:
         raise ConfigError(
             f"{run.workdir} holds checkpoints made on data {meta['fingerprint']}, but {run.prepared.folder} is "
@@ -119,29 +138,58 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
     shapes = jax.eval_shape(lambda: init_state(run.config, run.definition))
     template = jax.tree.map(_with_sharding, shapes, shardings)
 
-    meta = checkpointer.newest_meta()
+    meta = newest_meta(run.workdir)
     if meta is not None:
-        check_resume(run, meta)
+        check_data(run, meta)
     restored = checkpointer.restore(template)
     if restored is not None:
         _log.info("resuming from step %d of %s", restored.step, run.workdir)
+        if restored.step >= run.config.num_steps:
+            _log.info("nothing is left to do: num_steps is %d", run.config.num_steps)
         return Start(restored.step, restored.state, restored.meta["data"])
 
     if run.config.init_from is not None:
-        params = load_params(run, epath.Path(run.config.init_from))
-        _log.info("starting from the parameters of %s", run.config.init_from)
         fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
-        return Start(0, fresh(params), None)
+        return Start(0, fresh(imported_params(run)), None)
 
     fresh = jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)
     return Start(0, fresh(), None)
 
 
-def load_params(run: Run, workdir: epath.Path) -> Params:
-    """The parameters of a run's newest checkpoint, laid out for this run's mesh."""
+def imported_params(run: Run) -> Params:
+    """The parameters that `init_from` names.
+
+    Raises:
+      ConfigError: if there are none of this shape, or their tokens mean something else here.
+    """
+    restored = load_params(run, epath.Path(run.config.init_from))
+    if restored.meta["tokenizer"] != run.prepared.tokenizer_hash:
+        raise ConfigError(
+            f"init_from is {run.config.init_from}, whose tokenizer ({restored.meta['tokenizer'][:12]}) is not that of "
+            f"{run.prepared.folder} ({run.prepared.tokenizer_hash[:12]}): name a run with the same tokenizer."
+        )
+    _log.info("starting from the parameters of %s at step %d", run.config.init_from, restored.step)
+    return restored.state
+
+
+def load_params(run: Run, workdir: epath.Path) -> Restored:
+    """The parameters of a run's newest readable checkpoint, laid out for this run's mesh."""
     shardings = state_shardings(run.config, run.definition, run.mesh).params
     template = jax.tree.map(_with_sharding, run.definition.shapes(), shardings)
-    return restore_params(absolute(workdir), template).state
+    return restore_params(absolute(workdir), template)
+
+
+def make_folder(name: str, folder: epath.Path) -> None:
+    """Makes a folder that the user named.
+
+    Raises:
+      ConfigError: if it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ImportError) as error:  # ImportError: a bucket whose file system is not installed.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{name} is {folder}, but must be a folder that can be made: {reason}.") from error
 
 
 def versions() -> dict[str, str]:
@@ -159,12 +207,17 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     """The config that a run wrote into its workdir.
 
     Raises:
-      ConfigError: if there is none.
+      ConfigError: if there is none, or it is damaged.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
-    return ml_collections.ConfigDict(json.loads(file.read_text()))
+    try:
+        return ml_collections.ConfigDict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}): start the run's training command again to write it."
+        ) from error
 
 
 def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

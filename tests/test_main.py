@@ -2,13 +2,14 @@
 
 import json
 import pathlib
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 from meap_jax import cli, evaluate, main
-from meap_jax.config import ConfigError
-from tiny_runs import ROOT, TINY, flags, losses, records, run
+from tiny_runs import ROOT, TINY, environment, flags, losses, records, run
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"objective.mask_ratoi": 0.1}, "no field 'mask_ratoi'. Did you mean \"mask_ratio\""),
+        ({"objective.mask_ratoi": 0.1}, "no field 'objective.mask_ratoi'. Did you mean \"mask_ratio\""),
         ({"objective.mask_ratio": 1.5}, "objective.mask_ratio is 1.5, but must be in [0, 1]"),
         ({"model.num_heads": 0}, "model.num_heads is 0, but must be at least 1"),
         ({"num_steps": "many"}, "--config.num_steps=many"),
@@ -119,6 +120,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
         ({"mesh.data": 3}, "there are 8 devices"),
         ({"objective.mask_id": 5}, "objective.mask_id is 5, but [MASK] of the tokenizer"),
         ({"data.mixture": "text=1", "data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"data.path": "/books"}, "data.path is '/books', but data.mixture is 'retrieval=1', which does not read it"),
         ({"init_from": "/nowhere/at/all"}, "/nowhere/at/all has no folder checkpoints"),
     ],
     ids=lambda x: str(x)[:40],
@@ -163,20 +165,62 @@ def test_a_workdir_of_another_config_is_refused_with_every_change_named(trained,
     assert sorted(str(p) for p in pathlib.Path(trained).rglob("*")) == before
 
 
-def test_other_data_is_refused_with_both_fingerprints(trained, data, tmp_path):
-    import shutil
+def test_other_data_is_refused_with_both_fingerprints(tmp_path, monkeypatch, capsys):
+    text, prepared = tmp_path / "book.txt", tmp_path / "data"
+    words = flags(tmp_path / "run", data__mixture="text=1", data__path=text, data__prepared=prepared, num_steps=2)
+    fingerprints = []
+    for chapter in ("first", "second"):
+        text.write_text(" ".join(f"In the {chapter} chapter {n} times two is {2 * n}." for n in range(500)))
+        if chapter == "first":
+            main.command(["main", *words])
+        else:  # The text has changed, and somebody prepared it again.
+            shutil.rmtree(prepared)
+            code, said_last = said(monkeypatch, capsys, words)
+        fingerprints.append(json.loads((prepared / "manifest.json").read_text())["fingerprint"])
+    assert code == 1 and fingerprints[0] != fingerprints[1]
+    assert all(fingerprint in said_last for fingerprint in fingerprints)
 
-    from etils import epath
 
-    from meap_jax.run import check_resume, open_run
+def test_init_from_a_run_with_another_tokenizer_is_refused(trained, tmp_path, monkeypatch, capsys):
+    words = flags(tmp_path / "run", init_from=trained, data__prepared=tmp_path / "data", data__retrieval__num_keys=9)
+    code, text = said(monkeypatch, capsys, words)
+    assert code == 1 and "name a run with the same tokenizer" in text
 
-    other = tmp_path / "data"
-    shutil.copytree(data, other)
-    config, workdir = cli.parse_config(["main", *flags(trained, data__prepared=data)])
-    run_of = open_run(config, epath.Path(workdir))
-    meta = {"config": config.to_dict(), "fingerprint": "0" * 64}
-    with pytest.raises(ConfigError, match=f"{'0' * 64}.*{run_of.prepared.fingerprint}"):
-        check_resume(run_of, meta)
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    code, text = said(monkeypatch, capsys, flags(tmp_path / "file" / "run"))
+    assert code == 1 and "must be a folder that can be made" in text
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("get_config = 1 +", "can't be used: SyntaxError"),
+        ("import no_such_package", "can't be used: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def get_config():\n  return 1 / 0", "can't be used: ZeroDivisionError"),
+    ],
+)
+def test_a_broken_config_file_gets_one_sentence(program, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.py").write_text(program)
+    code, text = said(monkeypatch, capsys, [f"--config={tmp_path / 'broken.py'}"])
+    assert code == 1 and text.startswith("error: ") and expected in text
+
+
+def test_a_config_file_without_get_config_gets_one_sentence(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1")
+    words = [sys.executable, "-m", "meap_jax.main", f"--config={tmp_path / 'empty.py'}"]
+    finished = subprocess.run(words, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: the file of --config has no function get_config()")
+
+
+def test_a_coordinator_without_its_numbers_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(SystemExit):
+        cli.run_command(main.command, joins_hosts=True)
+    assert "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too" in capsys.readouterr().err
 
 
 def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(

@@ -358,18 +358,27 @@ def test_official_masks_refuse_more_masks_than_positions():
     "arguments, message",
     [
         (dict(ids=IDS.astype(jnp.float32)), r"ids must be integers .* got float32\[8, 16\]"),
-        (dict(ids=IDS[0]), r"ids must be .*\[B, T\], got int32\[16\]"),
+        (dict(ids=IDS[0]), r"ids must be .*\[B, T\] with T >= 1, got int32\[16\]"),
         (dict(ids=IDS[None]), r"got int32\[1, 8, 16\]"),
         (dict(eligible=jnp.ones((B, T - 1), bool)), r"eligible must have the shape \[8, 16\] of ids, got \[8, 15\]"),
         (dict(segment_ids=jnp.ones(T, int)), r"segment_ids must have the shape \[8, 16\] of ids, got \[16\]"),
         (dict(ratio=jnp.full(B, 0.1)), r"ratio must be a scalar"),
         (dict(strategy="blocks"), r"strategy must be one of random, span, bernoulli, shared, got 'blocks'"),
-        (dict(strategy="span", span_length=0), r"span_length must be at least 1, got 0"),
+        (dict(strategy="span", span_length=0), r"span_length must be a whole number from 1 on, got 0"),
+        (dict(strategy="span", span_length=2.5), r"span_length must be a whole number from 1 on, got 2.5"),
+        (dict(ids=IDS[:, :0]), r"ids must be .*T >= 1, got int32\[8, 0\]"),
+        (dict(ids=[[1, 2]]), r"ids must be an array, got \[\[1, 2\]\]"),
+        (dict(ratio="0.1"), r"ratio must be a scalar in \[0, 1\], got 0.1"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(**arguments)
+
+
+def test_a_mask_id_that_the_ids_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="mask_id must be .* int8, can hold, got 32000"):
+        mask_tokens(jax.random.key(0), IDS.astype(jnp.int8), 0.15)
 
 
 @pytest.mark.parametrize("ratio", [1.5, math.nan])

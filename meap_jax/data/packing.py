@@ -94,7 +94,7 @@ def pack_whole(
             raise DataError(
                 f"Document {index} has {length} ids with bos and eos, more than the "
                 f"{block_len} of a block (seq_len + 1), and must not be cut: raise seq_len, or lower "
-                "data.retrieval.num_facts or questions_per_fact."
+                "num_facts, questions_per_fact (for training) or num_eval_facts (held out) of data.retrieval."
             )
         row = next((row for row, free in room.items() if free >= length), None)
         if row is None:

@@ -34,6 +34,9 @@ _MANIFEST = "manifest.json"
 # Generated text repeats itself, so it gets about as much as the standard library has.
 _BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.whole
 
+# Options of `prepare` whose field of the config is not data.NAME.
+_FIELDS = {"sources": "data.mixture", "seq_len": "seq_len", "vocab_size": "model.vocab_size"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +61,11 @@ class Prepared:
     def block_len(self) -> int:
         """Ids in a block, seq_len + 1."""
         return self.manifest["options"]["seq_len"] + 1
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of the tokenizer's file: equal hashes, equal meaning of every id."""
+        return next(e["sha256"] for name, e in self.manifest["files"].items() if name.startswith("tokenizer."))
 
     def blocks(self, source: str, split: str) -> Blocks:
         """Maps the blocks of a source and split (train, validation, test) into memory, read-only.
@@ -111,8 +119,13 @@ def prepare(folder: str | os.PathLike[str], *, options: Mapping[str, Any]) -> Pr
     wanted = _relevant(options)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return _reuse(folder, wanted)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be a folder that can be made: {error.strerror}."
+        ) from error
     try:
         _write(partial, wanted)
         partial.chmod(0o755)  # mkdtemp shuts others out
@@ -181,13 +194,16 @@ def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
 def _reuse(folder: Path, wanted: dict[str, Any]) -> Prepared:
     prepared = open_prepared(folder)
     frozen, new = _flatten(prepared.manifest["options"]), _flatten(wanted)
-    for name in sorted(frozen.keys() | new.keys()):
-        if frozen.get(name) != new.get(name):
-            raise ConfigError(
-                f"The data in {folder} was prepared with {name} = {frozen.get(name)!r}, but the "
-                f"config wants {new.get(name)!r}: set data.prepared to another folder, or delete "
-                "this one."
-            )
+    changed = [
+        f"{_FIELDS.get(name, f'data.{name}')} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
+        for name in sorted(frozen.keys() | new.keys())
+        if frozen.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"The data in {folder} was prepared with {'; '.join(changed)}: set data.prepared to another folder, or "
+            "delete this one if no run needs it."
+        )
     return prepared
 
 

@@ -41,8 +41,8 @@ class Validation:
     def run(self, params: Params) -> Iterator[tuple[str, float]]:
         """Yields the two losses."""
         sums = [
-            self._step(params, batch, self._key)
-            for batch in batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+            self._step(params, batch, self._key, sharding.put_whole(sharding.replicated(self._mesh), np.asarray(i)))
+            for i, batch in enumerate(batches(self._blocks, self._mesh, self._batch_size, self._max_rows))
         ]
         clean, masked, num_targets = (sum(float(x[i]) for x in jax.device_get(sums)) for i in range(3))
         yield "loss", clean / num_targets
@@ -50,12 +50,17 @@ class Validation:
 
 
 def _losses(
-    definition: Definition, meap: Objective, params: Params, batch: dict[str, jax.Array], key_data: jax.Array
+    definition: Definition,
+    meap: Objective,
+    params: Params,
+    batch: dict[str, jax.Array],
+    key_data: jax.Array,
+    index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def summed(inputs: Inputs) -> jax.Array:
         logits = definition.apply(params, inputs.tokens, causal(inputs.tokens, inputs.segment_ids))
         return jnp.sum(token_cross_entropy(logits, inputs.targets) * inputs.loss_weights)
 
     clean = clean_inputs(batch)
-    masked = make_inputs(batch, meap, {"mask": jax.random.wrap_key_data(key_data)}, jnp.int32(0))
+    masked = make_inputs(batch, meap, {"mask": jax.random.wrap_key_data(key_data)}, index)
     return summed(clean), summed(masked), clean.loss_weights.sum()

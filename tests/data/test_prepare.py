@@ -143,8 +143,11 @@ def test_a_finished_folder_is_reused_and_never_written_again(copy, options, monk
     ("change", "sentence"),
     [
         ({"seq_len": 64}, "prepared with seq_len = 96, but the config wants 64"),
-        ({"tokenizer": "mistral", "vocab_size": 32064}, "prepared with tokenizer = 'bpe'"),
-        ({"retrieval": OPTIONS["retrieval"] | {"num_facts": 3}}, r"retrieval\.num_facts = 4"),
+        (
+            {"tokenizer": "mistral", "vocab_size": 32064},
+            r"prepared with data.tokenizer = 'bpe', but the config wants 'mistral'; model.vocab_size",
+        ),
+        ({"retrieval": OPTIONS["retrieval"] | {"num_facts": 3}}, r"data\.retrieval\.num_facts = 4"),
         ({"sources": ("text",)}, "prepared with "),
     ],
 )
