@@ -4,10 +4,16 @@ import json
 import logging
 
 import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from etils import epath
 
-from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, read_metrics
+from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, model_flops, read_metrics
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import causal, define
 from tensorboard_reader import read_scalars
 
 
@@ -89,3 +95,30 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
     w.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(bucket)] == [(1, 3.0), (2, 2.5)]
     assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())
+
+
+def test_model_flops_are_those_counted_by_hand(tiny):
+    # One token: q and o 32 x 32, k and v 32 x 16, gate, up and down 32 x 48, in two layers; head 32 x 64.
+    multiplying = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
+    forward = 2 * multiplying + 2 * (2 * 2 * 10 * 32)  # Two layers of scores and sums over 10 keys, 32 wide.
+    assert model_flops(tiny, 10, 1, causal=False) == 3 * forward
+    assert model_flops(tiny, 10, 1) == 3 * (forward - 2 * 2 * 10 * 32)
+    assert model_flops(tiny, 10, 70) == 70 * model_flops(tiny, 10, 1)
+
+
+@pytest.mark.parametrize(("vocab_size", "mlp_dim", "seq_len"), [(512, 384, 128), (128, 96, 512), (4096, 384, 64)])
+def test_model_flops_are_what_xla_counts_in_an_unrolled_program_that_attends_to_every_key(vocab_size, mlp_dim, seq_len):
+    # Within 10 %: XLA counts softmax, norms and activations too, the more of them the narrower the matrices.
+    c = ModelConfig(
+        num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128, mlp_dim=mlp_dim,
+        vocab_size=vocab_size, unroll=2,
+    )  # fmt: skip
+    definition = define(c)
+    tokens = jnp.zeros((2, seq_len), jnp.int32)
+
+    def loss(params):
+        logits = definition.apply(params, tokens, causal(tokens))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).sum()
+
+    counted = jax.jit(jax.value_and_grad(loss)).lower(definition.shapes()).cost_analysis()["flops"]
+    np.testing.assert_allclose(counted, model_flops(c, seq_len, tokens.size, causal=False), rtol=0.1)
