@@ -70,6 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         peak_flops=chip and chip.peak_flops,
     )
     writer = MetricsWriter(workdir, start=begin.step, num_steps=config.num_steps, work=work) if is_first else NoWriter()
+    if config.profile.num_steps and begin.step >= config.profile.start:
+        _log.info("no trace: profile.start is %d, and the run goes on after step %d", config.profile.start, begin.step)
     trace = Trace(
         local_folder(workdir) / PROFILE_FOLDER,
         start=config.profile.start,

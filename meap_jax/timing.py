@@ -135,8 +135,10 @@ class Trace:
     def before(self, step: int, state: Any) -> None:
         """Begins, if `step` is the first of the trace; `state` is the one before it."""
         if self._num_steps and step == self._start:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Every call of a Python function: slows the host, and tells of no device.
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._is_on = True
 
     def after(self, step: int, state: Any) -> None:
