@@ -4,24 +4,48 @@ import json
 import logging
 
 import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from etils import epath
 
-from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, read_metrics
+from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import causal
 from tensorboard_reader import read_scalars
+
+# A hundred tokens on four devices that could each do 1,000 operations a second.
+WORK = StepWork(tokens=100, flops=8_000, num_devices=4, peak_flops=1_000.0)
 
 
 def writer(workdir, start=0):
-    return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, tokens_per_step=100)
+    return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, work=WORK)
 
 
 def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
     w = writer(tmp_path)
-    w.write(5, {"loss": 2.5, "learning_rate": 0.1})
+    w.write(5, {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75})
     w.close()
     [record] = read_metrics(epath.Path(tmp_path))
-    assert {"step": 5, "loss": 2.5, "learning_rate": 0.1}.items() <= record.items()
-    assert record["tokens_per_second"] > 0
+    assert record == {
+        "step": 5, "loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75,
+        "tokens_per_second": 25.0, "tokens_per_second_per_device": 6.25, "model_flops_per_second": 500.0, "mfu": 0.5,
+    }  # fmt: skip
+
+
+def test_mfu_is_left_out_where_the_chip_is_unknown():
+    assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
+
+
+def test_plain_lines_tell_speed_and_mfu(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="meap_jax"):
+        w = writer(tmp_path)
+        w.write(5, {"loss": 2.5, "step_seconds": 4.0})
+        w.close()
+    assert "loss 2.5000  25 tokens/s, MFU 50.0%" in caplog.text
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -89,3 +113,44 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
     w.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(bucket)] == [(1, 3.0), (2, 2.5)]
     assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())
+
+
+def test_a_bucket_gets_a_trace_with_its_folders_once(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    w = writer(bucket)
+    trace = local_folder(bucket) / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
+    trace.parent.mkdir(parents=True)
+    trace.write_bytes(b"steps")
+    w.flush()
+    there = bucket / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
+    assert there.read_bytes() == b"steps"
+    there.unlink()
+    w.close()
+    assert not there.exists()
+
+
+def test_model_flops_are_those_counted_by_hand(tiny):
+    # One token: q and o 32 x 32, k and v 32 x 16, gate, up and down 32 x 48, in two layers; head 32 x 64.
+    multiplying = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
+    forward = 2 * multiplying + 2 * (2 * 2 * 10 * 32)  # Two layers of scores and sums over 10 keys, 32 wide.
+    assert model_flops(tiny, 10, 1, causal=False) == 3 * forward
+    assert model_flops(tiny, 10, 1) == 3 * (forward - 2 * 2 * 10 * 32)
+    assert model_flops(tiny, 10, 70) == 70 * model_flops(tiny, 10, 1)
+
+
+@pytest.mark.parametrize(("vocab_size", "mlp_dim", "seq_len"), [(512, 384, 128), (128, 96, 512), (4096, 384, 64)])
+def test_model_flops_are_what_xla_counts_in_an_unrolled_program_that_attends_to_every_key(vocab_size, mlp_dim, seq_len):
+    # Within 10 %: XLA counts softmax, norms and activations too, the more of them the narrower the matrices.
+    c = ModelConfig(
+        num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128, mlp_dim=mlp_dim,
+        vocab_size=vocab_size, unroll=2, attention="plain",
+    )  # fmt: skip
+    definition = define(c)
+    tokens = jnp.zeros((2, seq_len), jnp.int32)
+
+    def loss(params):
+        logits = definition.apply(params, tokens, causal(tokens))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).sum()
+
+    counted = jax.jit(jax.value_and_grad(loss)).lower(definition.shapes()).cost_analysis()["flops"]
+    np.testing.assert_allclose(counted, model_flops(c, seq_len, tokens.size, causal=False), rtol=0.1)
