@@ -148,8 +148,8 @@ def submit(files: Sequence[pathlib.Path]) -> None:
         code = subprocess.run(submission(file), cwd=ROOT, check=False).returncode
         if code:
             raise ConfigError(
-                f"sky ended with exit code {code} at {file}: it and the {len(files) - i - 1} files after it are not "
-                "submitted; the commands above do that one by one."
+                f"sky ended with exit code {code} at {file}: {len(files) - i} of {len(files)} files, from this one on, "
+                "are not submitted; the commands above do that one by one."
             )
 
 

@@ -213,7 +213,7 @@ def test_dry_run_submits_nothing(tmp_path, monkeypatch):
 
 def test_a_file_that_sky_refuses_stops_the_rest(tmp_path, monkeypatch):
     fake_sky(tmp_path / "bin", monkeypatch, f"echo x >> {tmp_path}/calls; exit 3")
-    with pytest.raises(ConfigError, match=r"exit code 3 at .*ratio-0-seed-3407.yaml.* the 14 files after it"):
+    with pytest.raises(ConfigError, match=r"exit code 3 at .*ratio-0-seed-3407.yaml: 15 of 15 files"):
         write(tmp_path, *PAPER, dry_run=False)
     assert (tmp_path / "calls").read_text() == "x\n"
 
