@@ -11,7 +11,7 @@ ROOT := $(shell dirname '$(strip $(MAKEFILE_LIST))')
 
 help: ## list the targets
 	@cd "$(ROOT)"
-	sed -n 's/^\([a-z.]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+	sed -n 's/^\([a-z.-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
 # XLA's CPU backend asks for fresh buffers of tens of MB all the time, and first touching them in
 # pages of 4 KB costs more than the arithmetic. The tunable makes glibc ask for huge pages.

@@ -59,7 +59,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
 
     Returns:
       What the command prints; see docs/performance.md. Of a program that a TPU's compiler refuses for want of memory,
-      `hbm_bytes` has the total alone, as the compiler says it, and what depends on the program is None.
+      `hbm_bytes` has the total alone, as its compiler says it, and what depends on the program is None.
 
     Raises:
       ConfigError: if mesh and batch don't fit the devices.
@@ -162,8 +162,12 @@ def _roofline(costs: hlo.Costs, chip: Chip) -> dict[str, float]:
 
 
 def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
-    """From a TPU compiler's "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm"; else raises it."""
-    match = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
+    """What a TPU's compiler says that a program would take that does not fit; any other error is raised again.
+
+    Either "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm", or before it comes so far "the total
+    memory required for HLO temporaries (43.72G) exceeds available HBM (15.75G)".
+    """
+    match = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMG])\b", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
         raise error
     return int(float(match.group(1)) * 1024 ** ("KMG".index(match.group(2)) + 1))

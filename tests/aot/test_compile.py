@@ -72,11 +72,11 @@ def test_the_1b_paper_config_for_eight_h100s(gpu_compiler):
 
 
 def small(num_layers, **model):
-    """A paper config whose programs compile in seconds, without recomputation: its FLOPs are the model's."""
+    """A paper config made small, whose programs compile in seconds."""
     config = config_lib.paper("100m", "meap")
     config.model.update(dict(num_layers=num_layers, num_heads=4, embed_dim=256, mlp_dim=512, vocab_size=32_064))
     config.model.update(model)
-    config.seq_len, config.global_batch_size, config.grad_accum_steps = 256, 8, 2
+    config.seq_len, config.global_batch_size, config.grad_accum_steps = 256, 16, 2
     return config
 
 
@@ -91,14 +91,13 @@ def test_a_tpu_program_counts_the_same_scanned_and_unrolled(tpu_compiler, num_la
     assert scanned == pytest.approx(unrolled, rel=0.01)
 
 
-@pytest.mark.parametrize("num_layers", [2, 4])
-def test_a_gpu_program_counts_the_same_scanned_and_unrolled(gpu_compiler, num_layers):
-    scanned = count("h100:8", small(num_layers))
-    unrolled = count("h100:8", small(num_layers, unroll=num_layers))
+def test_a_gpu_program_counts_the_same_scanned_and_unrolled_and_as_a_tpu_program_does(tpu_compiler, gpu_compiler):
+    scanned, unrolled = count("h100:4", small(4)), count("h100:4", small(4, unroll=4))
+    assert scanned == pytest.approx(count("v5e:2x2", small(4)), rel=0.01)
     assert scanned == pytest.approx(unrolled, rel=0.01)
 
 
-@pytest.mark.parametrize("gpu", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("gpu", ["a100", "b200"])
 def test_other_gpus_have_a_compiler_too(gpu_compiler, gpu):
     report = compile_for(small(2), f"{gpu}:4")
     assert (report["devices"], report["chip"], report["uncounted"]) == (4, gpu, {"kernels": {}, "loops": []})
