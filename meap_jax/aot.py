@@ -41,9 +41,8 @@ COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu1
 def compile_for(config: ml_collections.ConfigDict, topology: str, slices: int = 1) -> dict[str, Any]:
     """`compile_report` for a topology by name, such as v5e:8x8 or h100:8, with its name in front."""
     jax.config.update("jax_platforms", "cpu")  # Before a device is touched: a TPU or GPU that is here is not used.
-    jax.config.update("jax_enable_compilation_cache", False)  # So that compile_seconds are.
-
     target = find_target(topology, slices)
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds are to be those of compiling.
     _log.info("compiling for %d %s; this takes a minute or more", len(target.devices), target.chip.name)
     report = compile_report(config, target)
     _log.info("compiled in %.0f s", report["compile_seconds"])

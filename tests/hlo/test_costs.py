@@ -84,6 +84,18 @@ def test_memory_traffic_is_what_is_read_and_written():
     assert compiled(lambda a: jnp.tanh(a), (256, 256)).bytes == 2 * 256 * 256 * 4
 
 
+def test_without_loops_memory_traffic_is_what_xla_counts():
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.square(x).sum()
+
+    weights = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    program = jax.jit(jax.value_and_grad(loss)).lower(weights, x).compile()
+    assert hlo.analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
+
+
 def test_a_scan_reads_a_slice_of_its_inputs_a_trip():
     """Not all of them each time, which would be 64 times too much."""
 
