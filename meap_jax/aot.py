@@ -17,10 +17,8 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags
-from jax.sharding import Mesh
 
 from meap_jax import cli, hlo, sharding
 from meap_jax import config as config_lib
@@ -28,10 +26,10 @@ from meap_jax.config import ConfigError
 from meap_jax.hardware import Chip
 from meap_jax.metrics import model_flops
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import Definition, define
+from meap_jax.model.decoder import define
 from meap_jax.run import versions
 from meap_jax.targets import KNOWN, Target, find_target, usable_bytes
-from meap_jax.train import TrainState, compile_step, init_state, state_shardings
+from meap_jax.train import abstract_inputs, compile_step
 
 _log = logging.getLogger("meap_jax.aot")  # Not __name__, which is __main__ here.
 
@@ -66,7 +64,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     chip = target.chip
     mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
     sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
-    definition = define(ModelConfig.of(config.model))
+    definition = define(ModelConfig.of(config.model, target.platform))
     wanted = model_flops(definition.config, config.seq_len, config.global_batch_size * config.seq_len)
     report: dict[str, Any] = {
         "devices": mesh.size,
@@ -121,21 +119,6 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         "compile_seconds": seconds,
         "versions": _versions(),
     }
-
-
-def abstract_inputs(
-    config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """State and batch of a step as shapes with shardings, to lower it with; allocates nothing."""
-    state = jax.tree.map(
-        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
-        jax.eval_shape(lambda: init_state(config, definition)),
-        state_shardings(config, definition, mesh),
-    )
-    block = jax.ShapeDtypeStruct(
-        (config.global_batch_size, config.seq_len + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
-    )
-    return state, {"tokens": block, "segment_ids": block}
 
 
 def _memory(stats: Any) -> dict[str, int]:

@@ -129,7 +129,7 @@ def paper(size: str, objective: str) -> ml_collections.ConfigDict:
     c.model.update(shape)
     c.model.head_dim = c.model.embed_dim // c.model.num_heads
     c.model.dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "dots"
     c.seed = 3407
     c.seq_len = 4096
     c.global_batch_size = 256
