@@ -11,6 +11,7 @@ _BITS = {
 }  # fmt: skip
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_END = re.compile(r'\}(, execution_thread="[^"]*")?$')  # A thread, where it is not the chip's main core that runs it.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (?=[(a-z])")
 
 
@@ -117,7 +118,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 name, root, lines = header.group(2), "", []
                 entry = name if header.group(1) else entry
-        elif line == "}":
+        elif _END.match(line):
             instructions = {i.name: i for i in (_instruction(i_name, i_text[at:]) for i_name, _, at, i_text in lines)}
             root = next((i_name for i_name, is_root, _, _ in lines if is_root), lines[-1][0])
             computations[name] = Computation(name, instructions, root)

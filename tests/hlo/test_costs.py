@@ -268,6 +268,24 @@ def test_an_asynchronous_collective_in_pieces_counts_once():
     assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
 
 
+def test_what_another_core_runs_asynchronously_counts_once():
+    """TPUs with SparseCores give them collectives, in computations that say so where they end."""
+    other = """%wrapped (a: f32[8,16]) -> f32[64,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %g = f32[64,16]{1,0} all-gather(%a), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}, execution_thread="sparsecore\""""
+    text = program(
+        [
+            "  %p = f32[8,16]{1,0} parameter(0)",
+            "  %s = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-start(%p), calls=%wrapped",
+            "  %u = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-update(%s)",
+            "  ROOT %d = f32[64,16]{1,0} async-done(%u)",
+        ],
+        other,
+    )
+    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
+
+
 @pytest.mark.parametrize(
     "groups, size",
     [
