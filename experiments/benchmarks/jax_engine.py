@@ -10,7 +10,7 @@ import ml_collections
 
 from experiments.benchmarks import worker
 from experiments.benchmarks.timing import timed
-from experiments.benchmarks.workload import Workload
+from experiments.benchmarks.workload import Workload, temp_bytes
 from meap_jax.hardware import detect
 from meap_jax.metrics import model_flops
 
@@ -37,7 +37,7 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         "flops": model_flops(model, config.seq_len, workload.num_tokens),
         "num_tokens": workload.num_tokens,
         "first_loss": float(workload.step()["loss"]),
-        "temp_bytes": workload.temp_bytes,
+        "temp_bytes": temp_bytes(workload.program),
     }
     return about, {"steps": steps, "matmul": matmul}
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import exponents, interleave, timed
-from experiments.benchmarks.workload import Workload, config_of
+from experiments.benchmarks.workload import Workload, config_of, temp_bytes
 
 VALUES = {"T": (512, 1024, 2048, 4096, 8192), "B": (1, 2, 4, 8, 16), "layers": (1, 2, 4, 8, 16)}
 
@@ -35,7 +35,7 @@ def _table(axis: str, values: Sequence[int], size: str, start: Mapping[str, int]
     workloads = {str(value): workload(value) for value in values}
     timings = interleave({name: timed(w.step) for name, w in workloads.items()}, rounds=repeats)
     sizes = [float(value) for value in values]
-    temp = [float(w.temp_bytes) for w in workloads.values()]
+    temp = [float(temp_bytes(w.program)) for w in workloads.values()]
     time_p = exponents(sizes, [timings.median(name) for name in workloads])
     temp_p = exponents(sizes, temp)
     rows = [

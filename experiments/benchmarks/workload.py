@@ -68,9 +68,8 @@ class Workload:
         with jax.set_mesh(self.mesh):
             shardings = train.state_shardings(config, self.definition, self.mesh)
             self.state = jax.jit(lambda: train.init_state(config, self.definition), out_shardings=shardings)()
-            self.program = (
-                train.compile_step(config, self.definition, self.mesh).lower(self.state, self.batch).compile()
-            )
+            jitted = cast(jax.stages.Wrapped, train.compile_step(config, self.definition, self.mesh))
+            self.program = jitted.lower(self.state, self.batch).compile()
 
     def step(self) -> train.Metrics:
         """One optimizer step, whose state takes the place of the one before; returns without waiting for it."""
@@ -83,7 +82,9 @@ class Workload:
         """Of a step."""
         return self.config.global_batch_size * self.config.seq_len
 
-    @property
-    def temp_bytes(self) -> int:
-        """What the step needs beside its arguments and results, on one device."""
-        return self.program.memory_analysis().temp_size_in_bytes
+
+def temp_bytes(program: jax.stages.Compiled) -> int:
+    """What a compiled program needs beside its arguments and results, on one device."""
+    analysis = program.memory_analysis()
+    assert analysis is not None, "every backend of ours has a memory analysis"
+    return analysis.temp_size_in_bytes
