@@ -27,11 +27,12 @@ class Table(NamedTuple):
         """As it stands in docs/performance.md; a ratio is its median, with the quartiles in parentheses."""
         columns = list(self.rows[0])
         lines = [f"**{self.title}**", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        lines += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in self.rows]
+        lines += [f"| {' | '.join(cell(row[column]) for column in columns)} |" for row in self.rows]
         return "\n".join(lines + (["", self.note] if self.note else []))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A figure as text."""
     if isinstance(value, Ratio):
         # One digit more near 1, where the question is how far from it.
         digits = 3 if 0.9 < value.median < 1.1 else 2

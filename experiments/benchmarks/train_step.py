@@ -23,6 +23,7 @@ take. Two such programs don't fit one memory together, so that they run one afte
 import argparse
 import contextlib
 import importlib.util
+import logging
 import math
 import os
 import subprocess
@@ -45,6 +46,8 @@ BATCH_SIZES = {"tiny": 2, "1M": 8, "10M": 8, "50M": 4}
 MATMUL = 2048
 TURN_SECONDS = 1.0  # Of steps that count, at least.
 
+_log = logging.getLogger("meap_jax.experiments.benchmarks.train_step")  # Not __name__, which is __main__ here.
+
 
 def measure(args: argparse.Namespace) -> list[harness.Table]:
     """The tables of this benchmark."""
@@ -64,7 +67,10 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
             return [on_accelerator(paper_config(args.remat), num_devices, engines, args.repeats)]
         seq_lens = (32,) if args.quick else SEQ_LENS
         cases = [(size, seq_len) for size in sizes for seq_len in seq_lens]
-        rows = [on_cpu(*case, engines, args.repeats, quick=args.quick) for case in cases]
+        rows = []
+        for case in cases:
+            rows.append(on_cpu(*case, engines, args.repeats, quick=args.quick))
+            _log.info("%s", {column: harness.cell(value) for column, value in rows[-1].items()})
     except WorkerError as error:
         raise ConfigError(str(error)) from error
     note = f"Threads: {len(os.sched_getaffinity(0))} in each engine. "
@@ -172,6 +178,7 @@ def on_accelerator(
                 raise WorkerError(f"the decoder does not fit with {batch_size} rows ({error}).") from error
             break
         rows.append(_accelerator_row(f"ours, {about['engine']}", about, config, seconds, about))
+        _log.info("%s", {column: harness.cell(value) for column, value in rows[-1].items()})
         ours, batch_size = about, batch_size * 2
     fastest = max(row["tokens/s a device"] for row in rows)
     if engines[1:] and _torch_sees(ours["device"]):

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# What an engine says when its device has no room; JAX and torch, in this order.
-_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
+# What an engine says when its device has no room: JAX, JAX or torch on a GPU, torch on a CPU.
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
 
 class WorkerError(RuntimeError):
@@ -59,7 +59,7 @@ class Worker:
             raise WorkerError(f"{self._module} ended with exit code {self._process.wait()}; what it said is above.")
         answer = json.loads(line)
         if "error" in answer:
-            kind = OutOfMemory if any(word in answer["error"] for word in _OUT_OF_MEMORY) else WorkerError
+            kind = OutOfMemory if any(word in answer["error"].lower() for word in _OUT_OF_MEMORY) else WorkerError
             raise kind(f"{self._module}: {answer['error']}")
         return answer["value"]
 
