@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
 def runs(quick: bool) -> dict[str, ml_collections.ConfigDict]:
     """The runs that are started: the quickstart's, and the 10M decoder's on the standard library."""
     small = quickstart.get_config()
-    small.data.retrieval.num_documents = 200
+    small.data.retrieval.num_documents, small.data.retrieval.num_eval_documents = 200, 10
     if quick:
         return {"quickstart": small}
     large = config_of("10M", seq_len=512, batch_size=8)
