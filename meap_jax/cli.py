@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from meap_jax.data.documents import DataError
 from meap_jax.train import Diverged
 
 USER_ERRORS = (ConfigError, DataError, Diverged)
+
+_log = logging.getLogger(__name__)
 
 
 def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path]:
@@ -89,6 +92,30 @@ def join_hosts() -> None:
             raise
 
 
+def use_compile_cache() -> None:
+    """Keeps compiled programs in a folder that all runs share, so that a program is compiled once.
+
+    The folder is JAX_COMPILATION_CACHE_DIR, where an empty value means none; if it is not set, `meap_jax/xla` in
+    XDG_CACHE_HOME or ~/.cache. It may be deleted at any time, and grows until it is. Processes can share it: an entry
+    that is damaged, or being written by another, is compiled anew with a warning of JAX. A folder that can't be
+    written is done without.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(base, "meap_jax", "xla")
+    if folder and "://" not in folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            _log.info("compiled programs are not kept: %s can't be written (%s)", folder, error.strerror)
+            folder = ""
+    jax.config.update("jax_compilation_cache_dir", folder or None)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # JAX's own is 1: small programs count too.
+
+
 def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = False) -> None:
     """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1.
 
@@ -100,6 +127,7 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
     logging.getLogger("meap_jax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.
     _mute_abandoned_reads()
+    use_compile_cache()
     try:
         if joins_hosts:
             join_hosts()

@@ -19,7 +19,7 @@ TOKENIZERS = ("bpe", "mistral")
 SEEDS = ("init", "data", "mask", "noise")
 
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
-MAY_CHANGE_ON_RESUME = ("num_steps", "log", "eval", "checkpoint", "mesh")
+MAY_CHANGE_ON_RESUME = ("num_steps", "log", "eval", "checkpoint", "mesh", "profile")
 
 # Sizes of the paper: Table 12 with the swap of layers and heads undone, and the official code's lit_gpt/config.py.
 # Steps of 256 x 4,096 tokens, and the parameters they come to with a vocabulary of 32,064 and 2 kv heads.
@@ -107,6 +107,9 @@ def base() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict(dict(every=1_000, keep=2))  # Steps; how many are kept.
     c.log = ml_collections.ConfigDict(dict(every=10))  # Steps.
     c.eval = ml_collections.ConfigDict(dict(every=1_000, max_rows=1_000))  # Steps; rows of each held-out set.
+    c.profile = ml_collections.ConfigDict(
+        dict(start=10, num_steps=0)
+    )  # First step of a trace for xprof; 0 steps: none.
     return c.lock()  # A misspelt field in a config file is an error, not a new field.
 
 
@@ -195,7 +198,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     positive = (
         "num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads "
         "model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll "
-        "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys "
+        "checkpoint.every checkpoint.keep log.every eval.every eval.max_rows profile.start data.retrieval.num_keys "
         "data.retrieval.num_values data.retrieval.min_facts data.retrieval.num_facts "
         "data.retrieval.num_eval_facts data.retrieval.num_documents data.retrieval.num_eval_documents"
     )
@@ -245,6 +248,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(name, lambda v: 0 <= v <= 1, "in [0, 1]")
     for name in ("optimizer.b1", "optimizer.b2"):
         require(name, lambda v: 0 <= v < 1, "in [0, 1)")
+    require("profile.num_steps", lambda v: v >= 0, "0 or more")
+    most = config.num_steps - config.profile.num_steps + 1
+    expected = f"at most {most}, so that profile.num_steps ({config.profile.num_steps}) end by num_steps"
+    require("profile.start", lambda v: config.profile.num_steps == 0 or v <= most, expected)
     require("data.holdout", lambda v: 0 < v < 0.5, "in (0, 0.5)")
     require("data.retrieval.max_fillers", lambda v: v >= 0, "0 or more")
     require("data.retrieval.questions_per_fact", lambda v: 0 < v < math.inf, "positive")

@@ -12,24 +12,28 @@ from meap_jax.checkpoint import Checkpointer
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import make_evaluators
-from meap_jax.metrics import MetricsWriter, NoWriter
+from meap_jax.hardware import detect
+from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.run import make_folder, open_run, start, versions
+from meap_jax.timing import Clock, Trace, process_began
 from meap_jax.train import TrainState, compile_step, train_loop
 
 _log = logging.getLogger("meap_jax.main")  # Not __name__, which is __main__ here.
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float | None = None) -> TrainState:
     """Trains to `config.num_steps`, going on where an earlier run in `workdir` stopped; returns the final state.
 
     Args:
       config: checked by `meap_jax.config.check`.
       workdir: absolute; takes checkpoints, metrics.jsonl, TensorBoard files and the config.
+      began: since when goodput counts, on the clock of `time.perf_counter`; default: now.
 
     Raises:
       ConfigError, DataError: for what cannot work; nothing is changed then.
       Diverged: for a loss that is not finite; the last good checkpoint stays.
     """
+    clock = Clock(began)
     is_first = jax.process_index() == 0
     make_folder("workdir", workdir)
 
@@ -57,15 +61,21 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
     if is_first:
         (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
-    writer = (
-        MetricsWriter(
-            workdir,
-            start=begin.step,
-            num_steps=config.num_steps,
-            tokens_per_step=config.global_batch_size * config.seq_len,
-        )
-        if is_first
-        else NoWriter()
+    tokens = config.global_batch_size * config.seq_len
+    chip = detect(run.mesh.devices.flat[0].device_kind)
+    work = StepWork(
+        tokens=tokens,
+        flops=model_flops(run.definition.config, config.seq_len, tokens),
+        num_devices=run.mesh.size,
+        peak_flops=chip and chip.peak_flops,
+    )
+    writer = MetricsWriter(workdir, start=begin.step, num_steps=config.num_steps, work=work) if is_first else NoWriter()
+    if config.profile.num_steps and begin.step >= config.profile.start:
+        _log.info("no trace: profile.start is %d, and the run goes on after step %d", config.profile.start, begin.step)
+    trace = Trace(
+        local_folder(workdir) / PROFILE_FOLDER,
+        start=config.profile.start,
+        num_steps=config.profile.num_steps if is_first else 0,
     )
 
     def save(step: int, state: TrainState) -> None:
@@ -80,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
     # Steps.
     try:
         with jax.set_mesh(run.mesh):
-            return train_loop(
+            state = train_loop(
                 config,
                 begin.state,
                 batches,
@@ -89,8 +99,13 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
                 evaluators=make_evaluators(config, run.definition, run.prepared, run.mesh, "validation"),
                 writer=writer,
                 save=save,
+                clock=clock,
+                trace=trace,
             )
+        _log.info("%s", clock.summary())
+        return state
     finally:
+        trace.close()
         checkpointer.close()
         writer.close()
 
@@ -98,7 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> TrainState:
 def command(argv: list[str]) -> None:
     """The door."""
     config, workdir = cli.parse_config(argv)
-    train(config, workdir)
+    train(config, workdir, process_began())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import tqdm
 from etils import epath
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+PROFILE_FOLDER = "profile"
 
 
 def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bool = True) -> int:
@@ -59,38 +61,62 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
     return num_tokens * (6 * matrices + (attention // 2 if causal else attention))
 
 
+class StepWork(NamedTuple):
+    """What one step amounts to, over all devices."""
+
+    tokens: int
+    flops: int  # `model_flops` of them.
+    num_devices: int
+    peak_flops: float | None  # Of one device in bfloat16, FLOP/s; None: not known.
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """The speed of a step that takes so many seconds.
+
+        Returns:
+          tokens_per_second, tokens_per_second_per_device; model_flops_per_second, of one device; and mfu, model FLOPs
+          utilization, the share of the device's bfloat16 peak that this is, whatever the model's own dtype.
+        """
+        tokens, flops = self.tokens / seconds, self.flops / seconds / self.num_devices
+        rates = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / self.num_devices,
+            "model_flops_per_second": flops,
+        }
+        return rates if self.peak_flops is None else {**rates, "mfu": flops / self.peak_flops}
+
+
 class MetricsWriter:
     """Writes one JSON object a logged step, TensorBoard scalars, and a progress bar (or plain lines off a terminal).
 
     Buckets cannot append: for a workdir such as gs://..., files are written to a local folder and uploaded by `flush`.
     """
 
-    def __init__(self, workdir: epath.Path, *, start: int, num_steps: int, tokens_per_step: int):
+    def __init__(self, workdir: epath.Path, *, start: int, num_steps: int, work: StepWork):
         """Goes on after step `start`: what an interrupted run wrote about later steps is cut off."""
         self._workdir = workdir
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
         self._local = local_folder(workdir)
         self._local.mkdir(parents=True, exist_ok=True)
-        self._num_steps, self._tokens_per_step = num_steps, tokens_per_step
+        self._num_steps, self._work = num_steps, work
         if self._is_remote() and (workdir / METRICS_FILE).exists():
             (self._local / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
         cut_back(self._local / METRICS_FILE, start)
         self._file = (self._local / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self._local / TENSORBOARD_FOLDER), purge_step=start + 1)
-        self._last_write = (start, time.perf_counter())
-        self._rate = 0.0
+        self._speed = "? tokens/s"
         self._first_write: tuple[int, float] | None = None
         self._bar = tqdm.tqdm(
             total=num_steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records the numbers of step `step`, with the throughput since the last record."""
+        """Records the numbers of step `step`, and the speed that `step_seconds` among them comes to."""
         now = time.perf_counter()
-        last_step, last_time = self._last_write
-        self._rate = (step - last_step) * self._tokens_per_step / max(now - last_time, 1e-9)
-        self._last_write = (step, now)
         self._first_write = self._first_write or (step, now)
-        values = {**values, "tokens_per_second": self._rate}
+        if "step_seconds" in values:
+            values = {**values, **self._work.rates(values["step_seconds"])}
+            mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+            self._speed = f"{values['tokens_per_second']:.0f} tokens/s{mfu}"
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -98,8 +124,8 @@ class MetricsWriter:
         if self._bar.disable:
             extra = "".join(f"  {name} {value:.4f}" for name, value in values.items() if "/" in name)
             _log.info(
-                "step %d/%d  loss %.4f  %.0f tokens/s  %s left%s",
-                step, self._num_steps, values["loss"], self._rate, self._time_left(step, now), extra,
+                "step %d/%d  loss %.4f  %s  %s left%s",
+                step, self._num_steps, values["loss"], self._speed, self._time_left(step, now), extra,
             )  # fmt: skip
 
     def _time_left(self, step: int, now: float) -> str:
@@ -111,7 +137,7 @@ class MetricsWriter:
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the bar."""
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self._rate:.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self._speed}", refresh=False)
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
@@ -120,11 +146,21 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
         if self._is_remote():
-            # These and no others: prepared data may lie in the same local folder.
-            for file in (self._local / METRICS_FILE, *(self._local / TENSORBOARD_FOLDER).iterdir()):
-                target = self._workdir / file.relative_to(self._local).as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+            self._upload()
+
+    def _upload(self) -> None:
+        """Puts what changed since the last time into the bucket."""
+        # These and no others: prepared data may lie in the same local folder.
+        folders = (self._local / name for name in (TENSORBOARD_FOLDER, PROFILE_FOLDER))
+        files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+        for file in (self._local / METRICS_FILE, *files):
+            stat = file.stat()
+            if self._uploaded.get(file) == (stat.st_mtime_ns, stat.st_size):
+                continue
+            target = self._workdir / file.relative_to(self._local).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+            self._uploaded[file] = (stat.st_mtime_ns, stat.st_size)
 
     def close(self) -> None:
         """Flushes and lets go."""

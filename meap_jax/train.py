@@ -1,5 +1,6 @@
 """The training state, the training step and the loop around it."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from meap_jax.losses import token_cross_entropy
 from meap_jax.model.decoder import Definition, Params, causal
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
+from meap_jax.timing import Clock, Trace
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -207,11 +209,13 @@ def train_loop(
     evaluators: Mapping[str, Evaluator],
     writer: Writer,
     save: Callable[[int, TrainState], Any],
+    clock: Clock,
+    trace: Trace,
 ) -> TrainState:
     """Steps `start + 1` to `config.num_steps`, with metrics, evaluations and checkpoints on the way.
 
     A step is dispatched before the metrics of the one before are fetched, so that the device never waits for the host.
-    Before a save they are fetched and must be finite, and stand on disk.
+    Before a save they are fetched and must be finite, and stand on disk. `clock` tells what a record says of time.
 
     Raises:
       Diverged: naming the step. What was saved before stays.
@@ -225,30 +229,46 @@ def train_loop(
             return
         (step, metrics), pending = pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        clock.arrived()
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise Diverged(
                 f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, which must be "
                 "finite. The last checkpoint is kept; try a lower optimizer.learning_rate or a longer warm-up."
             )
         if evaluate:
-            for name, evaluator in evaluators.items():
-                values |= {f"{name}/{key}": value for key, value in evaluator.run(state.params)}
+            with clock.aside("evaluations"):
+                for name, evaluator in evaluators.items():
+                    values |= {f"{name}/{key}": value for key, value in evaluator.run(state.params)}
         if evaluate or step % config.log.every == 0 or step in (1, config.num_steps):
-            writer.write(step, values)
+            writer.write(step, {**values, **clock.report()})
         writer.progress(step, values)
 
+    def device_is_busy() -> bool:
+        """Whether the last step that was dispatched is still to be done."""
+        arrays = (x for x in pending[1].values() if isinstance(x, jax.Array)) if pending else ()
+        return not all(x.is_ready() for x in arrays)  # type: ignore[attr-defined]  # Not in jax's stubs.
+
+    clock.start_steps()
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.num_steps + 1):
-            batch = next(batches)
-            state, metrics = step_fn(state, batch)
-            settle()
+            with clock.aside("traces"):
+                trace.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with clock.waiting_for_data(device_is_busy):
+                    batch = next(batches)
+                with clock.aside("compilation") if step == start + 1 else contextlib.nullcontext():
+                    state, metrics = step_fn(state, batch)
+                settle()
             pending = (step, metrics)
+            with clock.aside("traces"):
+                trace.after(step, state)
 
             is_last = step == config.num_steps
             if is_last or step % config.eval.every == 0:
                 settle(evaluate=True)
             if is_last or step % config.checkpoint.every == 0:
                 settle()
-                writer.flush()
-                save(step, state)
+                with clock.aside("saves"):
+                    writer.flush()
+                    save(step, state)
     return state

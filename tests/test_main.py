@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from meap_jax import cli, evaluate, main
-from tiny_runs import ROOT, TINY, environment, flags, losses, records, run
+from tiny_runs import ROOT, TIMES, TINY, environment, flags, losses, records, run
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def said(monkeypatch, capsys, words):
 
 def test_a_run_leaves_log_tensorboard_config_versions_and_checkpoints(trained):
     assert [r["step"] for r in records(trained)] == list(range(1, 9))
-    assert all({"step", "loss", "learning_rate", "tokens_per_second"} <= r.keys() for r in records(trained))
+    assert all({"step", "loss", "learning_rate", *TIMES} <= r.keys() for r in records(trained))
+    assert all("mfu" not in r for r in records(trained))  # Of a CPU, whose peak is not in the table.
+    assert all(0 < r["goodput"] < 1 and 0 <= r["data_wait"] < 1 for r in records(trained))
     evaluated = [r["step"] for r in records(trained) if "validation_retrieval_answers/accuracy" in r]
     assert evaluated == [4, 8]
     assert list((trained / "tensorboard").glob("*tfevents*"))
@@ -49,6 +52,27 @@ def test_a_finished_run_started_again_changes_nothing(trained, data):
     before = (trained / "metrics.jsonl").read_text()
     main.command(["main", *flags(trained, data__prepared=data)])
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_a_trace_holds_the_chosen_steps_and_no_others(data, tmp_path, caplog):
+    words = flags(tmp_path, data__prepared=data, num_steps=4, profile__start=2, profile__num_steps=2)
+    main.command(["main", *words])
+    [file] = (tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    trace = jax.profiler.ProfileData.from_file(str(file))
+    events = [event for plane in trace.planes for line in plane.lines for event in line.events]
+    assert {dict(event.stats)["step_num"] for event in events if event.name == "train"} == {2, 3}
+    # They were done when it ended, and nothing of step 1 was left when it began.
+    programs = [dict(event.stats) for event in events if "Execute (jit_train_step)" in event.name]
+    devices = [stats["global_device_id"] for stats in programs if "global_device_id" in stats]
+    assert sorted(devices) == sorted(2 * list(range(8)))
+
+    # It may change when the run goes on, and is said to be missed if its first step is over.
+    for start, log, traces in ((5, "", 2), (6, "no trace: profile.start is 6", 2)):
+        words = flags(tmp_path, data__prepared=data, num_steps=start + 1, profile__start=start, profile__num_steps=1)
+        with caplog.at_level("INFO", logger="meap_jax"):
+            main.command(["main", *words])
+        assert len(list((tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))) == traces
+        assert ("no trace" in caplog.text) == bool(log) and log in caplog.text
 
 
 def test_init_from_takes_the_parameters_and_starts_at_step_one_with_a_fresh_optimizer(trained, data, tmp_path):
@@ -121,6 +145,8 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
         ({"objective.mask_id": 5}, "objective.mask_id is 5, but [MASK] of the tokenizer"),
         ({"data.mixture": "text=1", "data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"data.path": "/books"}, "data.path is '/books', but data.mixture is 'retrieval=1', which does not read it"),
+        ({"profile.start": 7, "profile.num_steps": 3}, "profile.start is 7, but must be at most 6"),
+        ({"profile.num_steps": -1}, "profile.num_steps is -1, but must be 0 or more"),
         ({"init_from": "/nowhere/at/all"}, "/nowhere/at/all has no folder checkpoints"),
     ],
     ids=lambda x: str(x)[:40],

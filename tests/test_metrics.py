@@ -11,23 +11,40 @@ import optax
 import pytest
 from etils import epath
 
-from meap_jax.metrics import METRICS_FILE, MetricsWriter, cut_back, model_flops, read_metrics
+from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import causal, define
 from tensorboard_reader import read_scalars
 
+# A hundred tokens on four devices that could each do 1,000 operations a second.
+WORK = StepWork(tokens=100, flops=8_000, num_devices=4, peak_flops=1_000.0)
+
 
 def writer(workdir, start=0):
-    return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, tokens_per_step=100)
+    return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, work=WORK)
 
 
 def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
     w = writer(tmp_path)
-    w.write(5, {"loss": 2.5, "learning_rate": 0.1})
+    w.write(5, {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75})
     w.close()
     [record] = read_metrics(epath.Path(tmp_path))
-    assert {"step": 5, "loss": 2.5, "learning_rate": 0.1}.items() <= record.items()
-    assert record["tokens_per_second"] > 0
+    assert record == {
+        "step": 5, "loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75,
+        "tokens_per_second": 25.0, "tokens_per_second_per_device": 6.25, "model_flops_per_second": 500.0, "mfu": 0.5,
+    }  # fmt: skip
+
+
+def test_mfu_is_left_out_where_the_chip_is_unknown():
+    assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
+
+
+def test_plain_lines_tell_speed_and_mfu(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="meap_jax"):
+        w = writer(tmp_path)
+        w.write(5, {"loss": 2.5, "step_seconds": 4.0})
+        w.close()
+    assert "loss 2.5000  25 tokens/s, MFU 50.0%" in caplog.text
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -95,6 +112,20 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
     w.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(bucket)] == [(1, 3.0), (2, 2.5)]
     assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())
+
+
+def test_a_bucket_gets_a_trace_with_its_folders_once(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    w = writer(bucket)
+    trace = local_folder(bucket) / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
+    trace.parent.mkdir(parents=True)
+    trace.write_bytes(b"steps")
+    w.flush()
+    there = bucket / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
+    assert there.read_bytes() == b"steps"
+    there.unlink()
+    w.close()
+    assert not there.exists()
 
 
 def test_model_flops_are_those_counted_by_hand(tiny):

@@ -1,6 +1,7 @@
 """The training step: against a step written out, over meshes, with accumulation, and the loop around it."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import causal, define
 from meap_jax.objective import Objective, make_inputs, named_keys
 from meap_jax.optimizer import make_optimizer
+from meap_jax.timing import Clock, Trace
 
 B, T, V = 8, 16, 64
 
@@ -180,7 +182,7 @@ class FakeStep:
         return state, {"loss": loss, "grad_norm": np.float32(1), "learning_rate": np.float32(0.1)}
 
 
-def loop(config, step_fn, start=0, evaluators=None):
+def loop(config, step_fn, start=0, evaluators=None, clock=None, batches=None):
     writer, saves = Recorder(), []
     state = train.TrainState(np.int32(start), {}, (), {})
 
@@ -190,8 +192,9 @@ def loop(config, step_fn, start=0, evaluators=None):
 
     def go():
         return train.train_loop(
-            config, state, iter(lambda: {}, None), step_fn,
+            config, state, batches or iter(lambda: {}, None), step_fn,
             start=start, evaluators=evaluators or {}, writer=writer, save=save,
+            clock=clock or Clock(), trace=Trace(pathlib.Path(), start=1, num_steps=0),
         )  # fmt: skip
 
     return writer, saves, go
@@ -235,3 +238,38 @@ def test_metrics_are_fetched_after_the_next_step_was_dispatched():
     writer, _, go = loop(config, spying)
     go()
     assert seen == [0, 0, 1, 2, 3, 4]  # When step n is dispatched, step n - 2 is the last one on record.
+
+
+def test_a_record_tells_steps_from_start_compilation_evaluations_and_saves(monkeypatch):
+    """Seconds of this loop: start 5, compilation 10, data 1/4 a step, metrics 3 a step, evaluation 7."""
+    config = tiny_config(**{"num_steps": 4, "log.every": 2, "eval.every": 4, "checkpoint.every": 4})
+    time = [0.0]
+
+    def passes(seconds, result=None):
+        time[0] += seconds
+        return result
+
+    class SlowQuiz:
+        def run(self, params):
+            yield "answer", passes(7.0, 1.0)
+
+    def step_fn(state, batch, step_fn=FakeStep()):  # noqa: B008
+        passes(10.0 if int(state.step) == 0 else 0.0)
+        return step_fn(state, batch)
+
+    clock = Clock(now=lambda: time[0])
+    passes(5.0)
+    monkeypatch.setattr(train.jax, "device_get", lambda metrics: passes(3.0, metrics))
+    batches = iter(lambda: passes(0.25, {}), None)
+    writer, _, go = loop(config, step_fn, evaluators={"quiz": SlowQuiz()}, clock=clock, batches=batches)
+    go()
+
+    names = ("step_seconds", "step_seconds_p50", "step_seconds_p90", "data_wait", "goodput")
+    told = {step: [values[name] for name in names] for step, values in writer.records}
+    # Step 2 is dispatched, and its data waited for, before the metrics of step 1 arrive; so step 4 waits for none.
+    assert told == {
+        1: pytest.approx([3.5, 3.5, 3.5, 0.5 / 3.5, 3 / 18.5]),
+        2: pytest.approx([3.25, 3.25, 3.25, 0.25 / 3.25, 6 / 21.75]),
+        4: pytest.approx([3.125, 3.125, 3.225, 0.25 / 6.25, 12 / 35]),
+    }
+    assert clock.summary() == "35.0 s: steps 12.0 s, compilation 10.0 s, evaluations 7.0 s, start 5.0 s, data 1.0 s"

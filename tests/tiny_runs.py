@@ -19,6 +19,12 @@ TINY = {
     "log.every": 1, "eval.every": 4, "checkpoint.every": 2,
 }  # fmt: skip
 
+# Fields of a record that no two runs share.
+TIMES = {
+    "tokens_per_second", "tokens_per_second_per_device", "model_flops_per_second", "step_seconds", "step_seconds_p50",
+    "step_seconds_p90", "data_wait", "goodput",
+}  # fmt: skip
+
 
 def flags(workdir, config="configs/quickstart.py", **overrides):
     """The words that a user would type after `python -m meap_jax.main`, with TINY and these overrides."""
