@@ -4,15 +4,15 @@ python -m experiments.benchmarks.data [--repeats=N] [--quick] [--json=FILE]
 
 The pipeline is `TrainBatches` on one core, with blocks of the paper's length (4096) of the standard library's text in
 mistral's 32,000 pieces, prepared on the spot; its tokens/s stand beside those that train steps take, timed in turns
-with it. The wait is measured in real runs: the time that `train_loop` spends in `next(batches)`, as a share of the
-run's time after the first step, which compiles.
+with it. The wait is what real runs record as `data_wait`: the share of their steps' time in which the loop waited in
+`next(batches)` and the device had nothing left to do, an upper bound; from the second step on, the first compiles.
 """
 
 import argparse
 import contextlib
 import os
+import pathlib
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +33,7 @@ from meap_jax.data.prepare import Prepared
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.run import open_data
+from meap_jax.timing import Clock, Trace
 
 PAPER_SEQ_LEN, PAPER_VOCAB = 4096, 32_064
 BATCH_SIZE = 8
@@ -77,13 +78,7 @@ def pipeline_table(config: ml_collections.ConfigDict, prepared: Prepared, args: 
     sizes = (("tiny", 32, 2),) if args.quick else (("1M", 512, 8), ("10M", 512, 8))
     workloads = {size: Workload(config_of(size, seq_len=T, batch_size=B)) for size, T, B in sizes}
     with _on_one_core():  # Where the pipeline's reader thread then stays too.
-        batches = TrainBatches(
-            prepared,
-            mixture(config),
-            seed=0,
-            batch_size=BATCH_SIZE,
-            sharding=sharding.batch_sharding(make_mesh(config)),
-        )
+        batches = _batches(config, prepared, BATCH_SIZE)
         next(batches)
     read = timed(lambda: next(batches), 4 if args.quick else 100)  # More than the few that lie ready.
 
@@ -119,80 +114,60 @@ def _on_one_core() -> Iterator[None]:
 
 
 def _wait_row(name: str, config: ml_collections.ConfigDict, prepared: Prepared, repeats: int) -> dict[str, Any]:
-    num_steps = config.num_steps
-    runs = [waiting(config, prepared) for _ in range(repeats)]
-    waits, totals = np.array(runs).T
+    records = [last_record(config, prepared) for _ in range(repeats)]
     return {
         "run": name,
         "T": config.seq_len,
-        "steps": num_steps,
-        "share": Ratio.of(waits / totals),
-        "wait a step, ms": 1e3 * float(np.median(waits)) / (num_steps - 1),
-        "step, ms": 1e3 * float(np.median(totals)) / (num_steps - 1),
+        "steps": config.num_steps,
+        "waiting": Ratio.of(np.array([record["data_wait"] for record in records])),
+        "step, ms": 1e3 * float(np.median([record["step_seconds"] for record in records])),
     }
 
 
-def waiting(config: ml_collections.ConfigDict, prepared: Prepared) -> tuple[float, float]:
-    """(seconds in next(batches), seconds in all) of a run without evaluations and checkpoints, from step 2 on."""
+def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mapping[str, float]:
+    """What a run tells of its steps from the second on, without evaluations and checkpoints on the way."""
+    config.log.every = config.eval.every = config.checkpoint.every = config.num_steps
     config_lib.check(config)
     mesh = make_mesh(config)
     definition = define(ModelConfig.of(config.model))
-    batches = _Clocked(
-        TrainBatches(
-            prepared,
-            mixture(config),
-            seed=0,
-            batch_size=config.global_batch_size,
-            sharding=sharding.batch_sharding(mesh),
-        )
-    )
-    with jax.set_mesh(mesh):
+    writer = _LastRecord()
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         shardings = train.state_shardings(config, definition, mesh)
-        state = jax.jit(lambda: train.init_state(config, definition), out_shardings=shardings)()
-        state = train.train_loop(
+        train.train_loop(
             config,
-            state,
-            batches,
+            jax.jit(lambda: train.init_state(config, definition), out_shardings=shardings)(),
+            _batches(config, prepared, config.global_batch_size),
             train.compile_step(config, definition, mesh),
             start=0,
             evaluators={},
-            writer=_Silent(),
+            writer=writer,
             save=lambda step, state: None,
+            clock=Clock(),
+            trace=Trace(pathlib.Path(folder), start=1, num_steps=0),
         )
-        jax.block_until_ready(state)
-    return batches.since_second(time.perf_counter())
+    return writer.values
 
 
-class _Clocked(Iterator[train.Batch]):
-    """Batches, with the time that each took to come."""
-
-    def __init__(self, batches: Iterator[train.Batch]):
-        self._batches = batches
-        self._calls: list[tuple[float, float]] = []  # When asked for, when there.
-
-    def __next__(self) -> train.Batch:
-        asked = time.perf_counter()
-        batch = next(self._batches)
-        self._calls.append((asked, time.perf_counter()))
-        return batch
-
-    def since_second(self, end: float) -> tuple[float, float]:
-        """(seconds of waiting, seconds in all) from the call of the second batch to `end`."""
-        later = self._calls[1:]
-        return sum(there - asked for asked, there in later), end - later[0][0]
+def _batches(config: ml_collections.ConfigDict, prepared: Prepared, batch_size: int) -> TrainBatches:
+    lies = sharding.batch_sharding(make_mesh(config))
+    return TrainBatches(prepared, mixture(config), seed=0, batch_size=batch_size, sharding=lies)
 
 
-class _Silent:
-    """A writer that keeps nothing: the loop fetches its metrics all the same."""
+class _LastRecord:
+    """A writer that keeps the last record."""
+
+    def __init__(self) -> None:
+        self.values: Mapping[str, float] = {}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        pass
+        """Keeps the values."""
+        self.values = values
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        pass
+        """Shows nothing."""
 
     def flush(self) -> None:
-        pass
+        """Has nothing to write."""
 
 
 command = harness.main("data", __doc__, measure, repeats=5)

@@ -22,7 +22,7 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transfor
 TABLES = {
     "masking": [{"decoder", "T", "B", "*MEAP / NTP"}, {"strategy", "*share of a step (tiny, T = 32)"}],
     "scaling": [{name, "*time, relative", "time p", "temp MiB", "temp p"} for name in ("T", "B", "layers")],
-    "data": [{"train step", "*pipeline / train step, tokens/s"}, {"run", "*share"}],
+    "data": [{"train step", "*pipeline / train step, tokens/s"}, {"run", "T", "waiting", "step, ms"}],
     "startup": [
         {"run", "*warm / cold", "*imports / warm"},
         {"decoder", "*the call, in steps", "*steps after it / steps"},
@@ -66,6 +66,11 @@ def test_quick_run_prints_its_tables(name, tmp_path, capsys):
     result = run(name, tmp_path)
     check(result, name, capsys.readouterr().out)
     assert result["repeats"] == 2
+    if name == "data":
+        assert all(0 <= row["waiting"]["median"] < 1 for row in result["tables"][1]["rows"])
+    if name == "loss":
+        # Half the positions at a time: half the logits, whatever the compiler does with the rest.
+        assert all(row["chunked / plain"] < 1 for row in result["tables"][0]["rows"] if row["chunk"] != "plain")
 
 
 def test_quick_start_up_prints_its_tables(tmp_path, capsys):
