@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench .venv
+.PHONY: help quickstart test test-cloud lint bench .venv .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -11,7 +11,7 @@ ROOT := $(shell dirname '$(strip $(MAKEFILE_LIST))')
 
 help: ## list the targets
 	@cd "$(ROOT)"
-	sed -n 's/^\([a-z.]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+	sed -n 's/^\([a-z.-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
 # XLA's CPU backend asks for fresh buffers of tens of MB all the time, and first touching them in
 # pages of 4 KB costs more than the arithmetic. The tunable makes glibc ask for huge pages.
@@ -37,6 +37,12 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2
+
+# SkyPilot has an environment of its own, since it shares nothing with ours but the files that it reads.
+test-cloud: .cloud ## let SkyPilot read the task files of experiments/cloud
+	@cd "$(ROOT)"
+	.cloud/bin/python -c 'import sky'
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -rs -n 0 tests/experiments/cloud
 
 lint: .venv ## check style, types and the direction of imports
 	@cd "$(ROOT)"
@@ -86,3 +92,13 @@ lint: .venv ## check style, types and the direction of imports
 	rm -f .venv/stamp
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	printf '%s\n' "$$wanted" > .venv/stamp
+
+# .cloud/stamp is like .venv/stamp, but with anything else written in it .cloud is made anew.
+.cloud: .venv ## install requirements-cloud.txt into .cloud, if it is not there already
+	@cd "$(ROOT)"
+	wanted=$$(head -n 1 .venv/stamp; cat requirements-cloud.txt)
+	if [ "$$(cat .cloud/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
+	echo "Making .cloud, about 0.6 GB, once"
+	.venv/bin/python -m venv --clear .cloud
+	.cloud/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cloud.txt
+	printf '%s\n' "$$wanted" > .cloud/stamp

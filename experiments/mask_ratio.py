@@ -114,7 +114,7 @@ def population_batches(run: Run, num_seeds: int, steps: int) -> Iterator[Batch]:
     seeds_of_steps = zip(*sequences, strict=True)
     while True:
         batches = [batch for _ in range(steps) for batch in next(seeds_of_steps)]
-        stacked = {name: np.stack([batch[name] for batch in batches]) for name in ("tokens", "segment_ids")}
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
         shape = (steps, num_seeds, *stacked["tokens"].shape[1:])
         yield {name: sharding.put_whole(lies, rows.reshape(shape)) for name, rows in stacked.items()}
 

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from meap_jax import config as config_lib
 from meap_jax.config import ConfigError
 from meap_jax.data.documents import DataError
+from meap_jax.hosts import join_hosts
 from meap_jax.train import Diverged
 
 USER_ERRORS = (ConfigError, DataError, Diverged)
@@ -67,29 +68,6 @@ def _no_such_field(error: AttributeError, argv: list[str]) -> str:
     typed = (word.partition("=")[0].partition("config.")[2] for word in argv)
     path = next((path for path in typed if path.split(".")[-1] == field), field)
     return f"the config has no field {path!r}. {' '.join(hint)}".strip()
-
-
-def join_hosts() -> None:
-    """Connects the processes of a run, if there are several.
-
-    Either as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or as the cluster does (Cloud TPU,
-    Slurm and others that `jax.distributed.initialize` knows).
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        try:
-            num, own = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too "
-                f"({type(error).__name__}: {error})."
-            ) from error
-        jax.distributed.initialize(num_processes=num, process_id=own)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address" not in str(error):  # What it says where it knows no cluster: one process.
-            raise
 
 
 def use_compile_cache() -> None:

@@ -6,7 +6,7 @@ neither.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -16,6 +16,8 @@ OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
 SOURCES = ("stdlib", "retrieval", "text")
 TOKENIZERS = ("bpe", "mistral")
+ATTENTIONS = ("auto", "plain", "xla", "splash", "cudnn")
+REMATS = ("none", "dots", "full", "offload")
 SEEDS = ("init", "data", "mask", "noise")
 
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
@@ -64,8 +66,13 @@ def base() -> ml_collections.ConfigDict:
     m.norm_eps = 1e-5
     m.dtype = "float32"  # Of activations: float32 or bfloat16. Parameters, norms, softmax and loss are always float32.
     m.init = "official"  # official (paper.md's variances) or normal (std 0.02, residual outputs / sqrt(2 layers)).
+    m.attention = "auto"  # auto: splash on TPU, cudnn on GPU, else xla; plain: the definition, which holds all scores.
     m.unroll = 1  # Layers a scan step; changes the program, never the state.
-    m.remat = False  # Recompute each layer in the backward pass: less memory, about a third more arithmetic.
+    m.remat = "none"  # What the backward pass computes again: none, dots (all but matrix products), full, offload.
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.chunk_size = 2_048  # Positions of a device whose logits exist at a time; 0: all of them.
+    c.loss.z_loss = 0.0  # Adds this times log Z squared, in training only; PaLM: 1e-4. Not in the paper.
 
     c.optimizer = a = ml_collections.ConfigDict()
     a.learning_rate = 4e-4  # Peak.
@@ -79,6 +86,7 @@ def base() -> ml_collections.ConfigDict:
         "all"  # all: as the official code, norms and embeddings too; matrices: what has two dimensions or more.
     )
     a.clip_norm = 1.0  # Global norm of the gradient.
+    a.moment_dtype = "float32"  # Of both moments at rest: float32, or bfloat16 for half the memory.
 
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # One may be -1: what is left.
 
@@ -121,7 +129,7 @@ def paper(size: str, objective: str) -> ml_collections.ConfigDict:
     c.model.update(shape)
     c.model.head_dim = c.model.embed_dim // c.model.num_heads
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "full"
     c.seed = 3407
     c.seq_len = 4096
     c.global_batch_size = 256
@@ -160,6 +168,15 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
                 f"weight and a source among {', '.join(SOURCES)}."
             )
     return weights
+
+
+def has_segments(sources: Iterable[str]) -> bool:
+    """Whether a row of these sources can hold several documents that don't see each other, or padding.
+
+    Text is packed as one stream without a mask between documents, as the official code does; retrieval documents are
+    packed whole.
+    """
+    return "retrieval" in sources
 
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -211,7 +228,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("objective.strategy", STRATEGIES),
         ("model.dtype", ("float32", "bfloat16")),
         ("model.init", ("official", "normal")),
+        ("model.attention", ATTENTIONS),
+        ("model.remat", REMATS),
         ("optimizer.decay_on", ("all", "matrices")),
+        ("optimizer.moment_dtype", ("float32", "bfloat16")),
         ("data.tokenizer", TOKENIZERS),
     ):
         require(name, choices.__contains__, f"one of {', '.join(choices)}")
@@ -240,6 +260,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"a divisor of global_batch_size ({config.global_batch_size})",
     )
     require("seq_len", lambda v: v >= 2, "at least 2")
+    require("loss.chunk_size", lambda v: v >= 0, "0 or more")
+    require("loss.z_loss", lambda v: 0 <= v < math.inf, "0 or more")
     require("optimizer.learning_rate", lambda v: 0 < v < math.inf, "positive")
     require("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more")
     require("optimizer.clip_norm", lambda v: v > 0, "positive")

@@ -27,6 +27,7 @@ class Chip(NamedTuple):
 # v5e and v6e) come to. The unit of HBM, GiB, is that of jax/_src/pallas/mosaic/tpu_info.py.
 _TPU_V4 = "cloud.google.com/tpu/docs/v4; links: arxiv.org/abs/2304.01433, Table 4 (6 x 50 GB/s)"
 _A100 = "NVIDIA A100 Tensor Core GPU data sheet (nvidia-a100-datasheet-us-nvidia-1758950-r4), SXM"
+_A100_40GB = "NVIDIA A100 Tensor Core GPU Architecture white paper, SXM4 with 40 GB"
 _H100 = "NVIDIA H100 Tensor Core GPU data sheet, SXM: bf16 1,979 TFLOPS with sparsity"
 _H200 = "NVIDIA H200 Tensor Core GPU data sheet, SXM: bf16 1,979 TFLOPS with sparsity"
 _B200 = "NVIDIA Blackwell architecture technical brief and DGX B200 data sheet (8 GPUs, 1,440 GB): HGX B200, 1,000 W"
@@ -39,7 +40,7 @@ CHIPS: Mapping[str, Chip] = {
         Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p-training"),
         Chip("v6e", 918e12, 32 * _GIB, 1638e9, 400e9, "cloud.google.com/tpu/docs/v6e"),
         Chip("a100", 312e12, 80 * 10**9, 2039e9, 300e9, _A100),
-        Chip("a100-40gb", 312e12, 40 * 10**9, 1555e9, 300e9, _A100.replace("1758950-r4", "40 GB model")),
+        Chip("a100-40gb", 312e12, 40 * 10**9, 1555e9, 300e9, _A100_40GB),
         Chip("h100", 989.4e12, 80 * 10**9, 3350e9, 450e9, _H100),
         Chip("h200", 989.4e12, 141 * 10**9, 4800e9, 450e9, _H200),
         Chip("b200", 2250e12, 180 * 10**9, 8000e9, 900e9, _B200),

@@ -1,8 +1,14 @@
-"""Token cross-entropy."""
+"""Token cross-entropy: from logits, and from hidden states without ever holding the logits."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
+
+from meap_jax import sharding
 
 
 def token_cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
@@ -21,7 +27,158 @@ def token_cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree in all axes but the vocabulary")
     logits = logits.astype(jnp.float32)
-    # A comparison with the target instead of a gather: it stays local where the vocabulary is sharded.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - target_logit
+    return jax.nn.logsumexp(logits, axis=-1) - _target_logit(logits, targets)
+
+
+def linear_cross_entropy(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    loss_weights: Float32[Array, "B T"],
+    *,
+    chunk_size: int = 2_048,
+    z_loss: float = 0.0,
+) -> Float32[Array, ""]:
+    """The weighted sum of cross-entropies of `x @ head`, `chunk_size` positions at a time.
+
+    No more than [chunk_size, V] logits exist at once on a device, in float32. Where a gradient is asked for, that of a
+    chunk is taken while its logits are there: the loss is a sum, so that its gradient is known up to one factor that
+    comes later. That takes three products with the head where recomputing would take four.
+
+    On a mesh, rows lie over (data, fsdp), positions over `context` and the vocabulary over `tensor`; positions may come
+    in any order.
+
+    Args:
+      x: [B, T, D] hidden states, in the compute dtype.
+      head: [D, V]; cast to the dtype of x. Its gradient is summed in float32.
+      targets: [B, T] int, in [0, V).
+      loss_weights: [B, T] float32, 0 where a target does not count; no gradient flows to them.
+      chunk_size: positions of a device at a time; 0: all of them.
+      z_loss: adds this times the square of log Z (PaLM, https://arxiv.org/abs/2204.02311, section 5: 1e-4).
+
+    Returns:
+      float32 scalar in nats: sum of weights * (log Z - logit of the target + z_loss * log Z ** 2).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if sharding.is_trivial(mesh):
+        return _summed(_flat(x), head, targets.ravel(), loss_weights.ravel(), chunk_size, z_loss, None)
+
+    axes = sharding.AXES
+    rows = PartitionSpec(sharding.RULES["batch"], "context")
+    shards = sharding.shards_of(mesh, "tensor")
+
+    def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, "tensor")
+        return loss[None] / shards  # Every tensor shard knows the loss of its rows.
+
+    per_device = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec(None, "tensor"), rows, rows),
+        out_specs=PartitionSpec(axes),
+        check_vma=False,
+    )(x, head, targets, loss_weights)
+    return per_device.sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(
+    x: Float[Array, "N D"],
+    head: Float[Array, "D v"],
+    targets: Int[Array, " N"],
+    weights: Float32[Array, " N"],
+    chunk_size: int,
+    z_loss: float,
+    axis: str | None,
+) -> Float32[Array, ""]:
+    """On one device, which holds v of the vocabulary; `axis` names the mesh axis over which the vocabulary lies."""
+    weight = head.astype(x.dtype)
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, targets, weights = chunk
+        losses, *_ = _losses(_logits(x, weight), targets, z_loss, axis)
+        return total + jnp.sum(losses * weights), None
+
+    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_size, x, targets, weights))[0]
+
+
+def _summed_fwd(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk_size: int,
+    z_loss: float,
+    axis: str | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    weight = head.astype(x.dtype)
+
+    def add(total: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
+        (loss, d_head), (x, targets, weights) = total, chunk
+        logits = _logits(x, weight)
+        losses, log_z, is_target = _losses(logits, targets, z_loss, axis)
+        probabilities = jnp.exp(logits - log_z[:, None])
+        d_logits = (probabilities * (1 + 2 * z_loss * log_z)[:, None] - is_target) * weights[:, None]
+        d_logits = d_logits.astype(x.dtype)
+        d_x = d_logits @ weight.T
+        d_head += jnp.matmul(x.T, d_logits, preferred_element_type=jnp.float32)
+        return (loss + jnp.sum(losses * weights), d_head), d_x
+
+    zero = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    (loss, d_head), d_x = jax.lax.scan(add, zero, _chunks(chunk_size, x, targets, weights))
+    return loss, (_flat(d_x)[: len(x)], d_head.astype(head.dtype))
+
+
+def _summed_bwd(
+    chunk_size: int, z_loss: float, axis: str | None, residuals: tuple[jax.Array, jax.Array], d_loss: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    d_x, d_head = residuals
+    if axis is not None:  # The loss was handed out on every shard of the axis, and each hands back its part.
+        d_loss = jax.lax.psum(d_loss, axis)
+    return (d_loss * d_x).astype(d_x.dtype), (d_loss * d_head).astype(d_head.dtype), None, None
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)
+
+
+def _logits(x: Float[Array, "N D"], weight: Float[Array, "D v"]) -> Float32[Array, "N v"]:
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+
+
+def _losses(
+    logits: Float32[Array, "N v"], targets: Int[Array, " N"], z_loss: float, axis: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses [N], log Z [N], and [N, v] where the targets are; sums go over the shards of the vocabulary."""
+    first, largest = jnp.int32(0), logits.max(axis=-1)
+    if axis is not None:
+        first = jax.lax.axis_index(axis) * logits.shape[-1]
+        largest = jax.lax.pmax(largest, axis)
+    total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
+    is_target = _is_target(targets - first, logits.shape[-1])
+    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    if axis is not None:
+        total, chosen = jax.lax.psum((total, chosen), axis)
+    log_z = largest + jnp.log(total)
+    return log_z - chosen + z_loss * jnp.square(log_z), log_z, is_target
+
+
+def _target_logit(logits: Float32[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
+    return jnp.sum(jnp.where(_is_target(targets, logits.shape[-1]), logits, 0), axis=-1)
+
+
+def _is_target(targets: Int[Array, "..."], size: int) -> jax.Array:
+    """[..., V] bool. A comparison instead of a gather: it stays local where the vocabulary is sharded."""
+    return targets[..., None] == jnp.arange(size, dtype=targets.dtype)
+
+
+def _flat(x: Float[Array, "A B D"]) -> Float[Array, "A*B D"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _chunks(chunk_size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[N, ...] as [number of chunks, size, ...], filled up with zeros (weight 0)."""
+    N = len(arrays[0])
+    num = math.ceil(N / chunk_size) if chunk_size else 1
+    size = math.ceil(N / num)
+    padded = (jnp.pad(x, ((0, num * size - N), *((0, 0),) * (x.ndim - 1))) for x in arrays)
+    return tuple(x.reshape(num, size, *x.shape[1:]) for x in padded)

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     tokens: Int32[Array, "*micro B T"]  # Corrupted.
     targets: Int32[Array, "*micro B T"]  # The clean next tokens.
     loss_weights: Float32[Array, "*micro B T"]  # 0 where the target is padding.
-    segment_ids: Int32[Array, "*micro B T"]  # 0 is padding.
+    segment_ids: Int32[Array, "*micro B T"] | None  # 0 is padding; None: a row is one segment, without padding.
     is_masked: Bool[Array, "*micro B T"]  # The gaps.
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
 
@@ -57,14 +57,16 @@ def clean_inputs(batch: dict[str, Int32[Array, "B L"]]) -> Inputs:
     """A batch of blocks under plain next-token prediction.
 
     Args:
-      batch: `tokens` and `segment_ids`, [B, L] with L = T + 1; segment 0 is padding.
+      batch: `tokens` and perhaps `segment_ids`, [B, L] with L = T + 1; segment 0 is padding. Without segment ids a row
+        is one segment, without padding.
     """
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    counts = jnp.ones(tokens[:, 1:].shape, bool) if segment_ids is None else segment_ids[:, 1:] != 0
     return Inputs(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        loss_weights=(segment_ids[:, 1:] != 0).astype(jnp.float32),
-        segment_ids=segment_ids[:, :-1],
+        loss_weights=counts.astype(jnp.float32),
+        segment_ids=None if segment_ids is None else segment_ids[:, :-1],
         is_masked=jnp.zeros_like(tokens[:, :-1], bool),
     )
 
@@ -79,7 +81,7 @@ def make_inputs(
     """The inputs of one step, from the whole global batch: call it before micro-batches are cut and outside any remat.
 
     Args:
-      batch: `tokens` and `segment_ids`, [B, L] with L = T + 1; segment 0 is padding and never masked.
+      batch: `tokens` and perhaps `segment_ids`, [B, L] with L = T + 1; segment 0 is padding and never masked.
       objective: what stands in the gaps, and where they are.
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
@@ -97,10 +99,11 @@ def make_inputs(
     if isinstance(fraction, float) and fraction == 0:
         return clean
 
-    eligible = clean.segment_ids != 0
+    eligible = None if clean.segment_ids is None else clean.segment_ids != 0
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
-        is_masked = table[step % OFFICIAL_CYCLE] & eligible
+        is_masked = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
+        is_masked = is_masked if eligible is None else is_masked & eligible
         masked_tokens = jnp.where(is_masked, objective.mask_id, clean.tokens)
     else:
         masked_tokens, is_masked = mask_tokens(

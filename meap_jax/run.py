@@ -20,7 +20,7 @@ from meap_jax.data.prepare import Prepared, prepare
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
-from meap_jax.train import TrainState, init_state, state_of_params, state_shardings
+from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params, state_shardings
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
-    definition = define(ModelConfig.of(config.model))
+    definition = define(ModelConfig.of(config.model, mesh.devices.flat[0].platform))
     state_shardings(config, definition, mesh)  # Raises where the mesh does not divide the model.
     meta = newest_meta(workdir)
     if meta is not None:
@@ -135,8 +135,7 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
     3. From scratch.
     """
     shardings = state_shardings(run.config, run.definition, run.mesh)
-    shapes = jax.eval_shape(lambda: init_state(run.config, run.definition))
-    template = jax.tree.map(_with_sharding, shapes, shardings)
+    template, _ = abstract_inputs(run.config, run.definition, run.mesh)
 
     meta = newest_meta(run.workdir)
     if meta is not None:
@@ -174,9 +173,8 @@ def imported_params(run: Run) -> Params:
 
 def load_params(run: Run, workdir: epath.Path) -> Restored:
     """The parameters of a run's newest readable checkpoint, laid out for this run's mesh."""
-    shardings = state_shardings(run.config, run.definition, run.mesh).params
-    template = jax.tree.map(_with_sharding, run.definition.shapes(), shardings)
-    return restore_params(absolute(workdir), template)
+    template, _ = abstract_inputs(run.config, run.definition, run.mesh)
+    return restore_params(absolute(workdir), template.params)
 
 
 def make_folder(name: str, folder: epath.Path) -> None:
@@ -218,7 +216,3 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
         raise ConfigError(
             f"{file} is damaged ({error}): start the run's training command again to write it."
         ) from error
-
-
-def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

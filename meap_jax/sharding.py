@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -53,8 +54,8 @@ def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_l
             f"global_batch_size is {global_batch_size}, but must be a multiple of {shards * grad_accum_steps}: "
             f"{grad_accum_steps} micro-batches over data x fsdp = {shards} devices."
         )
-    if seq_len % mesh.shape["context"]:
-        raise ConfigError(f"seq_len is {seq_len}, but must be a multiple of mesh.context ({mesh.shape['context']}).")
+    if mesh.shape["context"] > 1:
+        zigzag_order(seq_len, mesh.shape["context"])
 
 
 def spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -102,9 +103,46 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to its place on the current mesh (`jax.set_mesh`); does nothing where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if is_trivial(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, axes))
+
+
+def shards_of(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Devices along an axis of the mesh; 1 where there is no mesh or no such axis."""
+    return 1 if mesh.empty else dict(mesh.shape).get(axis, 1)
+
+
+def is_trivial(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether every array is whole on one device, as far as the axes of `AXES` go."""
+    return all(shards_of(mesh, axis) == 1 for axis in AXES)
+
+
+def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
+    """The positions of a sequence in the order in which `shards` devices hold them.
+
+    The sequence is cut into 2 * shards parts and device i holds parts i and 2 * shards - 1 - i: under causal attention
+    all devices then have the same work, while of contiguous parts the last has twice the mean.
+
+    Raises:
+      ConfigError: if 2 * shards does not divide the sequence.
+    """
+    if seq_len % (2 * shards):
+        raise ConfigError(
+            f"seq_len is {seq_len}, but must be a multiple of {2 * shards}, twice mesh.context ({shards})."
+        )
+    parts = np.arange(seq_len).reshape(2 * shards, -1)
+    return np.concatenate([parts[[i, 2 * shards - 1 - i]].ravel() for i in range(shards)])
+
+
+def zigzag(x: jax.Array, shards: int) -> jax.Array:
+    """[B, T, ...] from the order of the text to that of the devices of `context`; nothing changes for one device."""
+    return x if shards == 1 else jnp.take(x, zigzag_order(x.shape[1], shards), axis=1)
+
+
+def unzigzag(x: jax.Array, shards: int) -> jax.Array:
+    """The inverse of `zigzag`."""
+    return x if shards == 1 else jnp.take(x, np.argsort(zigzag_order(x.shape[1], shards)), axis=1)
 
 
 def put(sharding: NamedSharding, shape: tuple[int, ...], piece: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import sharding
-from meap_jax.losses import token_cross_entropy
-from meap_jax.model.decoder import Definition, Params, causal
+from meap_jax.config import has_segments, mixture
+from meap_jax.model.decoder import Definition, Params
+from meap_jax.model.visibility import causal
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
 from meap_jax.timing import Clock, Trace
@@ -46,14 +48,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     grad_accum_steps: int,
+    loss_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: mask, forward, loss, gradient, update, metrics.
 
     Args:
       state: before the step.
-      batch: `tokens` and `segment_ids`, [B, T + 1] int32, the whole global batch.
+      batch: `tokens` and, unless every row is one segment, `segment_ids`: [B, T + 1] int32, the whole global batch.
       ratio: replaces the objective's mask ratio; may be traced.
       definition, objective, optimizer, schedule, grad_accum_steps: static.
+      loss_options: static too, `chunk_size` and `z_loss` of `meap_jax.losses.linear_cross_entropy`.
 
     Returns:
       The state after the step, and float32 scalars measured on the way.
@@ -64,7 +68,7 @@ def train_step(
 
     # Forward, loss, gradient: sums over micro-batches, divided once by the number of targets.
     num_targets = jnp.maximum(inputs.loss_weights.sum(), 1)
-    loss_and_grad = jax.value_and_grad(functools.partial(summed_loss, definition))
+    loss_and_grad = jax.value_and_grad(functools.partial(summed_loss, definition, **loss_options))
     if grad_accum_steps == 1:
         loss, grads = loss_and_grad(state.params, inputs)
     else:
@@ -87,17 +91,23 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(params),
         "update_norm": optax.tree.norm(updates),
-        "mask_fraction": inputs.is_masked.sum() / jnp.maximum((inputs.segment_ids != 0).sum(), 1),
+        "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
         "num_targets": num_targets,
     }
     return TrainState(state.step + 1, params, opt_state, state.keys), metrics
 
 
-def summed_loss(definition: Definition, params: Params, inputs: Inputs) -> Float32[Array, ""]:
-    """Cross-entropy summed over the targets that count, in nats."""
+def summed_loss(definition: Definition, params: Params, inputs: Inputs, **options: Any) -> Float32[Array, ""]:
+    """Cross-entropy summed over the targets that count, in nats; `options` are those of `linear_cross_entropy`."""
     visibility = causal(inputs.tokens, inputs.segment_ids)
-    logits = definition.apply(params, inputs.tokens, visibility, inputs.keep_embedding)
-    return jnp.sum(token_cross_entropy(logits, inputs.targets) * inputs.loss_weights)
+    return definition.loss(
+        params, inputs.tokens, visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
+    )
+
+
+def num_inputs(inputs: Inputs) -> jax.Array | int:
+    """Inputs that are no padding."""
+    return inputs.tokens.size if inputs.segment_ids is None else (inputs.segment_ids != 0).sum()
 
 
 def micro_batches(inputs: Inputs, num: int) -> Inputs:
@@ -151,6 +161,7 @@ def step_function(config: ml_collections.ConfigDict, definition: Definition) -> 
         optimizer=make_optimizer(config),
         schedule=learning_rate(config),
         grad_accum_steps=config.grad_accum_steps,
+        loss_options=config.loss.to_dict(),
     )
 
 
@@ -161,13 +172,27 @@ def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh
     left: in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
     """
     state = state_shardings(config, definition, mesh)
-    batch = {name: sharding.batch_sharding(mesh) for name in ("tokens", "segment_ids")}
     return jax.jit(
         step_function(config, definition),
-        in_shardings=(state, batch),
+        in_shardings=(state, sharding.batch_sharding(mesh)),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def abstract_inputs(
+    config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """State and batch as ShapeDtypeStructs that carry shardings: what restoring and compiling ahead of time need."""
+    shapes = jax.eval_shape(lambda: init_state(config, definition))
+    state = jax.tree.map(_with_sharding, shapes, state_shardings(config, definition, mesh))
+    rows = jax.ShapeDtypeStruct((config.global_batch_size, config.seq_len + 1), jnp.int32)
+    names = ("tokens", "segment_ids") if has_segments(mixture(config)) else ("tokens",)
+    return state, {name: _with_sharding(rows, sharding.batch_sharding(mesh)) for name in names}
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, lies: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=lies)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop

@@ -1,5 +1,6 @@
-"""Cross-entropy against a slow loop."""
+"""Cross-entropy against a slow loop, and in chunks against itself in one piece."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax.losses import token_cross_entropy
+from meap_jax import sharding
+from meap_jax.losses import linear_cross_entropy, token_cross_entropy
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 3, 5)).astype(np.float32)
 TARGETS = np.array([[0, 4, 2], [1, 1, 3]])
@@ -54,3 +56,76 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_logits_and_targets_of_different_shapes_are_refused_with_both(shape):
     with pytest.raises(ValueError, match=r"logits \(2, 3, 5\) and targets \(" + ", ".join(map(str, shape))):
         token_cross_entropy(jnp.asarray(LOGITS), jnp.zeros(shape, int))
+
+
+# ------------------------------------------------------------------------------------------------- from hidden states
+
+B, T, D, V = 4, 12, 6, 32
+RNG = np.random.default_rng(1)
+X = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
+HEAD = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32)
+WORDS = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
+WEIGHTS = jnp.asarray(RNG.uniform(size=(B, T)) * (RNG.uniform(size=(B, T)) > 0.2), jnp.float32)
+
+
+def in_one_piece(x, head, targets, weights, z_loss=0.0):
+    """All logits at once, in float32."""
+    logits = x.astype(jnp.float32) @ head
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum((token_cross_entropy(logits, targets) + z_loss * log_z**2) * weights)
+
+
+def assert_equal_to_one_piece(z_loss=0.0, **options):
+    def chunked(x, head):
+        return linear_cross_entropy(x, head, WORDS, WEIGHTS, z_loss=z_loss, **options)
+
+    loss, gradients = jax.jit(jax.value_and_grad(lambda x, head: 0.5 * chunked(x, head), (0, 1)))(X, HEAD)
+    expected = jax.value_and_grad(lambda x, head: 0.5 * in_one_piece(x, head, WORDS, WEIGHTS, z_loss), (0, 1))(X, HEAD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (loss, gradients), expected)
+    np.testing.assert_allclose(jax.jit(chunked)(X, HEAD), 2 * expected[0], rtol=1e-5)  # Without a gradient, too.
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1, 7, 16, 48, 1000])  # 7 does not divide the 48 positions.
+def test_chunks_give_the_loss_and_the_gradient_of_one_piece(chunk_size):
+    assert_equal_to_one_piece(chunk_size=chunk_size)
+
+
+def test_z_loss_adds_the_square_of_log_z():
+    assert_equal_to_one_piece(chunk_size=16, z_loss=0.01)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=2), dict(tensor=4), dict(context=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=2, context=2)],
+    ids=str,
+)
+def test_a_mesh_with_the_vocabulary_over_tensor_changes_nothing(sizes):
+    sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+    with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])):
+        assert_equal_to_one_piece(chunk_size=5, z_loss=0.01)
+
+
+def test_bfloat16_hidden_states_give_gradients_in_their_dtype_and_the_heads():
+    x = X.astype(jnp.bfloat16)
+    loss, (d_x, d_head) = jax.value_and_grad(linear_cross_entropy, (0, 1))(x, HEAD, WORDS, WEIGHTS, chunk_size=16)
+    assert (loss.dtype, d_x.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    rounded = HEAD.astype(jnp.bfloat16).astype(jnp.float32)
+    expected, gradients = jax.value_and_grad(in_one_piece, (0, 1))(x.astype(jnp.float32), rounded, WORDS, WEIGHTS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.05), (d_x, d_head), gradients
+    )
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_held():
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((2, 1024, 16), jnp.float32), ((16, 4096), jnp.float32), ((2, 1024), jnp.int32), ((2, 1024), jnp.float32)
+    )]  # fmt: skip
+
+    def temporaries(loss):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunked = temporaries(functools.partial(linear_cross_entropy, chunk_size=64))
+    assert chunked < temporaries(in_one_piece) / 5
+    assert chunked < 2048 * 4096 * 4  # Bytes of all logits.

@@ -67,12 +67,11 @@ def test_a_trace_holds_the_chosen_steps_and_no_others(data, tmp_path, caplog):
     assert sorted(devices) == sorted(2 * list(range(8)))
 
     # It may change when the run goes on, and is said to be missed if its first step is over.
-    for start, log, traces in ((5, "", 2), (6, "no trace: profile.start is 6", 2)):
-        words = flags(tmp_path, data__prepared=data, num_steps=start + 1, profile__start=start, profile__num_steps=1)
-        with caplog.at_level("INFO", logger="meap_jax"):
-            main.command(["main", *words])
-        assert len(list((tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))) == traces
-        assert ("no trace" in caplog.text) == bool(log) and log in caplog.text
+    with caplog.at_level("INFO", logger="meap_jax"):
+        main.command(
+            ["main", *flags(tmp_path, data__prepared=data, num_steps=4, profile__start=3, profile__num_steps=1)]
+        )
+    assert "no trace: profile.start is 3, and the run goes on after step 4" in caplog.text
 
 
 def test_init_from_takes_the_parameters_and_starts_at_step_one_with_a_fresh_optimizer(trained, data, tmp_path):

@@ -13,7 +13,8 @@ from etils import epath
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import causal, define
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import causal
 from tensorboard_reader import read_scalars
 
 # A hundred tokens on four devices that could each do 1,000 operations a second.
@@ -142,7 +143,7 @@ def test_model_flops_are_what_xla_counts_in_an_unrolled_program_that_attends_to_
     # Within 10 %: XLA counts softmax, norms and activations too, the more of them the narrower the matrices.
     c = ModelConfig(
         num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128, mlp_dim=mlp_dim,
-        vocab_size=vocab_size, unroll=2,
+        vocab_size=vocab_size, unroll=2, attention="plain",
     )  # fmt: skip
     definition = define(c)
     tokens = jnp.zeros((2, seq_len), jnp.int32)

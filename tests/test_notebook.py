@@ -48,6 +48,8 @@ def test_every_cell_runs_and_the_accuracies_are_numbers(kernel, tmp_path):
     def printed(name):
         return "".join(output.text for output in cells[name].outputs if output.output_type == "stream")
 
+    assert "1 x CPU" in printed("setup") or "8 x CPU" in printed("setup")
+    assert "preset 'quickstart'" in printed("setup")
     assert "[MASK]" in printed("masking")
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in printed("train")
     for objective in ("ntp", "meap"):

@@ -6,8 +6,10 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from meap_jax.losses import token_cross_entropy
-from meap_jax.model.attention import Visibility, attention, rope
-from meap_jax.model.decoder import causal, define
+from meap_jax.model.attention import attention
+from meap_jax.model.decoder import define
+from meap_jax.model.rope import rope
+from meap_jax.model.visibility import Visibility, causal
 from meap_jax.objective import clean_inputs
 from meap_jax.train import micro_batches, summed_loss
 
@@ -51,7 +53,7 @@ def test_attention_refuses_an_array_of_another_shape(wrong):
 def test_a_window_is_a_number_and_no_array():
     visibility = causal(ints(B, T))._replace(window=jnp.int32(2))
     with pytest.raises(TypeCheckError, match="window"):
-        visibility.mask()
+        attention(floats(B, T, H, d), floats(B, T, K, d), floats(B, T, K, d), visibility)
 
 
 @pytest.mark.parametrize("positions", [ints(B, T + 1), ints(B, 1), floats(B, T)], ids=["longer", "one", "float"])

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from meap_jax.config import ConfigError
@@ -18,6 +20,9 @@ from meap_jax.sharding import (
     replicated,
     sharding_of,
     spec,
+    unzigzag,
+    zigzag,
+    zigzag_order,
 )
 
 
@@ -63,8 +68,8 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_with_its_divisor():
     check_batch(mesh, global_batch_size=24, grad_accum_steps=3, seq_len=16)
     with pytest.raises(ConfigError, match="global_batch_size is 20, but must be a multiple of 12: 3 micro-batches"):
         check_batch(mesh, global_batch_size=20, grad_accum_steps=3, seq_len=16)
-    with pytest.raises(ConfigError, match=r"seq_len is 15, but must be a multiple of mesh.context \(2\)"):
-        check_batch(mesh, global_batch_size=24, grad_accum_steps=3, seq_len=15)
+    with pytest.raises(ConfigError, match=r"seq_len is 14, but must be a multiple of 4, twice mesh.context \(2\)"):
+        check_batch(mesh, global_batch_size=24, grad_accum_steps=3, seq_len=14)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -160,3 +165,25 @@ def test_constrain_pins_an_activation_to_the_current_mesh():
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: constrain(x, "batch", "vocab"))(jnp.ones((4, 6)))
     assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- the zig-zag
+
+
+def test_the_zigzag_pairs_the_first_part_with_the_last():
+    assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert zigzag_order(6, 3).tolist() == [0, 5, 1, 4, 2, 3]
+
+
+@given(shards=st.integers(1, 5), size=st.integers(1, 4))
+def test_under_causal_attention_every_device_of_the_zigzag_has_the_same_work(shards, size):
+    order = zigzag_order(2 * shards * size, shards)
+    assert sorted(order) == list(range(2 * shards * size))
+    keys_seen = (order + 1).reshape(shards, -1).sum(axis=1)
+    assert len(set(keys_seen.tolist())) == 1
+
+
+@given(shards=st.integers(1, 5), size=st.integers(1, 4))
+def test_unzigzag_undoes_zigzag(shards, size):
+    x = np.random.default_rng(0).normal(size=(2, 2 * shards * size, 3))
+    np.testing.assert_array_equal(unzigzag(zigzag(jnp.asarray(x), shards), shards), x.astype(np.float32))

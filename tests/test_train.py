@@ -12,7 +12,8 @@ import pytest
 from meap_jax import sharding, train
 from meap_jax.config import base
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import causal, define
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import causal
 from meap_jax.objective import Objective, make_inputs, named_keys
 from meap_jax.optimizer import make_optimizer
 from meap_jax.timing import Clock, Trace

@@ -37,7 +37,7 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
 
     model = transformers.LlamaForCausalLM(llama_config(config)).to(device)
     model.train()
-    if model_config["remat"] not in (False, "none"):
+    if model_config["remat"] != "none":
         model.gradient_checkpointing_enable()
     o = config["optimizer"]
     optimizer = torch.optim.AdamW(

@@ -62,9 +62,9 @@ class Workload:
         sharding.check_batch(self.mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
         self.definition = define(ModelConfig.of(config.model))
         tokens = random_tokens(config)
-        lies = sharding.batch_sharding(self.mesh)
-        host_batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
-        self.batch = {name: sharding.put_whole(lies, rows) for name, rows in host_batch.items()}
+        arrays = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
+        _, batch = train.abstract_inputs(config, self.definition, self.mesh)
+        self.batch = {name: sharding.put_whole(rows.sharding, arrays[name]) for name, rows in batch.items()}
         with jax.set_mesh(self.mesh):
             shardings = train.state_shardings(config, self.definition, self.mesh)
             self.state = jax.jit(lambda: train.init_state(config, self.definition), out_shardings=shardings)()

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from meap_jax.config import has_segments
 from meap_jax.data.prepare import Prepared
 from meap_jax.sharding import put
 
@@ -20,20 +21,18 @@ _ENDLESS = 2**40  # Steps; grain wants a length.
 
 
 class _Blocks:
-    """A frozen split as a grain source: item i is {"tokens", "segment_ids"}, each [T + 1] int32."""
+    """A frozen split as a grain source: item i is {"tokens", "segment_ids"} or {"tokens"}, each [T + 1] int32."""
 
-    def __init__(self, prepared: Prepared, source: str, split: str):
-        self._blocks = prepared.blocks(source, split)
+    def __init__(self, prepared: Prepared, source: str, split: str, segments: bool):
+        blocks = prepared.blocks(source, split)
+        self._arrays = {"tokens": blocks.tokens} | ({"segment_ids": blocks.segment_ids} if segments else {})
         self._name = f"{source}-{split}"
 
     def __len__(self) -> int:
-        return len(self._blocks.tokens)
+        return len(self._arrays["tokens"])
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        return {
-            "tokens": np.asarray(self._blocks.tokens[index], np.int32),
-            "segment_ids": np.asarray(self._blocks.segment_ids[index], np.int32),
-        }
+        return {name: np.asarray(array[index], np.int32) for name, array in self._arrays.items()}
 
     def __repr__(self) -> str:
         return f"_Blocks({self._name})"
@@ -57,9 +56,13 @@ class _Steps:
 
 
 def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) -> grain.MapDataset:
-    """The endless sequence of training blocks: each source shuffled anew every epoch, mixed by weight."""
+    """The endless sequence of training blocks: each source shuffled anew every epoch, mixed by weight.
+
+    Items are `tokens` and, where a row of the mixture can hold several segments, `segment_ids`: [T + 1] int32.
+    """
+    segments = has_segments(weights)
     sources = [
-        grain.MapDataset.source(_Blocks(prepared, source, "train")).seed(seed + i).shuffle().repeat()
+        grain.MapDataset.source(_Blocks(prepared, source, "train", segments)).seed(seed + i).shuffle().repeat()
         for i, source in enumerate(weights)
     ]
     return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights.values()))
@@ -68,7 +71,7 @@ def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) ->
 class TrainBatches(Iterator[dict[str, jax.Array]]):
     """Endless global batches from step `start` on.
 
-    Yields `tokens` and `segment_ids`, [B, T + 1] int32, laid out by `sharding`.
+    Yields the arrays of `global_sequence`, [B, T + 1] int32, laid out by `sharding`.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from meap_jax import sharding
 from meap_jax.data.prepare import Blocks
 from meap_jax.evals.batching import batches
-from meap_jax.model.decoder import Definition, Params, causal
+from meap_jax.model.decoder import Definition, Params
+from meap_jax.model.visibility import causal
 from meap_jax.objective import clean_inputs
 
 

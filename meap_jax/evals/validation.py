@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -13,9 +12,9 @@ from jax.sharding import Mesh
 from meap_jax import sharding
 from meap_jax.data.prepare import Blocks
 from meap_jax.evals.batching import batches
-from meap_jax.losses import token_cross_entropy
-from meap_jax.model.decoder import Definition, Params, causal
-from meap_jax.objective import Inputs, Objective, clean_inputs, make_inputs, named_keys
+from meap_jax.model.decoder import Definition, Params
+from meap_jax.objective import Objective, clean_inputs, make_inputs, named_keys
+from meap_jax.train import summed_loss
 
 
 class Validation:
@@ -31,7 +30,8 @@ class Validation:
         meap = dataclasses.replace(
             Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random"
         )
-        self._step = jax.jit(functools.partial(_losses, definition, meap), out_shardings=sharding.replicated(mesh))
+        losses = functools.partial(_losses, definition, meap, config.loss.chunk_size)
+        self._step = jax.jit(losses, out_shardings=sharding.replicated(mesh))
         # A stream of its own: never the masks of a training step.
         self._key = sharding.put_whole(
             sharding.replicated(mesh),
@@ -52,15 +52,13 @@ class Validation:
 def _losses(
     definition: Definition,
     meap: Objective,
+    chunk_size: int,
     params: Params,
     batch: dict[str, jax.Array],
     key_data: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def summed(inputs: Inputs) -> jax.Array:
-        logits = definition.apply(params, inputs.tokens, causal(inputs.tokens, inputs.segment_ids))
-        return jnp.sum(token_cross_entropy(logits, inputs.targets) * inputs.loss_weights)
-
     clean = clean_inputs(batch)
     masked = make_inputs(batch, meap, {"mask": jax.random.wrap_key_data(key_data)}, index)
+    summed = functools.partial(summed_loss, definition, params, chunk_size=chunk_size)
     return summed(clean), summed(masked), clean.loss_weights.sum()

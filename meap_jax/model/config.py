@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import ml_collections
 
 
@@ -20,13 +21,22 @@ class ModelConfig:
     norm_eps: float = 1e-5
     dtype: str = "float32"
     init: str = "official"
+    attention: str = "xla"
     unroll: int = 1
-    remat: bool = False
+    remat: str = "none"
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
-        """From `config.model` of a run."""
-        return cls(**config.to_dict())
+    def of(cls, config: ml_collections.ConfigDict, platform: str | None = None) -> "ModelConfig":
+        """From `config.model` of a run.
+
+        Args:
+          config: the fields.
+          platform: JAX's word for the devices that will run it ("cpu", "tpu", "gpu"), on which the attention that
+            "auto" means depends; default: that of this process.
+        """
+        fields = config.to_dict()
+        fields["attention"] = resolve(fields["attention"], platform or jax.default_backend())
+        return cls(**fields)
 
     @property
     def num_parameters(self) -> int:
@@ -34,3 +44,10 @@ class ModelConfig:
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
         layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         return self.num_layers * layer + 2 * self.vocab_size * self.embed_dim + self.embed_dim
+
+
+def resolve(attention: str, platform: str) -> str:
+    """The backend of attention that "auto" means on a platform; others mean themselves."""
+    if attention != "auto":
+        return attention
+    return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")

@@ -5,16 +5,18 @@ function.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from meap_jax.model.attention import Visibility
+from meap_jax import sharding
+from meap_jax.losses import linear_cross_entropy
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.layers import Block, RMSNorm, input_std, linear, normal
+from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -43,21 +45,77 @@ class Decoder(nnx.Module):
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits in the compute dtype; where `keep_embedding` is False, a zero stands for the embedding."""
-        c = self.config
+        x_BTD = sharding.unzigzag(self.hidden(tokens_BT, visibility, keep_embedding_BT), context_shards())
+        return constrain(linear(x_BTD, self.head), "batch", "sequence", "vocab")
+
+    def loss(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        targets_BT: Int[Array, "B T"],
+        loss_weights_BT: Float32[Array, "B T"],
+        keep_embedding_BT: Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Float32[Array, ""]:
+        """Weighted sum of cross-entropies in nats, without logits of all positions; see `linear_cross_entropy`."""
+        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        targets_BT, loss_weights_BT = (sharding.zigzag(x, context_shards()) for x in (targets_BT, loss_weights_BT))
+        return linear_cross_entropy(x_BTD, self.head[...], targets_BT, loss_weights_BT, **options)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        keep_embedding_BT: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the head reads, in the order in which the devices of `context` hold the sequence."""
+        c, shards = self.config, context_shards()
+        tokens_BT = sharding.zigzag(tokens_BT, shards)
+        positions_BT = sharding.zigzag(visibility.positions, shards)
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
-            x_BTD = x_BTD * keep_embedding_BT[..., None].astype(c.dtype)
+            x_BTD = x_BTD * sharding.zigzag(keep_embedding_BT, shards)[..., None].astype(c.dtype)
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
 
         block, weights = nnx.split(self.layers)
 
         def layer(x_BTD: Float[Array, "B T D"], layer_weights: Any) -> tuple[Float[Array, "B T D"], None]:
-            return nnx.merge(block, layer_weights)(x_BTD, visibility), None
+            return nnx.merge(block, layer_weights)(x_BTD, positions_BT, visibility), None
 
-        body = jax.checkpoint(layer) if c.remat else layer
-        x_BTD, _ = jax.lax.scan(body, x_BTD, weights, unroll=min(c.unroll, c.num_layers))
-        logits_BTV = linear(self.final_norm(x_BTD), self.head)
-        return constrain(logits_BTV, "batch", "sequence", "vocab")
+        x_BTD, _ = jax.lax.scan(remat(layer, c.remat), x_BTD, weights, unroll=min(c.unroll, c.num_layers))
+        return self.final_norm(x_BTD)
+
+
+def context_shards() -> int:
+    """Devices of the current mesh that share a sequence."""
+    return sharding.shards_of(jax.sharding.get_abstract_mesh(), "context")
+
+
+def remat(layer: Callable, policy: str) -> Callable:
+    """What a layer keeps for its backward pass; the rest is computed again there.
+
+    - none: everything is kept.
+    - dots: the outputs of linear layers and of attention are kept.
+    - full: its input alone is.
+    - offload: its input alone, in the memory of the host.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return layer
+    if policy == "full":
+        return jax.checkpoint(layer)
+    if policy == "dots":
+        # By name: JAX's policy for dots would keep the scores of attention that the xla backend multiplies.
+        return jax.checkpoint(layer, policy=policies.save_only_these_names("linear", "attention"))
+    return jax.checkpoint(
+        layer,
+        policy=policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +139,10 @@ class Definition:
         """Logits of tokens; see `Decoder.__call__`."""
         return nnx.merge(self.graphdef, params)(tokens, visibility, keep_embedding)
 
+    def loss(self, params: Params, *args: Any, **kwargs: Any) -> Float32[Array, ""]:
+        """Summed cross-entropy; see `Decoder.loss`."""
+        return nnx.merge(self.graphdef, params).loss(*args, **kwargs)
+
     def shapes(self) -> Params:
         """Parameters as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
@@ -101,17 +163,3 @@ def define(config: ModelConfig) -> Definition:
     """The decoder of this shape; allocates nothing."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
     return Definition(config, graphdef)
-
-
-def causal(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Visibility:
-    """Visibility of ordinary documents: causal within a segment, positions from 0 in each.
-
-    Args:
-      tokens: only their shape is read.
-      segment_ids: equal ids side by side. Default: a row is one segment.
-    """
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segment_ids is None:
-        return Visibility(jnp.ones_like(index), index)
-    starts = segment_ids != jnp.roll(segment_ids, 1, axis=1).at[:, 0].set(-1)
-    return Visibility(segment_ids, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1))

@@ -9,10 +9,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from meap_jax.model.attention import Visibility, attention, rope
+from meap_jax.model.attention import attention
 from meap_jax.model.config import ModelConfig
+from meap_jax.model.rope import rope
+from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
 
 
@@ -44,7 +47,7 @@ def linear(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 
     w = weight[...].astype(x.dtype)
     inputs, outputs, lead = w.shape[:num_inputs], w.shape[num_inputs:], x.shape[: x.ndim - num_inputs]
     size = math.prod(inputs)
-    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
+    return checkpoint_name((x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs), "linear")
 
 
 class RMSNorm(nnx.Module):
@@ -69,13 +72,16 @@ class Attention(nnx.Module):
         self.k_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
         self.v_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
         self.o_proj = normal(rngs, (H, d, D), ("heads", "head_dim", "embed"), output_std(c))
-        self.rope_base = c.rope_base
+        self.rope_base, self.implementation = c.rope_base, c.attention
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], visibility: Visibility) -> Float[Array, "B T D"]:
-        q_BTHd = rope(linear(x_BTD, self.q_proj), visibility.positions, self.rope_base)
-        k_BTKd = rope(linear(x_BTD, self.k_proj), visibility.positions, self.rope_base)
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], visibility: Visibility
+    ) -> Float[Array, "B T D"]:
+        q_BTHd = rope(linear(x_BTD, self.q_proj), positions_BT, self.rope_base)
+        k_BTKd = rope(linear(x_BTD, self.k_proj), positions_BT, self.rope_base)
         v_BTKd = linear(x_BTD, self.v_proj)
-        return linear(attention(q_BTHd, k_BTKd, v_BTKd, visibility), self.o_proj, num_inputs=2)
+        out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, visibility, self.implementation)
+        return linear(out_BTHd, self.o_proj, num_inputs=2)
 
 
 class MLP(nnx.Module):
@@ -100,7 +106,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c, rngs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], visibility: Visibility) -> Float[Array, "B T D"]:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), visibility)
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], visibility: Visibility
+    ) -> Float[Array, "B T D"]:
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), positions_BT, visibility)
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return constrain(x_BTD, "batch", "sequence", None)

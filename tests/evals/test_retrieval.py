@@ -12,7 +12,8 @@ from meap_jax.data.prepare import Blocks
 from meap_jax.evals.retrieval import Retrieval, exact_matches
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import causal, define
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import causal
 
 V, T = 32, 24
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meap_jax.model import attention as attention_lib
-from meap_jax.model.attention import Visibility, attention, rope
-from meap_jax.model.decoder import causal
+from meap_jax.model.attention import attention
+from meap_jax.model.rope import rope
+from meap_jax.model.visibility import Visibility, causal
 
 B, T, H, d = 2, 8, 4, 6
 
@@ -115,22 +115,6 @@ def test_half_precision_arrays_are_attended_with_float32_softmax():
     assert result.dtype == jnp.bfloat16
     expected = slow_attention(*(np.asarray(x, np.float64) for x in arrays), ONE_DOCUMENT)
     np.testing.assert_allclose(np.asarray(result, np.float64), expected, atol=0.02)
-
-
-def test_queries_block_by_block_give_the_values_and_gradients_of_all_at_once(monkeypatch):
-    weight = np.random.default_rng(9).normal(size=(B, T, H, d)).astype(np.float32)
-    branch_ids = np.int32([[0, 1, 1, 0, 1, 2, 0, 0], [0, 0, 1, 1, 2, 2, 1, 2]])
-    visibility = in_jax(DOCUMENTS._replace(window=4, branch_ids=branch_ids))
-
-    def scalar(*arrays):
-        return (attention(*arrays, visibility) * weight).sum()
-
-    def values_and_gradients():
-        return jax.jit(lambda *arrays: (attention(*arrays, visibility), jax.grad(scalar, (0, 1, 2))(*arrays)))(*qkv())
-
-    whole = values_and_gradients()
-    monkeypatch.setattr(attention_lib, "QUERY_BLOCK", 3)  # Two whole blocks and one of two queries.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), values_and_gradients(), whole)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rope

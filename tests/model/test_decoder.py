@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from meap_jax import config as config_lib
-from meap_jax.model.attention import Visibility
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import causal, define
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import Visibility, causal
 
 B, T = 2, 12
 RNG = np.random.default_rng(0)
@@ -151,12 +151,29 @@ def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):
     np.testing.assert_allclose(dropped, in_its_place, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [dict(unroll=5), dict(remat=True)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(unroll=5), dict(remat="dots"), dict(remat="full"), dict(attention="plain")], ids=str
+)
 def test_unroll_and_remat_change_the_program_but_not_the_state_or_the_result(tiny, definition, params, change):
     changed = define(dataclasses.replace(tiny, **change))
     assert changed.shapes() == definition.shapes() and changed.axes() == definition.axes()
     plain, other = (logits_and_gradients(which, params, TOKENS) for which in (definition, changed))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, plain)
+
+
+def test_remat_keeps_less_for_the_backward_pass_the_more_it_computes_again(tiny):
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def temporaries(remat):
+        definition = define(dataclasses.replace(tiny, num_layers=8, remat=remat))
+
+        def loss(params, tokens):
+            return jnp.square(definition.apply(params, tokens, causal(tokens))).mean()
+
+        return jax.jit(jax.grad(loss)).lower(definition.shapes(), tokens).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
+    assert full < dots < none
 
 
 def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, logits):

@@ -1,0 +1,1 @@
+"""Sweeps on rented accelerators, run by existing engines."""

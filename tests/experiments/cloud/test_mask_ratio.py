@@ -1,0 +1,257 @@
+"""The sweep on rented slices: what a task file says, what SkyPilot makes of it, and that its command runs."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import tiny_runs
+from experiments.cloud import mask_ratio
+from meap_jax import cli
+from meap_jax.config import ConfigError
+
+BUCKET = "gs://my-bucket/sweep"
+FLAGS = (f"--bucket={BUCKET}", "--accelerator=tpu-v5litepod-16")
+PAPER = (*FLAGS, "--config=configs/meap_100m.py", "--config.data.path=gs://my-bucket/c4")
+
+# Prints what SkyPilot makes of each file.
+READ = """
+import json, os, sys, sky
+for file in sys.argv[1:]:
+    task = sky.Task.from_yaml(file)
+    (resources,) = task.resources
+    print(json.dumps({
+        "name": task.name, "run": task.run, "setup": task.setup, "nodes": task.num_nodes, "envs": task.envs,
+        "workdir": task.workdir, "mounts": task.file_mounts, "cloud": str(resources.cloud), "spot": resources.use_spot,
+        "accelerators": resources.accelerators, "accelerator_args": resources.accelerator_args,
+        "recovery": resources.job_recovery,
+    }))
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(tiny_runs.ROOT)
+
+
+def write(folder, *flags, dry_run=True):
+    """Runs the command; returns {name: text} of the files it wrote."""
+    mask_ratio.command(["mask_ratio", *flags, f"--folder={folder}", *(["--dry-run"] if dry_run else [])])
+    return {path.stem: path.read_text() for path in pathlib.Path(folder).rglob("*.yaml")}
+
+
+def read(text):
+    """A task file as YAML."""
+    return pytest.importorskip("yaml").safe_load(text)
+
+
+def words_of(text):
+    """What follows `python -m meap_jax.main` in a task file, as a shell splits it."""
+    run = read(text)["run"]
+    assert run.count("python -m meap_jax.main") == 1
+    return shlex.split(run.partition("meap_jax.main")[2].replace("\\\n", " "))
+
+
+def config_of(text):
+    """The config and workdir that `meap_jax.main` makes of the command."""
+    return cli.parse_config(["main", *words_of(text)])
+
+
+def test_a_file_a_ratio_and_seed_and_a_command_a_file(tmp_path, capsys):
+    files = write(tmp_path, *PAPER, "--ratios=0,.15", "--seeds=2")
+    assert sorted(files) == [f"ratio-{ratio}-seed-{seed}" for ratio in ("0", "0.15") for seed in (3407, 3408)]
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[:-1] for line in printed] == [["sky", "jobs", "launch", "--yes", "--detach-run"]] * 4
+    assert {pathlib.Path(line[-1]).stem for line in printed} == set(files)
+
+
+def test_main_accepts_every_command_as_the_run_that_its_name_says(tmp_path):
+    files = write(tmp_path, *PAPER, "--seeds=2", "--config.optimizer.learning_rate=1e-3")
+    assert len(files) == 10
+    for name, text in files.items():
+        _, ratio, _, seed = name.split("-")
+        config, workdir = config_of(text)
+        assert str(workdir) == f"{BUCKET}/{name}"
+        assert config.seed == int(seed)
+        assert (config.objective.name, config.num_steps) == ("ntp" if ratio == "0" else "meap", 1_907)
+        assert ratio == "0" or config.objective.mask_ratio == float(ratio)
+        assert config.optimizer.learning_rate == 1e-3
+
+
+def test_runs_of_one_seed_differ_in_their_objective_alone(tmp_path):
+    files = write(tmp_path, *PAPER, "--ratios=0,.1,.15", "--seeds=1")
+    configs = [config_of(text)[0].to_dict() for text in files.values()]
+    for config in configs:
+        config.pop("objective")
+    assert len(configs) == 3 and configs[0] == configs[1] == configs[2]
+
+
+def test_a_config_of_ntp_trains_meap_off_ratio_0_and_a_control_stays_itself(tmp_path):
+    flags = (*FLAGS, "--config.data.path=gs://my-bucket/c4", "--ratios=0,.15", "--seeds=1")
+    names = {name: config_of(text)[0].objective.name for name, text in write(
+        tmp_path / "ntp", "--config=configs/ntp_100m.py", *flags).items()}  # fmt: skip
+    assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": "meap"}
+    control = write(tmp_path / "control", *PAPER, "--config.objective.name=random_tokens", *flags[2:])
+    names = {name: config_of(text)[0].objective.name for name, text in control.items()}
+    assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": "random_tokens"}
+
+
+def test_spot_slices_that_recover_and_a_cache_in_the_bucket(tmp_path):
+    for accelerator, runtime in (("tpu-v5litepod-16", "v2-alpha-tpuv5-lite"), ("tpu-v6e-8", "v2-alpha-tpuv6e")):
+        files = write(tmp_path / accelerator, *PAPER, f"--accelerator={accelerator}")
+        for text in files.values():
+            task = read(text)
+            assert task["resources"]["accelerators"] == accelerator
+            assert task["resources"]["accelerator_args"] == {"runtime_version": runtime}
+            assert task["resources"]["use_spot"] is True
+            assert task["resources"]["job_recovery"]["strategy"] == "EAGER_NEXT_REGION"
+            assert task["envs"]["JAX_COMPILATION_CACHE_DIR"].startswith(BUCKET)
+            assert "requirements-tpu.txt" in task["setup"] and "file_mounts" not in task
+
+
+def test_prepared_data_in_a_bucket_is_copied_to_the_hosts(tmp_path):
+    for text in write(tmp_path, *PAPER, "--config.data.prepared=gs://my-bucket/data").values():
+        assert read(text)["file_mounts"] == {"~/meap_prepared": "gs://my-bucket/data"}
+        assert config_of(text)[0].data.prepared == "~/meap_prepared"  # meap_jax.main expands it.
+
+
+def test_the_scripts_are_shell(tmp_path):
+    awkward = "--config.data.mixture=text=0.9, retrieval=0.1"  # A space, which only quotes keep.
+    (text, *_) = write(tmp_path, *PAPER, awkward).values()
+    assert config_of(text)[0].data.mixture == "text=0.9, retrieval=0.1"
+    for script in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=read(text)[script], text=True, check=True)
+
+
+def test_a_cell_runs_as_written_and_started_again_goes_on_from_its_newest_checkpoint(tmp_path):
+    tiny = [f"--config.{name}={value}" for name, value in tiny_runs.TINY.items()]
+    flags = (*FLAGS, "--config=configs/quickstart.py", *tiny, "--ratios=0,.15", "--seeds=1")
+    text = write(tmp_path, *flags)["ratio-0.15-seed-0"]
+    # A host as setup leaves it, but for the bucket, which is a folder here.
+    activate = tmp_path / "meap_venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n')
+    script = read(text)["run"].replace("gs://", f"{tmp_path}/")
+    workdir = tmp_path / "my-bucket" / "sweep" / "ratio-0.15-seed-0"
+
+    def start():
+        environment = tiny_runs.environment(HOME=str(tmp_path))
+        return subprocess.run(
+            ["bash", "-c", script], env=environment, text=True, capture_output=True, timeout=300, check=False
+        )
+
+    first = start()
+    assert first.returncode == 0, first.stderr
+    losses = tiny_runs.losses(workdir)
+    assert len(losses) == 8
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    second = start()
+    assert second.returncode == 0 and "resuming from step 6" in second.stderr, second.stderr
+    assert tiny_runs.losses(workdir) == losses
+
+
+def sky_python():
+    """A Python that has SkyPilot: of the environment that `make test-cloud` makes, or this one."""
+    for python in (tiny_runs.ROOT / ".cloud" / "bin" / "python", pathlib.Path(sys.executable)):
+        if python.exists() and not subprocess.run([python, "-c", "import sky"], capture_output=True).returncode:
+            return python
+    return None
+
+
+def test_skypilot_reads_every_file_as_meant(tmp_path):
+    python = sky_python()
+    if python is None:
+        pytest.skip("needs SkyPilot: make test-cloud installs it")
+    flags = (*PAPER, "--config.data.prepared=gs://my-bucket/data")
+    files = write(tmp_path, *flags) | write(tmp_path / "v6e", *flags, "--accelerator=tpu-v6e-8")
+    paths = sorted(tmp_path.rglob("*.yaml"))
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    found = subprocess.run(
+        [python, "-c", READ, *paths], env=environment, text=True, capture_output=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    tasks = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    assert len(tasks) == len(paths) == 2 * len(files) == 30
+    for path, task in zip(paths, tasks, strict=True):
+        accelerator, runtime = ("v6e-8", "v6e") if "v6e" in path.parts else ("v5litepod-16", "v5-lite")
+        assert task["accelerators"] == {f"tpu-{accelerator}": 1}
+        assert task["accelerator_args"] == {"runtime_version": f"v2-alpha-tpu{runtime}"}
+        assert (task["cloud"], task["spot"], task["nodes"], task["workdir"]) == ("GCP", True, 1, ".")
+        assert task["recovery"] == {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 3}
+        assert task["mounts"] == {"~/meap_prepared": "gs://my-bucket/data"}
+        assert task["name"].endswith(path.stem)
+        assert f"--workdir={BUCKET}/{path.stem}\n" in task["run"]
+        assert task["run"] in path.read_text().replace("\n  ", "\n")
+        assert task["envs"] == {"JAX_COMPILATION_CACHE_DIR": f"{BUCKET}/compilation_cache"}
+
+
+def fake_sky(folder, monkeypatch, script):
+    """A command `sky` on PATH."""
+    folder.mkdir()
+    (folder / "sky").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "sky").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_without_dry_run_the_printed_commands_are_run(tmp_path, monkeypatch, capsys):
+    fake_sky(tmp_path / "bin", monkeypatch, f'echo sky "$@" >> {tmp_path}/submitted')
+    write(tmp_path, *PAPER, dry_run=False)
+    assert (tmp_path / "submitted").read_text() == capsys.readouterr().out
+    assert len((tmp_path / "submitted").read_text().splitlines()) == 15
+
+
+def test_dry_run_submits_nothing(tmp_path, monkeypatch):
+    fake_sky(tmp_path / "bin", monkeypatch, f"touch {tmp_path}/submitted")
+    write(tmp_path, *PAPER)
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_a_file_that_sky_refuses_stops_the_rest(tmp_path, monkeypatch):
+    fake_sky(tmp_path / "bin", monkeypatch, f"echo x >> {tmp_path}/calls; exit 3")
+    with pytest.raises(ConfigError, match=r"exit code 3 at .*ratio-0-seed-3407.yaml: 15 of 15 files"):
+        write(tmp_path, *PAPER, dry_run=False)
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
+def test_no_sky_gets_a_sentence_and_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="requirements-cloud.txt"):
+        write(tmp_path, *PAPER, dry_run=False)
+    assert len(list(tmp_path.rglob("*.yaml"))) == 15
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bucket=/data"], "--bucket is '/data'"),
+        (["--bucket"], "--bucket is ''"),
+        (["--accelerator=H100:8"], "--accelerator is 'H100:8'"),
+        (["--accelerator=tpu-v5litepod"], "such as tpu-v5litepod-16"),
+        (["--ratios=.1,.2"], "--ratios is '.1,.2'"),
+        (["--seeds=0"], "--seeds is '0'"),
+        (["--workdir=runs/x"], "'--workdir=runs/x' is no flag of the sweep"),
+        (["--config.seed=1"], "'--config.seed=1' is what the sweep sets"),
+        (["--config.objective.mask_ratio=0.3"], "is what the sweep sets"),
+        (["--config.data.path=/data/c4"], "data.path is '/data/c4'"),
+        (["--config.modle.num_layers=2"], "modle"),
+        (["--config.global_batch_size=0"], "global_batch_size is 0"),
+        (["--config=configs/nosuch.py"], "nosuch.py"),
+        (["--config"], "--config is not set"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_no_file(tmp_path, flags, words):
+    with pytest.raises(ConfigError) as error:
+        write(tmp_path, *PAPER, *flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_a_config_outside_the_checkout_is_not_on_the_hosts(tmp_path):
+    shutil.copy("configs/meap_100m.py", tmp_path / "mine.py")
+    with pytest.raises(ConfigError, match="--config is .*mine.py, but must be in"):
+        write(tmp_path, *FLAGS, f"--config={tmp_path / 'mine.py'}", "--config.data.path=gs://my-bucket/c4")
