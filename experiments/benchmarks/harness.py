@@ -48,7 +48,9 @@ def _number(value: float, digits: int) -> str:
     """A number of at least 0.1 with `digits` places, a smaller one with two significant digits, a large one whole."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+    if 0 < abs(value) < 0.1:
+        digits = 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}"
 
 
 def setting() -> dict[str, Any]:
