@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-cloud lint bench .venv .cloud
+.PHONY: help quickstart test test-aot test-cloud lint bench .venv .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -36,7 +36,21 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot
+
+# The compilers stand beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
+# last, is what .venv/stamp is for .venv.
+test-aot: .venv ## compile for TPUs and GPUs that are not here, and check what comes out
+	@cd "$(ROOT)"
+	wanted=$$(head -n 1 .venv/stamp; cat requirements-tpu-aot.txt requirements-gpu-aot.txt)
+	if [ "$$(cat .aot/stamp 2>/dev/null)" != "$$wanted" ]; then
+	    echo "Installing the compilers for TPUs and GPUs into .aot, about 2.2 GB, once"
+	    rm -rf .aot
+	    .venv/bin/python -m pip install --disable-pip-version-check --no-deps --target .aot \
+	        -r requirements-tpu-aot.txt -r requirements-gpu-aot.txt
+	    printf '%s\n' "$$wanted" > .aot/stamp
+	fi
+	PYTHONPATH="$$PWD/.aot$${PYTHONPATH:+:$$PYTHONPATH}" JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/aot
 
 # SkyPilot has an environment of its own, since it shares nothing with ours but the files that it reads.
 test-cloud: .cloud ## let SkyPilot read the task files of experiments/cloud

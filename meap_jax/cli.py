@@ -26,10 +26,11 @@ USER_ERRORS = (ConfigError, DataError, Diverged)
 _log = logging.getLogger(__name__)
 
 
-def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path]:
+def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collections.ConfigDict, epath.Path]:
     """`--config=FILE [--config.field=value ...] [--workdir=DIR]` -> (checked config, absolute workdir).
 
-    Without `--workdir` it is `runs/` and the name of the config file.
+    Without `--workdir` it is `runs/` and the name of the config file. `needs_data=False` takes a config that has
+    still to be told where its data is.
 
     Raises:
       ConfigError: for anything that cannot be a run.
@@ -44,7 +45,7 @@ def parse_config(argv: list[str]) -> tuple[ml_collections.ConfigDict, epath.Path
         if values["config"].value is None:
             raise ConfigError("--config is not set: name a file, such as --config=configs/quickstart.py.")
         config = values.config
-        config_lib.check(config)
+        config_lib.check(config, needs_data=needs_data)
     except ConfigError:
         raise
     except (flags.Error, OSError) as error:

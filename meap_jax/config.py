@@ -129,7 +129,7 @@ def paper(size: str, objective: str) -> ml_collections.ConfigDict:
     c.model.update(shape)
     c.model.head_dim = c.model.embed_dim // c.model.num_heads
     c.model.dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "dots"
     c.seed = 3407
     c.seq_len = 4096
     c.global_batch_size = 256
@@ -200,8 +200,12 @@ def changed_on_resume(old: dict, new: ml_collections.ConfigDict) -> dict[str, tu
     }
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None:
     """Stops a config that cannot work, before anything is compiled.
+
+    Args:
+      config: of a run.
+      needs_data: False where none is read, so that a config may leave `data.path` to be set.
 
     Raises:
       ConfigError: naming the first bad field, its value and what would be valid.
@@ -286,7 +290,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"data.path is {config.data.path!r}, but data.mixture is {config.data.mixture!r}, which does not read it: "
             "set data.mixture, such as --config.data.mixture=text=1."
         )
-    if "text" in mixture(config) and config.data.path is None and config.data.prepared is None:
+    if needs_data and "text" in mixture(config) and config.data.path is None and config.data.prepared is None:
         raise ConfigError(
             "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
         )

@@ -45,8 +45,8 @@ def linear_cross_entropy(
     chunk is taken while its logits are there: the loss is a sum, so that its gradient is known up to one factor that
     comes later. That takes three products with the head where recomputing would take four.
 
-    On a mesh, rows lie over (data, fsdp), positions over `context` and the vocabulary over `tensor`; positions may come
-    in any order.
+    On a mesh, rows lie over (data, fsdp), positions over `context`, and the head with its vocabulary over `tensor` and
+    the rest of it over `fsdp`, from where it is gathered in the compute dtype; positions may come in any order.
 
     Args:
       x: [B, T, D] hidden states, in the compute dtype.
@@ -61,21 +61,20 @@ def linear_cross_entropy(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if sharding.is_trivial(mesh):
-        return _summed(_flat(x), head, targets.ravel(), loss_weights.ravel(), chunk_size, z_loss, None)
+        return _summed(_flat(x), head, targets.ravel(), loss_weights.ravel(), chunk_size, z_loss, False)
 
-    axes = sharding.AXES
     rows = PartitionSpec(sharding.RULES["batch"], "context")
     shards = sharding.shards_of(mesh, "tensor")
 
     def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, "tensor")
+        loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, True)
         return loss[None] / shards  # Every tensor shard knows the loss of its rows.
 
     per_device = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(rows, PartitionSpec(None, "tensor"), rows, rows),
-        out_specs=PartitionSpec(axes),
+        in_specs=(rows, PartitionSpec("fsdp", "tensor"), rows, rows),
+        out_specs=PartitionSpec(sharding.AXES),
         check_vma=False,
     )(x, head, targets, loss_weights)
     return per_device.sum()
@@ -84,19 +83,19 @@ def linear_cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _summed(
     x: Float[Array, "N D"],
-    head: Float[Array, "D v"],
+    head: Float[Array, "d v"],
     targets: Int[Array, " N"],
     weights: Float32[Array, " N"],
     chunk_size: int,
     z_loss: float,
-    axis: str | None,
+    is_sharded: bool,
 ) -> Float32[Array, ""]:
-    """On one device, which holds v of the vocabulary; `axis` names the mesh axis over which the vocabulary lies."""
-    weight = head.astype(x.dtype)
+    """On one device, which holds d rows and v columns of the head: all of it, or a shard over (fsdp, tensor)."""
+    weight = _gathered(head.astype(x.dtype), is_sharded)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x, targets, weights = chunk
-        losses, *_ = _losses(_logits(x, weight), targets, z_loss, axis)
+        losses, *_ = _losses(_logits(x, weight), targets, z_loss, is_sharded)
         return total + jnp.sum(losses * weights), None
 
     return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_size, x, targets, weights))[0]
@@ -109,36 +108,42 @@ def _summed_fwd(
     weights: jax.Array,
     chunk_size: int,
     z_loss: float,
-    axis: str | None,
+    is_sharded: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    weight = head.astype(x.dtype)
+    weight = _gathered(head.astype(x.dtype), is_sharded)
 
     def add(total: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        (loss, d_head), (x, targets, weights) = total, chunk
+        (loss, d_weight), (x, targets, weights) = total, chunk
         logits = _logits(x, weight)
-        losses, log_z, is_target = _losses(logits, targets, z_loss, axis)
+        losses, log_z, is_target = _losses(logits, targets, z_loss, is_sharded)
         probabilities = jnp.exp(logits - log_z[:, None])
         d_logits = (probabilities * (1 + 2 * z_loss * log_z)[:, None] - is_target) * weights[:, None]
         d_logits = d_logits.astype(x.dtype)
         d_x = d_logits @ weight.T
-        d_head += jnp.matmul(x.T, d_logits, preferred_element_type=jnp.float32)
-        return (loss + jnp.sum(losses * weights), d_head), d_x
+        d_weight += jnp.matmul(x.T, d_logits, preferred_element_type=jnp.float32)
+        return (loss + jnp.sum(losses * weights), d_weight), d_x
 
-    zero = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    zero = jnp.float32(0), jnp.zeros(weight.shape, jnp.float32)
     (loss, d_head), d_x = jax.lax.scan(add, zero, _chunks(chunk_size, x, targets, weights))
+    if is_sharded:
+        d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
     return loss, (_flat(d_x)[: len(x)], d_head.astype(head.dtype))
 
 
 def _summed_bwd(
-    chunk_size: int, z_loss: float, axis: str | None, residuals: tuple[jax.Array, jax.Array], d_loss: jax.Array
+    chunk_size: int, z_loss: float, is_sharded: bool, residuals: tuple[jax.Array, jax.Array], d_loss: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     d_x, d_head = residuals
-    if axis is not None:  # The loss was handed out on every shard of the axis, and each hands back its part.
-        d_loss = jax.lax.psum(d_loss, axis)
+    if is_sharded:  # The loss was handed out on every shard of the vocabulary, and each hands back its part.
+        d_loss = jax.lax.psum(d_loss, "tensor")
     return (d_loss * d_x).astype(d_x.dtype), (d_loss * d_head).astype(d_head.dtype), None, None
 
 
 _summed.defvjp(_summed_fwd, _summed_bwd)
+
+
+def _gathered(head: Float[Array, "d v"], is_sharded: bool) -> Float[Array, "D v"]:
+    return jax.lax.all_gather(head, "fsdp", tiled=True) if is_sharded else head
 
 
 def _logits(x: Float[Array, "N D"], weight: Float[Array, "D v"]) -> Float32[Array, "N v"]:
@@ -146,18 +151,18 @@ def _logits(x: Float[Array, "N D"], weight: Float[Array, "D v"]) -> Float32[Arra
 
 
 def _losses(
-    logits: Float32[Array, "N v"], targets: Int[Array, " N"], z_loss: float, axis: str | None
+    logits: Float32[Array, "N v"], targets: Int[Array, " N"], z_loss: float, is_sharded: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses [N], log Z [N], and [N, v] where the targets are; sums go over the shards of the vocabulary."""
     first, largest = jnp.int32(0), logits.max(axis=-1)
-    if axis is not None:
-        first = jax.lax.axis_index(axis) * logits.shape[-1]
-        largest = jax.lax.pmax(largest, axis)
+    if is_sharded:
+        first = jax.lax.axis_index("tensor") * logits.shape[-1]
+        largest = jax.lax.pmax(largest, "tensor")
     total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
     is_target = _is_target(targets - first, logits.shape[-1])
     chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    if axis is not None:
-        total, chosen = jax.lax.psum((total, chosen), axis)
+    if is_sharded:
+        total, chosen = jax.lax.psum((total, chosen), "tensor")
     log_z = largest + jnp.log(total)
     return log_z - chosen + z_loss * jnp.square(log_z), log_z, is_target
 

@@ -1,10 +1,11 @@
 """The mesh, and which axis of an array lies on which axis of the mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meap_jax.config import ConfigError
@@ -23,11 +24,14 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices with axes (data, fsdp, tensor, context); one size may be -1, "the devices that are left".
 
+    Devices of several TPU slices, which the slower data-centre network connects, are told apart by `data` alone: it
+    counts the slices outermost, and all other traffic stays within a slice.
+
     Raises:
-      ConfigError: if the sizes do not come to the number of devices.
+      ConfigError: if the sizes do not come to the number of devices, or `data` can't be dealt to the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = {axis: sizes[axis] for axis in AXES}
@@ -39,7 +43,19 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis "
             "-1 for what is left."
         )
-    return jax.make_mesh(tuple(fitted.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(fitted.values()), AXES, axis_types=axis_types, devices=devices)
+    if fitted["data"] % slices:
+        raise ConfigError(f"mesh.data is {fitted['data']}, but must be a multiple of the {slices} slices.")
+    within = {**fitted, "data": fitted["data"] // slices}
+    between = {**dict.fromkeys(AXES, 1), "data": slices}
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(between.values()), devices),
+        AXES,
+        axis_types=axis_types,
+    )
 
 
 def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_len: int) -> None:

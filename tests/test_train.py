@@ -1,6 +1,7 @@
 """The training step: against a step written out, over meshes, with accumulation, and the loop around it."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -94,6 +95,8 @@ def test_a_step_is_mask_forward_loss_gradient_update_as_written_out_here():
         dict(data=2, fsdp=2, tensor=2),
         dict(data=1, fsdp=2, tensor=4),  # 2 kv heads on 4 devices: replicated
         dict(data=2, fsdp=1, tensor=2, context=2),
+        dict(data=1, fsdp=2, tensor=2, context=2),
+        dict(data=2, fsdp=1, tensor=1, context=4),
         dict(data=1, fsdp=-1),
     ],
     ids=str,
@@ -105,6 +108,14 @@ def test_the_same_seed_gives_the_same_losses_on_one_device_and_on_eight(mesh, on
     np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
     # Adam divides by the root of tiny second moments, so that a rounding difference can grow to some 1e-4 of a step.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), params, on_one_device[1])
+
+
+def test_two_runs_on_one_mesh_are_bit_equal():
+    config = tiny_config()
+    config.mesh.update(dict(data=1, fsdp=2, tensor=2, context=2))
+    (losses, params), (losses_again, params_again) = run_steps(config), run_steps(config)
+    assert losses == losses_again
+    jax.tree.map(np.testing.assert_array_equal, params, params_again)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -145,6 +156,47 @@ def test_the_state_is_donated_and_stays_where_it_was():
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), new_state, shardings
     )
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=4, tensor=2)], ids=str)
+def test_the_step_holds_no_second_copy_of_the_state(mesh):
+    config = tiny_config(**{"model.embed_dim": 64, "model.mlp_dim": 512})
+    config.mesh.update(mesh)
+    of_devices = sharding.make_mesh(config.mesh)
+    definition = define(ModelConfig.of(config.model))
+    state, batch = train.abstract_inputs(config, definition, of_devices)
+    with jax.set_mesh(of_devices):
+        memory = train.compile_step(config, definition, of_devices).lower(state, batch).compile().memory_analysis()
+    bytes_of_state = sum(
+        x.dtype.itemsize * np.prod(x.sharding.shard_shape(x.shape), dtype=int) for x in jax.tree.leaves(state)
+    )
+    assert memory.alias_size_in_bytes >= bytes_of_state
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < bytes_of_state / 20  # Metrics, and no more.
+
+
+def test_moments_at_rest_in_bfloat16_take_half_the_memory_and_train_alike(on_one_device):
+    config = tiny_config(**{"optimizer.moment_dtype": "bfloat16"})
+    definition = define(ModelConfig.of(config.model))
+    state = jax.eval_shape(lambda: train.init_state(config, definition))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype(jnp.bfloat16)} and len(moments) == 2 * len(
+        jax.tree.leaves(state.params)
+    )
+    losses, _ = run_steps(config, devices=jax.devices()[:1])
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-3)
+    assert losses != on_one_device[0]
+
+
+def test_rows_of_one_segment_need_no_segment_ids():
+    config = tiny_config(**{"data.mixture": "stdlib=1"})
+    definition = define(ModelConfig.of(config.model))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    assert train.abstract_inputs(config, definition, mesh)[1].keys() == {"tokens"}
+    state, batch = jax.jit(lambda: train.init_state(config, definition))(), random_batch()
+    step = jax.jit(train.step_function(config, definition))
+    with_ids = step(state, {**batch, "segment_ids": np.ones_like(batch["segment_ids"])})
+    without = step(state, {"tokens": batch["tokens"]})
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), without, with_ids)
 
 
 class Recorder:

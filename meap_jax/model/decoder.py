@@ -145,7 +145,7 @@ class Definition:
 
     def shapes(self) -> Params:
         """Parameters as ShapeDtypeStructs."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def axes(self) -> Params:
         """The logical axes of every parameter, a tuple of names in the place of each array."""

@@ -1,0 +1,70 @@
+"""The table of docs/performance.md: every size of the paper, compiled for slices that would train it.
+
+python -m experiments.aot_table [100m 300m 500m 1b] > table.md
+
+A row comes out as soon as it is compiled, and its JSON report on stderr. NTP and MEAP differ in one mask that is drawn
+once a step, so that one of them stands for both.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from meap_jax import cli
+from meap_jax.aot import compile_for
+from meap_jax.config import PAPER_SIZES, ConfigError, paper
+
+TOPOLOGIES = {
+    "100m": ("v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8"),
+    "300m": ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "h100:8"),
+    "500m": ("v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8"),
+    "1b": ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "h100:8"),
+}
+HEADINGS = (
+    "config",
+    "topology",
+    "mesh",
+    "HBM a device, GiB",
+    "fits",
+    "compiled / model FLOPs",
+    "step at least, s",
+    "MFU at most",
+    "bound by",
+    "compile, s",
+)
+
+
+def row(size: str, topology: str, report: Mapping[str, Any]) -> list[str]:
+    """One report as cells; a dash where a program did not fit and so has no figures."""
+    mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1) or "one device"
+    memory = f"{report['hbm_bytes']['total'] / 2**30:.1f} of {report['hbm_capacity'] / 2**30:.0f}"
+    cells = [f"meap_{size}", topology, mesh, memory, "yes" if report["fits"] else "no"]
+    if report["roofline"] is None:
+        figures = ["-"] * 4
+    else:
+        figures = [
+            f"{report['compiled_over_model_flops']:.2f}",
+            f"{report['step_seconds']:.3f}",
+            f"{report['mfu_bound']:.0%}",
+            max(report["roofline"], key=report["roofline"].__getitem__),
+        ]
+    return [*cells, *figures, f"{report['compile_seconds']:.0f}"]
+
+
+def command(argv: list[str]) -> None:
+    """The door: the sizes to compile, or all of them."""
+    sizes = argv[1:] or list(TOPOLOGIES)
+    for size in sizes:
+        if size not in PAPER_SIZES:
+            raise ConfigError(f"{size!r} is not a size: name any of {', '.join(TOPOLOGIES)}.")
+    print(f"| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}", flush=True)
+    for size in sizes:
+        for topology in TOPOLOGIES[size]:
+            report = compile_for(paper(size, "meap"), topology)
+            print(json.dumps({"config": f"meap_{size}"} | report), file=sys.stderr, flush=True)
+            print(f"| {' | '.join(row(size, topology, report))} |", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run_command(command)

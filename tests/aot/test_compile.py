@@ -1,0 +1,117 @@
+"""The real training step, compiled for TPUs and GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meap_jax import config as config_lib
+from meap_jax.aot import compile_for
+from meap_jax.hardware import CHIPS
+from meap_jax.targets import find_target
+
+KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
+
+
+def command(*arguments):
+    """Types the command in a shell that knows nothing of these tests; returns its last line."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    typed = [sys.executable, "-m", "meap_jax.aot", *arguments]
+    result = subprocess.run(typed, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check(report, *, devices, parameters):
+    """What is true of the step of any paper config whose parameters are sharded over all devices."""
+    assert (report["devices"], report["parameters"]) == (devices, parameters)
+    assert report["mesh"] == {"data": 1, "fsdp": devices, "tensor": 1, "context": 1}
+
+    # Parameters and two moments in float32, of which norms alone are on every device.
+    memory = report["hbm_bytes"]
+    assert memory["arguments"] == pytest.approx(12 * parameters / devices, rel=0.06)
+    # The new state takes the place of the old one; what is left are metrics and the counters.
+    assert memory["outputs"] - memory["aliased"] < 10_000
+    kept = memory["arguments"] + memory["outputs"] - memory["aliased"]
+    assert memory["total"] == kept + memory["temporaries"] + memory["code"]
+    assert report["fits"] == (memory["total"] <= report["hbm_capacity"])
+
+    # Nothing is left out of the count, which has at least the model's FLOPs and at most what remat adds to them, with
+    # attention counted in full and computed three times instead of one.
+    assert report["uncounted"] == {"kernels": {}, "loops": []}
+    assert 1 < report["compiled_over_model_flops"] < 2.2
+
+    # Parameters are gathered in bfloat16 for each micro-batch, forward and backward, and gradients reduced.
+    assert set(report["collectives"]) <= KINDS
+    sent = sum(traffic["bytes"] for traffic in report["collectives"].values())
+    micro_batches = 4
+    assert 2 * 2 * parameters * micro_batches * 0.8 < sent < 2 * 8 * parameters * micro_batches
+
+    chip = CHIPS[report["chip"]]
+    assert report["roofline"]["compute"] == pytest.approx(report["compiled_flops"] / devices / chip.peak_flops)
+    assert report["step_seconds"] == max(report["roofline"].values())
+    assert 0 < report["mfu_bound"] < 1
+
+
+def test_the_smallest_paper_config_for_a_v5e_slice(tpu_compiler):
+    report = command("--config=configs/meap_100m.py", "--topology=v5e:4x4")
+    check(report, devices=16, parameters=122_407_680)
+    assert report["versions"]["libtpu"]
+
+
+def test_the_1b_paper_config_for_a_v5e_slice(tpu_compiler):
+    check(command("--config=configs/meap_1b.py", "--topology=v5e:8x8"), devices=64, parameters=1_175_816_192)
+
+
+def test_the_1b_paper_config_for_eight_h100s(gpu_compiler):
+    report = command("--config=configs/meap_1b.py", "--topology=h100:8")
+    check(report, devices=8, parameters=1_175_816_192)
+    assert report["versions"]["jax-cuda13-plugin"]
+
+
+def small(num_layers, **model):
+    """A paper config made small, whose programs compile in seconds."""
+    config = config_lib.paper("100m", "meap")
+    config.model.update(dict(num_layers=num_layers, num_heads=4, embed_dim=256, mlp_dim=512, vocab_size=32_064))
+    config.model.update(model)
+    config.seq_len, config.global_batch_size, config.grad_accum_steps = 256, 16, 2
+    return config
+
+
+def count(topology, config):
+    return compile_for(config, topology)["compiled_flops"]
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_a_tpu_program_counts_the_same_scanned_and_unrolled(tpu_compiler, num_layers):
+    scanned = count("v5e:2x2", small(num_layers))
+    unrolled = count("v5e:2x2", small(num_layers, unroll=num_layers))
+    assert scanned == pytest.approx(unrolled, rel=0.01)
+
+
+def test_a_gpu_program_counts_the_same_scanned_and_unrolled_and_as_a_tpu_program_does(tpu_compiler, gpu_compiler):
+    scanned, unrolled = count("h100:4", small(4)), count("h100:4", small(4, unroll=4))
+    assert scanned == pytest.approx(count("v5e:2x2", small(4)), rel=0.01)
+    assert scanned == pytest.approx(unrolled, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "b200"])
+def test_other_gpus_have_a_compiler_too(gpu_compiler, gpu):
+    report = compile_for(small(2), f"{gpu}:4")
+    assert (report["devices"], report["chip"], report["uncounted"]) == (4, gpu, {"kernels": {}, "loops": []})
+
+
+def test_one_chip_and_chips_of_two_cores_are_one_device_each(tpu_compiler):
+    assert len(find_target("v5e:1x1").devices) == 1
+    assert len(find_target("v4:2x2x1").devices) == 4
+    assert {device.slice_index for device in find_target("v5e:2x2", slices=2).devices} == {0, 1}
+
+
+def test_a_program_that_does_not_fit_is_an_answer_not_a_failure(tpu_compiler):
+    config = small(2, embed_dim=8192, mlp_dim=32_768)  # 2 x 0.9e9 parameters, 12 bytes each, on 16 GiB.
+    report = compile_for(config, "v5e:1x1")
+    assert report["fits"] is False
+    assert report["hbm_bytes"]["total"] > report["hbm_capacity"]
+    assert report["step_seconds"] is None
