@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-aot test-cloud lint .venv .cloud
+.PHONY: help quickstart test test-aot test-cloud lint bench .venv .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -19,6 +19,20 @@ quickstart: .venv ## train NTP and MEAP on this machine and write runs/quickstar
 	@cd "$(ROOT)"
 	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} .venv/bin/python \
 	    -m experiments.compare --config=configs/quickstart.py --workdir=runs/quickstart
+
+# With the same setting, for our step and for torch's. BENCH=--quick shows in minutes that all of it runs.
+bench: .venv ## print the tables of docs/performance.md, measured on this machine
+	@cd "$(ROOT)"
+	export GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+	torch=
+	.venv/bin/python -c 'import torch, transformers' 2>/dev/null || {
+	    torch=--no-torch
+	    echo "Without PyTorch; for the comparison: .venv/bin/python -m pip install -r requirements-bench.txt"
+	}
+	.venv/bin/python -m experiments.benchmarks.train_step $$torch $(BENCH)
+	for name in masking scaling data startup loss; do
+	    .venv/bin/python -m experiments.benchmarks.$$name $(BENCH)
+	done
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"

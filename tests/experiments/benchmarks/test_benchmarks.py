@@ -1,0 +1,174 @@
+"""Every benchmark with --quick: the table that it prints, and figures that can be true."""
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+
+import tiny_runs
+from experiments.benchmarks import harness, train_step
+from experiments.benchmarks.timing import Ratio
+from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
+from experiments.benchmarks.workload import config_of
+from meap_jax.config import ConfigError
+
+HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers: requirements-bench.txt")
+
+# Columns that every row has, of each table in turn; a star marks a ratio, which must be finite and positive.
+TABLES = {
+    "masking": [{"decoder", "T", "B", "*MEAP / NTP"}, {"strategy", "*share of a step (tiny, T = 32)"}],
+    "scaling": [{name, "*time, relative", "time p", "temp MiB", "temp p"} for name in ("T", "B", "layers")],
+    "data": [{"train step", "*pipeline / train step, tokens/s"}, {"run", "T", "waiting", "step, ms"}],
+    "startup": [
+        {"run", "*warm / cold", "*imports / warm"},
+        {"decoder", "*the call, in steps", "*steps after it / steps"},
+    ],
+    "loss": [{"dtype", "B", "chunk", "plain, temp MiB", "chunked / plain"}, {"chunk", "*chunked / plain"}],
+    "train_step": [{"decoder", "parameters", "T", "B", "*ours, share of the matmul peak"}],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Of processes that a benchmark starts."""
+    for name in ("XLA_FLAGS", "PYTHONPATH"):
+        monkeypatch.setenv(name, tiny_runs.environment()[name])
+
+
+def run(name, tmp_path, *flags):
+    """What `python -m experiments.benchmarks.NAME --quick` wrote to --json."""
+    file = tmp_path / "result.json"
+    module = importlib.import_module(f"experiments.benchmarks.{name}")
+    module.command([name, "--quick", f"--json={file}", *flags])
+    return json.loads(file.read_text())
+
+
+def check(result, name, out):
+    """The tables have the columns of TABLES, and stand in what was printed."""
+    assert result["benchmark"] == name and result["setting"]["jax"]
+    assert len(result["tables"]) == len(TABLES[name])
+    for table, columns in zip(result["tables"], TABLES[name], strict=True):
+        assert f"**{table['title']}**" in out
+        for row in table["rows"]:
+            assert {column.strip("*") for column in columns} <= set(row)
+            for column in columns:
+                if column.startswith("*"):
+                    assert all(math.isfinite(value) and value > 0 for value in row[column[1:]].values()), (column, row)
+                    assert row[column[1:]]["low"] <= row[column[1:]]["median"] <= row[column[1:]]["high"]
+
+
+@pytest.mark.parametrize("name", ["masking", "scaling", "data", "loss"])
+def test_quick_run_prints_its_tables(name, tmp_path, capsys):
+    result = run(name, tmp_path)
+    check(result, name, capsys.readouterr().out)
+    assert result["repeats"] == 2
+    if name == "data":
+        assert all(0 <= row["waiting"]["median"] < 1 for row in result["tables"][1]["rows"])
+    if name == "loss":
+        # Half the positions at a time: half the logits, whatever the compiler does with the rest.
+        assert all(row["chunked / plain"] < 1 for row in result["tables"][0]["rows"])
+
+
+def test_quick_start_up_prints_its_tables(tmp_path, capsys):
+    result = run("startup", tmp_path, "--repeats=1")
+    check(result, "startup", capsys.readouterr().out)
+
+
+def test_quick_train_step_without_torch_prints_our_side(tmp_path, capsys):
+    result = run("train_step", tmp_path, "--no-torch", "--repeats=1")
+    check(result, "train_step", capsys.readouterr().out)
+    assert not any("torch" in column for column in result["tables"][0]["rows"][0])
+
+
+@needs_torch
+def test_quick_train_step_compares_with_torch(tmp_path, capsys):
+    result = run("train_step", tmp_path, "--repeats=1")
+    check(result, "train_step", capsys.readouterr().out)
+    (row,) = result["tables"][0]["rows"]
+    ratios = [row[f"ours / {name}"]["median"] for name in ("torch eager", "torch compiled", "faster torch")]
+    assert all(ratio > 0 for ratio in ratios)
+    assert ratios[2] == pytest.approx(min(ratios[:2]))  # One round: the faster has the smaller ratio.
+
+
+def test_without_torch_the_command_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install -r requirements-bench.txt, or give --no-torch"):
+        train_step.command(["train_step"])
+
+
+def test_batches_double_on_an_accelerator_until_memory_ends(monkeypatch):
+    """The search of the largest batch, and of torch's from there; devices of this size are not at hand."""
+    room = {"ours": 8, "eager": 2, "compiled": 4}
+    about = {
+        "engine": "e", "device": "1 x GPU", "num_devices": 1, "peak_flops": 1e9, "parameters": 10, "temp_bytes": 2**30
+    }  # fmt: skip
+
+    def alone(name, config, repeats):
+        if config.global_batch_size > room[name]:
+            raise OutOfMemory("RESOURCE_EXHAUSTED")
+        num_tokens = config.global_batch_size * config.seq_len
+        return about | {"flops": 100 * num_tokens, "num_tokens": num_tokens}, num_tokens / 1e6 * train_step.np.ones(
+            repeats
+        )
+
+    monkeypatch.setattr(train_step, "_alone", alone)
+    monkeypatch.setattr(train_step, "_torch_sees", lambda device: device == "1 x GPU")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    table = train_step.on_accelerator(config_of("tiny", seq_len=32, batch_size=1), 1, list(room), repeats=3)
+    assert [row["B"] for row in table.rows] == [1, 2, 4, 8, 2, 4]
+    assert "No room for B = 16." in table.note
+    assert [row["MFU"] for row in table.rows] == [pytest.approx(Ratio(0.1, 0.1, 0.1))] * 6
+    assert [row["tokens/s, fastest of ours / this"] for row in table.rows] == [pytest.approx(1)] * 6
+
+    room["ours"] = 0
+    with pytest.raises(WorkerError, match="does not fit with 1 rows"):
+        train_step.on_accelerator(config_of("tiny", seq_len=32, batch_size=1), 1, ["ours"], repeats=1)
+
+
+def test_engines_that_train_another_decoder_are_not_compared():
+    about = {"parameters": 10, "threads": 2, "first_loss": math.log(64) + 0.1}
+    train_step.check_same_work({"ours": about, "eager": about}, 64)
+    for field, value in (("parameters", 11), ("threads", 1), ("first_loss", math.nan), ("first_loss", 9.0)):
+        with pytest.raises(WorkerError):
+            train_step.check_same_work({"ours": about, "eager": about | {field: value}}, 64)
+
+
+def test_a_decoder_that_no_memory_holds_is_told_as_that_and_other_errors_as_themselves():
+    config = config_of("tiny", seq_len=32, batch_size=2, mlp_dim=2**40)  # 64 TiB a matrix.
+    spec = {"config": config.to_dict()}
+    with pytest.raises(OutOfMemory):
+        Worker(train_step.OURS, spec)
+    spec["config"]["seq_len"] = 1
+    with pytest.raises(WorkerError, match="seq_len is 1"):
+        Worker(train_step.OURS, spec)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--repeats=0"], "--repeats is 0, but must be"),
+        (["--repeats=x"], "invalid int value"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+        (["--json=/no/such/folder/x.json"], "--json is /no/such/folder/x.json, but must be"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_measured(flags, told):
+    command = harness.main("name", "", lambda args: pytest.fail("measured"), repeats=1)
+    with pytest.raises(ConfigError, match=told):
+        command(["name", *flags])
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(ConfigError, match="--sizes is '1M,7M', but must be some of"):
+        train_step.command(["train_step", "--no-torch", "--sizes=1M,7M"])
+
+
+def test_numbers_of_a_table_are_as_long_as_they_are_sure():
+    row = {"a": Ratio(1.0041, 0.99, 1.02), "b": 12345.6, "c": 0.0000312, "d": None, "e": 7, "f": Ratio(2.345, 2, 3)}
+    last = harness.Table("title", [row], "note").markdown().splitlines()[4]
+    assert last == "| 1.004 (0.990, 1.020) | 12,346 | 0.000031 |  | 7 | 2.35 (2.00, 3.00) |"
