@@ -44,10 +44,10 @@ def attend(
     # A window is no array: it goes around the maps, not through them.
     attend_head = functools.partial(_attend_head, window=queries.window, start=start)
 
-    # Row by row and kv head by kv head: what is alive fits into caches, and each is recomputed in the backward pass.
+    # Row by row and kv head by kv head: what is alive fits into caches.
     def row(item: tuple) -> Float[Array, "K G Q d"]:
         q_KGQd, k_KTd, v_KTd, *sides = item
-        return jax.lax.map(lambda head: jax.checkpoint(attend_head)(*head, *sides), (q_KGQd, k_KTd, v_KTd))
+        return jax.lax.map(lambda head: attend_head(*head, *sides), (q_KGQd, k_KTd, v_KTd))
 
     sides = (side._replace(window=None) for side in (queries, keys))
     out_BKGQd = jax.lax.map(row, (q_BKGQd, k_BKTd, v_BKTd, *sides))
@@ -65,23 +65,30 @@ def _attend_head(
     start: int | None,
 ) -> jax.Array:
     """G query heads of one row that share one kv head; the visibility has no axis B."""
-    G, Q, d = q_GQd.shape
-    T = k_Td.shape[0]
+    Q, T = q_GQd.shape[1], k_Td.shape[0]
     size = max(SMALLEST_BLOCK, -(-Q // MOST_BLOCKS))
     out = []
     for first in range(0, Q, size):
         last = min(first + size, Q)
         reach = T if start is None else start + last
-        sees_qT = _row(queries, first, last, window).mask(_row(keys, 0, reach, window))[0]
-        q_Gqd = q_GQd[:, first:last]
-        scores = jnp.einsum("gd,td->gt", q_Gqd.reshape(-1, d), k_Td[:reach], preferred_element_type=jnp.float32)
-        scores = scores.reshape(G, last - first, reach) * d**-0.5
-        scores = jnp.where(sees_qT, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v_Td.dtype)
-        out.append((weights.reshape(-1, reach) @ v_Td[:reach]).reshape(q_Gqd.shape))
+        ours, theirs = _row(queries, first, last), _row(keys, 0, reach)
+        out.append(_attend_block(q_GQd[:, first:last], k_Td[:reach], v_Td[:reach], ours, theirs, window))
     return jnp.concatenate(out, axis=1)
 
 
-def _row(side: Visibility, first: int, last: int, window: int | None) -> Visibility:
+@functools.partial(jax.checkpoint, static_argnums=5)
+def _attend_block(
+    q_Gqd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, queries: Visibility, keys: Visibility, window: int | None
+) -> jax.Array:
+    """Q queries of G heads over T keys; its weights are computed again in the backward pass, block by block."""
+    G, Q, d = q_Gqd.shape
+    sees_qT = queries._replace(window=window).mask(keys)[0]
+    scores = jnp.einsum("gd,td->gt", q_Gqd.reshape(-1, d), k_Td, preferred_element_type=jnp.float32)
+    scores = jnp.where(sees_qT, scores.reshape(G, Q, -1) * d**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_Td.dtype)
+    return (weights.reshape(G * Q, -1) @ v_Td).reshape(q_Gqd.shape)
+
+
+def _row(side: Visibility, first: int, last: int) -> Visibility:
     """Positions first ... last - 1 of a visibility without an axis B, as one of a single row."""
-    return jax.tree.map(lambda x: x[None, first:last], side)._replace(window=window)
+    return jax.tree.map(lambda x: x[None, first:last], side)

@@ -9,7 +9,9 @@ import pytest
 
 from meap_jax import config as config_lib
 from meap_jax.aot import compile_for
+from meap_jax.config import ConfigError
 from meap_jax.hardware import CHIPS
+from meap_jax.sharding import make_mesh
 from meap_jax.targets import find_target
 
 KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
@@ -115,3 +117,50 @@ def test_a_program_that_does_not_fit_is_an_answer_not_a_failure(tpu_compiler):
     assert report["fits"] is False
     assert report["hbm_bytes"]["total"] > report["hbm_capacity"]
     assert report["step_seconds"] is None
+
+
+def test_two_slices_send_gradients_alone_between_them(tpu_compiler):
+    config = small(2)
+    config.mesh.update(dict(data=2, fsdp=4))
+    report = compile_for(config, "v5e:2x2", slices=2)
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    devices = make_mesh(config.mesh, find_target("v5e:2x2", slices=2).devices).devices
+    assert [{device.slice_index for device in row.flat} for row in devices] == [{0}, {1}]
+
+
+def test_an_axis_that_would_cross_slices_is_refused(tpu_compiler):
+    devices = find_target("v5e:2x2", slices=2).devices
+    with pytest.raises(ConfigError, match="mesh.data is 1, but must be a multiple of the 2 slices"):
+        make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1), devices)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+def test_every_remat_policy_compiles_for_a_tpu_and_computes_no_less(tpu_compiler, remat):
+    report = compile_for(small(4, remat=remat), "v5e:2x2")
+    recomputed = {"none": 0, "dots": 0, "full": 1, "offload": 1}[remat]
+    # The kernel of the forward pass runs once a layer and micro-batch, or twice where it is computed again.
+    forward = sum(n for kernel, n in report["attention_kernels"].items() if "_fwd" in kernel)
+    assert forward == 4 * 2 * (1 + recomputed)
+    assert report["fits"]
+
+
+def test_a_sequence_over_context_keeps_the_kernel_on_tpus(tpu_compiler):
+    config = small(2)
+    config.seq_len = 1024
+    config.mesh.update(dict(data=1, fsdp=2, context=2))
+    alone = compile_for(small(2).copy_and_resolve_references(), "v5e:2x2")
+    report = compile_for(config, "v5e:2x2")
+    assert report["attention_kernels"].keys() == alone["attention_kernels"].keys()
+    assert report["uncounted"] == {"kernels": {}, "loops": []}
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [("one segment", "dot_product_attention"), ("segments", "dot_product_attention")]
+)
+def test_gpus_call_cudnn_with_and_without_segments(gpu_compiler, rows, kernel):
+    config = small(2)
+    if rows == "segments":
+        config.data.mixture = "retrieval=1"
+    report = compile_for(config, "h100:4")
+    assert all(name.startswith(kernel) for name in report["attention_kernels"])
+    assert sum(report["attention_kernels"].values()) >= 2 * 2 * 2  # Forward and backward, layers, micro-batches.
