@@ -77,8 +77,14 @@ def _attend_head(
         scores = jnp.einsum("gd,td->gt", q_Gqd.reshape(-1, d), k_Td[:reach], preferred_element_type=jnp.float32)
         scores = scores.reshape(G, last - first, reach) * d**-0.5
         scores = jnp.where(sees_qT, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v_Td.dtype)
-        out.append((weights.reshape(-1, reach) @ v_Td[:reach]).reshape(q_Gqd.shape))
+        # Softmax times values. The sum of the weights comes in last, where a query has d numbers and not T, and as a
+        # factor: XLA turns a quotient into one in the program for one device, but not everywhere in that for several.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        inverse = 1 / weights.sum(axis=-1, keepdims=True)
+        weighted = jnp.matmul(
+            weights.astype(v_Td.dtype).reshape(-1, reach), v_Td[:reach], preferred_element_type=jnp.float32
+        )
+        out.append((weighted.reshape(q_Gqd.shape) * inverse).astype(v_Td.dtype))
     return jnp.concatenate(out, axis=1)
 
 
