@@ -37,13 +37,18 @@ class Run(NamedTuple):
     prepared: Prepared
 
 
-def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
+def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh | None = None) -> Run:
     """Mesh, model definition and data of a config that was checked.
+
+    Args:
+      config: of the run.
+      workdir: absolute.
+      mesh: takes the place of the config's.
 
     Raises:
       ConfigError, DataError: for a mesh, batch or data that do not fit.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
     definition = define(ModelConfig.of(config.model, mesh.devices.flat[0].platform))
     state_shardings(config, definition, mesh)  # Raises where the mesh does not divide the model.

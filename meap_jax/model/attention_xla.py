@@ -85,8 +85,13 @@ def _attend_block(
     sees_qT = queries._replace(window=window).mask(keys)[0]
     scores = jnp.einsum("gd,td->gt", q_Gqd.reshape(-1, d), k_Td, preferred_element_type=jnp.float32)
     scores = jnp.where(sees_qT, scores.reshape(G, Q, -1) * d**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_Td.dtype)
-    return (weights.reshape(G * Q, -1) @ v_Td).reshape(q_Gqd.shape)
+    # Softmax times values. The sum of the weights comes in last, where a query has d numbers and not T, and as a
+    # factor: XLA turns a quotient into one in the program for one device, but not everywhere in that for several.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    inverse = 1 / weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v_Td.dtype).reshape(G * Q, -1)
+    weighted = jnp.matmul(weights, v_Td, preferred_element_type=jnp.float32).reshape(q_Gqd.shape)
+    return (weighted * inverse).astype(v_Td.dtype)
 
 
 def _row(side: Visibility, first: int, last: int) -> Visibility:
