@@ -31,9 +31,10 @@ def check(report, *, devices, parameters):
     assert (report["devices"], report["parameters"]) == (devices, parameters)
     assert report["mesh"] == {"data": 1, "fsdp": devices, "tensor": 1, "context": 1}
 
-    # Parameters and two moments in float32, of which norms alone are on every device.
+    # Parameters and two moments in float32, of which norms alone are on every device. A TPU pads the two last axes of
+    # an array to tiles of 8 x 128, which those of the q, k and v projections, heads x 64, don't fill.
     memory = report["hbm_bytes"]
-    assert memory["arguments"] == pytest.approx(12 * parameters / devices, rel=0.06)
+    assert 1 <= memory["arguments"] / (12 * parameters / devices) < 1.3
     # The new state takes the place of the old one; what is left are metrics and the counters.
     assert memory["outputs"] - memory["aliased"] < 10_000
     kept = memory["arguments"] + memory["outputs"] - memory["aliased"]
