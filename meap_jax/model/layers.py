@@ -56,7 +56,7 @@ def gathered(w: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "...
     """A weight whole along `embed`, which lies over fsdp; its gradient goes back to where the weight came from.
 
     Left to itself, the partitioner for TPUs multiplies shard by shard while they travel, and adds up the products of a
-    contracted axis in memory: on v5p that was three quarters of all memory traffic of a step of the 481M decoder.
+    contracted axis in memory: on v5p that was half of all memory traffic of a step of the 481M decoder.
     """
     return constrain(w, *(None if axis == "embed" else axis for axis in axes))
 
