@@ -21,7 +21,7 @@ from meap_jax.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
-LAYOUT = 1  # Raise when the tree of a checkpoint changes.
+LAYOUT = 2  # Raise when the tree of a checkpoint changes.
 FOLDER = "checkpoints"
 ITEMS = ("params", "rest", "meta")
 SECONDS_BETWEEN_READS = 2.0  # A network that drops one read is no damaged checkpoint.

@@ -212,6 +212,15 @@ def test_init_from_a_run_with_another_tokenizer_is_refused(trained, tmp_path, mo
     assert code == 1 and "name a run with the same tokenizer" in text
 
 
+def test_init_from_checkpoints_of_another_layout_is_refused_with_both(trained, data, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    for meta in old.glob("checkpoints/*/meta/metadata"):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"layout": 1}))
+    code, text = said(monkeypatch, capsys, flags(tmp_path / "run", init_from=old, data__prepared=data))
+    assert code == 1 and "has layout 1, this version reads layout" in text
+
+
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     code, text = said(monkeypatch, capsys, flags(tmp_path / "file" / "run"))

@@ -1,5 +1,7 @@
 """GPU attention: cuDNN's flash attention by `jax.nn.dot_product_attention`, which takes kv heads as they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,11 +31,11 @@ def attend(
     q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"], visibility: Visibility
 ) -> Float[Array, "B T H d"]:
     """Attention by the kernel: causal by place in the row, or by the mask where there are segments or branches."""
-    attend = jax.nn.dot_product_attention
+    kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     if _needs_mask(visibility):
-        return attend(q, k, v, mask=visibility.mask()[:, None], implementation="cudnn")
+        return kernel(q, k, v, mask=visibility.mask()[:, None])
     window = None if visibility.window is None else (visibility.window - 1, 0)
-    return attend(q, k, v, is_causal=True, local_window_size=window, implementation="cudnn")
+    return kernel(q, k, v, is_causal=True, local_window_size=window)
 
 
 def _needs_mask(visibility: Visibility) -> bool:
