@@ -16,12 +16,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from meap_jax import config as config_lib
-from meap_jax.config import ConfigError
-from meap_jax.data.documents import DataError
+from meap_jax.config import ConfigError, UserError
 from meap_jax.hosts import join_hosts
-from meap_jax.train import Diverged
-
-USER_ERRORS = (ConfigError, DataError, Diverged)
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +107,7 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
         if joins_hosts:
             join_hosts()
         command(sys.argv)
-    except USER_ERRORS as error:
+    except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -6,7 +6,8 @@ neither.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -14,7 +15,8 @@ from ml_collections.config_dict import placeholder
 
 OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
-SOURCES = ("stdlib", "retrieval", "text")
+EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others stand in data.sources.
+PACKINGS = ("concat", "concat_segments", "best_fit")
 TOKENIZERS = ("bpe", "mistral")
 ATTENTIONS = ("auto", "plain", "xla", "splash", "cudnn")
 REMATS = ("none", "dots", "full", "offload")
@@ -33,7 +35,11 @@ PAPER_SIZES = {
 }
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """What its user can mend; the text is one sentence, and all that the user is told."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work: one sentence that names the field, its value and what would be valid."""
 
 
@@ -91,12 +97,17 @@ def base() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # One may be -1: what is left.
 
     c.data = d = ml_collections.ConfigDict()
-    d.mixture = "stdlib=1"  # source=weight,...; sources: stdlib, retrieval, text.
-    d.path = placeholder(str)  # For text: a folder (or file) of .txt or .jsonl.
+    d.mixture = "stdlib=1"  # source=weight,...; sources: stdlib, retrieval, and those of data.sources.
+    d.path = placeholder(str)  # That of the source text: data.sources.text.path is this very field.
+    d.sources = ml_collections.ConfigDict({"text": text_source(d.get_ref("path"))})
     d.tokenizer = "bpe"  # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK].
     d.prepared = placeholder(str)  # Folder of the frozen corpus; default: data/ in the workdir. Runs can share one.
     d.seed = 0  # Of what is generated; the order of blocks comes from seeds.data.
-    d.holdout = 0.02  # Share of text documents in each of validation and test.
+    d.holdout = 0.02  # Share of text documents in each of validation and test, where a source has none of its own.
+    d.max_skipped = 1_000  # Bad records of a source that are passed over and counted; one more stops the preparation.
+    # concat: one stream cut into blocks, without a mask between documents (the official code's); concat_segments: the
+    # same, but no document sees another; best_fit: whole documents, padded. Retrieval documents always are whole.
+    d.packing = "concat"
     d.retrieval = ml_collections.ConfigDict(
         dict(
             num_keys=16,  # Things that a fact can be about.
@@ -119,6 +130,29 @@ def base() -> ml_collections.ConfigDict:
         dict(start=10, num_steps=0)
     )  # First step of a trace for xprof; 0 steps: none.
     return c.lock()  # A misspelt field in a config file is an error, not a new field.
+
+
+def text_source(path: Any = None) -> ml_collections.ConfigDict:
+    """Fields of a source of text, with their defaults; `add_source` gives a config one more of them."""
+    s = ml_collections.ConfigDict()
+    # A file, a folder or a glob of .txt, .jsonl or .parquet (.jsonl also with .gz or .zst), local or a bucket's; a
+    # dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as prepared:/data/frozen/c4.
+    s.path = placeholder(str) if path is None else path
+    s.validation = ""  # The like for documents to hold out, half of them for test; empty: data.holdout of `path`.
+    s.field = "text"  # Where a record has its text; dots go deeper.
+    s.where = ""  # field=value: takes only such records, as meta.redpajama_set_name=RedPajamaGithub.
+    s.max_tokens = 0  # The first documents that hold so many are the training data; 0: all.
+    s.epochs = 0.0  # A run that would take more passes than this is refused; 0: any number.
+    s.long_from = 0  # Tokens; with keep_shorter the length-upsampling of Fu et al., https://arxiv.org/abs/2402.10171.
+    s.keep_shorter = 1.0  # Share of the shorter documents that stay, drawn from data.seed.
+    return s
+
+
+def add_source(c: ml_collections.ConfigDict, name: str, **fields: Any) -> None:
+    """Gives a config one more source of text, whose name the mixture can then use."""
+    with c.unlocked():
+        c.data.sources[name] = text_source()
+    c.data.sources[name].update(fields)
 
 
 def paper(size: str, objective: str) -> ml_collections.ConfigDict:
@@ -162,21 +196,48 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
             weights[name] = float(weight or 1)
         except ValueError:
             weights[name] = -1.0
-        if name not in SOURCES or not 0 < weights[name] < math.inf:
+        known = dict.fromkeys([*EMBEDDED_SOURCES, *config.data.sources])
+        if name not in known or not 0 < weights[name] < math.inf:
             raise ConfigError(
                 f"data.mixture is {config.data.mixture!r}, but {part.strip()!r} is not source=weight with a positive "
-                f"weight and a source among {', '.join(SOURCES)}."
+                f"weight and a source among {', '.join(known)}."
             )
     return weights
 
 
-def has_segments(sources: Iterable[str]) -> bool:
-    """Whether a row of these sources can hold several documents that don't see each other, or padding.
+def has_segments(config: ml_collections.ConfigDict) -> bool:
+    """Whether a row can hold several documents that don't see each other, or padding."""
+    return config.data.packing != "concat" or "retrieval" in mixture(config)
 
-    Text is packed as one stream without a mask between documents, as the official code does; retrieval documents are
-    packed whole.
+
+def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What the data of a run depends on, as plain values: what `meap_jax.data.prepare.prepare` is given.
+
+    `sources` holds what documents come from, `plans` how they are packed, by the name of the source.
     """
-    return "retrieval" in sources
+    d = config.data
+    sources: dict[str, dict[str, Any]] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    for name in mixture(config):
+        plans[name] = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": d.packing}
+        if name == "retrieval":
+            sources[name] = {"kind": name, "seed": d.seed, **d.retrieval.to_dict()}
+            plans[name]["packing"] = "best_fit"
+        elif name == "stdlib":
+            sources[name] = {"kind": name, "holdout": d.holdout}
+        else:
+            fields = d.sources[name].to_dict()
+            plans[name] |= {field: fields[field] for field in ("max_tokens", "long_from", "keep_shorter")}
+            read = {field: fields[field] for field in ("path", "validation", "field", "where")}
+            sources[name] = {"kind": "text", "holdout": d.holdout, **read}
+        plans[name] |= {"seq_len": config.seq_len, "seed": d.seed}
+    return {
+        "tokenizer": d.tokenizer,
+        "vocab_size": config.model.vocab_size,
+        "sources": sources,
+        "plans": plans,
+        "max_skipped": d.max_skipped,
+    }
 
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -237,6 +298,7 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         ("optimizer.decay_on", ("all", "matrices")),
         ("optimizer.moment_dtype", ("float32", "bfloat16")),
         ("data.tokenizer", TOKENIZERS),
+        ("data.packing", PACKINGS),
     ):
         require(name, choices.__contains__, f"one of {', '.join(choices)}")
 
@@ -278,6 +340,7 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     most = config.num_steps - config.profile.num_steps + 1
     expected = f"at most {most}, so that profile.num_steps ({config.profile.num_steps}) end by num_steps"
     require("profile.start", lambda v: config.profile.num_steps == 0 or v <= most, expected)
+    require("data.max_skipped", lambda v: v >= 0, "0 or more")
     require("data.holdout", lambda v: 0 < v < 0.5, "in (0, 0.5)")
     require("data.retrieval.max_fillers", lambda v: v >= 0, "0 or more")
     require("data.retrieval.questions_per_fact", lambda v: 0 < v < math.inf, "positive")
@@ -285,12 +348,32 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         require(f"mesh.{axis}", lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left")
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
-    if "text" not in mixture(config) and config.data.path is not None:
+    for name in config.data.sources:
+        _check_source(config, name, needs_data)
+
+
+def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:
+    """One group of data.sources."""
+    source, group = config.data.sources[name], f"data.sources.{name}"
+    path = "data.path" if name == "text" else f"{group}.path"
+    if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "tokenizer":
+        raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ . -, and not taken.")
+    is_read = name in mixture(config)
+    if not is_read and source.path is not None:
         raise ConfigError(
-            f"data.path is {config.data.path!r}, but data.mixture is {config.data.mixture!r}, which does not read it: "
-            "set data.mixture, such as --config.data.mixture=text=1."
+            f"{path} is {source.path!r}, but data.mixture is {config.data.mixture!r}, which does not read it: "
+            f"set data.mixture, such as --config.data.mixture={name}=1."
         )
-    if needs_data and "text" in mixture(config) and config.data.path is None and config.data.prepared is None:
+    if needs_data and is_read and source.path is None and config.data.prepared is None:
         raise ConfigError(
-            "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
+            f"{path} is not set: name a folder of .txt or .jsonl files, such as --config.{path}=/data/books."
         )
+    for field, valid, expected in (
+        ("epochs", source.epochs >= 0, "0 or more"),
+        ("max_tokens", source.max_tokens >= 0, "0 or more"),
+        ("long_from", source.long_from >= 0, "0 or more"),
+        ("keep_shorter", 0 <= source.keep_shorter <= 1, "in [0, 1]"),
+        ("where", not source.where or "=" in source.where, "empty or field=value"),
+    ):
+        if not valid:
+            raise ConfigError(f"{group}.{field} is {source[field]!r}, but must be {expected}.")

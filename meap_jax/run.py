@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
 from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import ConfigError, changed_on_resume, mixture
-from meap_jax.data.prepare import Prepared, prepare
+from meap_jax.config import ConfigError, changed_on_resume, data_options, mixture
+from meap_jax.data.prepare import prepare
+from meap_jax.data.prepared import Prepared
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
@@ -68,21 +69,12 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
         [MASK] is not `objective.mask_id`.
     """
     folder = config.data.prepared or str(local_folder(workdir) / "data")
-    options = {
-        "sources": tuple(mixture(config)),
-        "path": config.data.path,
-        "tokenizer": config.data.tokenizer,
-        "vocab_size": config.model.vocab_size,
-        "seq_len": config.seq_len,
-        "seed": config.data.seed,
-        "retrieval": config.data.retrieval.to_dict(),
-        "holdout": config.data.holdout,
-    }
+    options = data_options(config)
     if jax.process_index() == 0:
-        prepared = prepare(folder, options=options)
+        prepared = prepare(folder, options)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepared data")
-        prepared = prepare(folder, options=options)
+        prepared = prepare(folder, options)
         digest = np.frombuffer(bytes.fromhex(prepared.fingerprint), np.uint8)
         if (multihost_utils.process_allgather(digest) != digest).any():
             raise ConfigError(
@@ -94,7 +86,30 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
             f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is "
             f"{prepared.tokenizer.mask_id}."
         )
+    check_epochs(config, prepared)
     return prepared
+
+
+def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
+    """Stops a run that would take more passes over a source than the config allows.
+
+    A source that ran out on the way would change the mixture in the middle of a run.
+
+    Raises:
+      ConfigError: naming the source, its passes, and the steps at most.
+    """
+    weights = mixture(config)
+    for name, weight in weights.items():
+        limit = config.data.sources[name].epochs if name in config.data.sources else 0
+        num_blocks = len(prepared.blocks(name, "train"))
+        blocks_a_step = config.global_batch_size * weight / sum(weights.values())
+        epochs = config.num_steps * blocks_a_step / num_blocks
+        if limit and epochs > limit:
+            raise ConfigError(
+                f"data.sources.{name}.epochs is {limit:g}, but {config.num_steps} steps would take {epochs:.3g} passes over "
+                f"its {num_blocks} blocks: lower num_steps to {int(limit * num_blocks / blocks_a_step)}, or its weight in "
+                "data.mixture."
+            )
 
 
 def check_resume(config: ml_collections.ConfigDict, meta: dict[str, Any], workdir: epath.Path) -> None:

@@ -29,7 +29,7 @@ from meap_jax import config as config_lib
 from meap_jax import sharding, train
 from meap_jax.config import mixture
 from meap_jax.data.pipeline import TrainBatches
-from meap_jax.data.prepare import Prepared
+from meap_jax.data.prepared import Prepared
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.run import open_data

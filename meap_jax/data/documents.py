@@ -4,16 +4,18 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from meap_jax.config import UserError
 from meap_jax.data.tokenizers import Tokenizer
 
 # Pieces are encoded in batches, and short ones are remembered: a retrieval document is made of a
 # few hundred different pieces that come back in every document.
 _BATCH = 256
+_BATCH_CHARACTERS = 4_000_000  # Ends a batch sooner: documents can be books.
 _CACHED_LENGTH = 200
 _CACHED_PIECES = 100_000
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; the text is one sentence that names the file or the count."""
 
 
@@ -67,7 +69,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     """
     cache: dict[tuple[str, bool], list[int]] = {}
     stream = iter(documents)
-    while batch := list(islice(stream, _BATCH)):
+    while batch := _next_batch(stream):
         known = dict(cache)
         for continues in (False, True):
             new = [
@@ -83,6 +85,17 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
                     cache[piece, continues] = ids
         for document in batch:
             yield _assemble(document, known, tokenizer)
+
+
+def _next_batch(stream: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    room = _BATCH_CHARACTERS
+    for document in islice(stream, _BATCH):
+        batch.append(document)
+        room -= sum(map(len, document.pieces))
+        if room <= 0:
+            break
+    return batch
 
 
 def _assemble(document: Document, known: dict[tuple[str, bool], list[int]], tokenizer: Tokenizer) -> EncodedDocument:

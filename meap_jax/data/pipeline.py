@@ -13,29 +13,28 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from meap_jax.config import has_segments
-from meap_jax.data.prepare import Prepared
+from meap_jax.data.prepared import Blocks, Prepared
 from meap_jax.sharding import put
 
 _ENDLESS = 2**40  # Steps; grain wants a length.
 
 
-class _Blocks:
-    """A frozen split as a grain source: item i is {"tokens", "segment_ids"} or {"tokens"}, each [T + 1] int32."""
+class _Training:
+    """Training blocks as a grain source: item i is {"tokens", "segment_ids"} or {"tokens"}, each [T + 1] int32."""
 
-    def __init__(self, prepared: Prepared, source: str, split: str, segments: bool):
-        blocks = prepared.blocks(source, split)
-        self._arrays = {"tokens": blocks.tokens} | ({"segment_ids": blocks.segment_ids} if segments else {})
-        self._name = f"{source}-{split}"
+    def __init__(self, blocks: Blocks, source: str, segments: bool):
+        self._blocks, self._source = blocks, source
+        self._names = ("tokens", "segment_ids") if segments else ("tokens",)
 
     def __len__(self) -> int:
-        return len(self._arrays["tokens"])
+        return len(self._blocks)
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        return {name: np.asarray(array[index], np.int32) for name, array in self._arrays.items()}
+        block = self._blocks[index]
+        return {name: block[name] for name in self._names}
 
     def __repr__(self) -> str:
-        return f"_Blocks({self._name})"
+        return f"_Training({self._source})"
 
 
 class _Steps:
@@ -60,10 +59,11 @@ def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) ->
 
     Items are `tokens` and, where a row of the mixture can hold several segments, `segment_ids`: [T + 1] int32.
     """
-    segments = has_segments(weights)
+    blocks = {source: prepared.blocks(source, "train") for source in weights}
+    segments = not all(b.is_one_segment for b in blocks.values())
     sources = [
-        grain.MapDataset.source(_Blocks(prepared, source, "train", segments)).seed(seed + i).shuffle().repeat()
-        for i, source in enumerate(weights)
+        grain.MapDataset.source(_Training(b, source, segments)).seed(seed + i).shuffle().repeat()
+        for i, (source, b) in enumerate(blocks.items())
     ]
     return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights.values()))
 

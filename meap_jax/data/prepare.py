@@ -1,201 +1,351 @@
-"""Freezes corpus, tokenizer and packed blocks once into a folder that many runs share.
+"""Freezes corpora as token ids, once, in a folder that many runs share.
 
-- tokenizer.json or tokenizer.model
-- SOURCE-SPLIT.tokens.npy: [N, seq_len + 1], the smallest unsigned type
-- SOURCE-SPLIT.segments.npy: [N, seq_len + 1], the smallest unsigned type
-- SOURCE-SPLIT.answers.npy: records of `packing.ANSWER_DTYPE`; held-out splits of retrieval only
-- manifest.json: options, counts, the tokenizer's ids, a hash of every file, the fingerprint
+    python -m meap_jax.data.prepare --config=configs/meap_1b.py --config.data.path=/data/c4 --config.data.prepared=/data/frozen
+
+`meap_jax.main` does the same by itself where the folder isn't there yet. A folder holds
+
+- tokenizer.json or the like, and manifest.json, which names it and its hash;
+- a folder a source: shards of documents (`meap_jax.data.store`), manifest.json with options, counts and hashes;
+- in it plans/, one for each way of packing that was asked for (`meap_jax.data.plans`).
+
+A source that isn't there is added, a plan that isn't there too; what is there is never written again. Everything is
+made beside its place and renamed when it is complete, and an interrupted source goes on at the shard it was at.
 """
 
-import hashlib
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import platform
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from meap_jax.config import TOKENIZERS, ConfigError
-from meap_jax.data import tokenizers
-from meap_jax.data.documents import DataError
-from meap_jax.data.packing import Packed, pack_source, smallest_dtype
-from meap_jax.data.sources import Source, open_source
-from meap_jax.data.tokenizers import Tokenizer
+from meap_jax.config import ConfigError, data_options
+from meap_jax.data import plans, tokenizers
+from meap_jax.data.corpora import Skips
+from meap_jax.data.documents import DataError, Document
+from meap_jax.data.prepared import (
+    LAYOUT_VERSION,
+    MANIFEST,
+    Prepared,
+    hash_of,
+    open_store,
+    open_tokenizer,
+    plan_folder,
+    read_manifest,
+)
+from meap_jax.data.shards import jobs, run_jobs, told
+from meap_jax.data.sources import TRAIN, Source, TokenIds, open_source
+from meap_jax.data.store import SPLITS, Store, merge_indices, save_array
 
-LAYOUT_VERSION = 1
-_MANIFEST = "manifest.json"
 # Enough for merges that no longer change, whatever the size of the corpus.
 # Generated text repeats itself, so it gets about as much as the standard library has.
-_BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.whole
+_BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.is_whole
 
-# Options of `prepare` whose field of the config is not data.NAME.
-_FIELDS = {"sources": "data.mixture", "seq_len": "seq_len", "vocab_size": "model.vocab_size"}
-
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("meap_jax.data.prepare")  # Not __name__, which is __main__ at the door.
 
 
-class Blocks(NamedTuple):
-    """Blocks of one source and split."""
+def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, workers: int | None = None) -> Prepared:
+    """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
 
-    tokens: np.ndarray  # [N, seq_len + 1] unsigned
-    segment_ids: np.ndarray  # [N, seq_len + 1] unsigned; 0 is padding
-    answers: np.ndarray | None  # records of packing.ANSWER_DTYPE
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared folder that was found to be complete."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    fingerprint: str  # of every file's content; not of paths, dates or the Python version
-    tokenizer: Tokenizer
-
-    @property
-    def block_len(self) -> int:
-        """Ids in a block, seq_len + 1."""
-        return self.manifest["options"]["seq_len"] + 1
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer's file: equal hashes, equal meaning of every id."""
-        return next(e["sha256"] for name, e in self.manifest["files"].items() if name.startswith("tokenizer."))
-
-    def blocks(self, source: str, split: str) -> Blocks:
-        """Maps the blocks of a source and split (train, validation, test) into memory, read-only.
-
-        Raises:
-          DataError: the folder was prepared without them.
-        """
-        stem = f"{source}-{split}"
-        names = [f"{stem}.{kind}.npy" for kind in ("tokens", "segments", "answers")]
-        if names[0] not in self.manifest["files"]:
-            raise DataError(
-                f"The prepared folder {self.folder} holds no {stem}, only {', '.join(self.manifest['sources'])}."
-            )
-        answers = self._map(names[2]) if names[2] in self.manifest["files"] else None
-        return Blocks(self._map(names[0]), self._map(names[1]), answers)
-
-    def _map(self, name: str) -> np.ndarray:
-        return np.load(self.folder / name, mmap_mode="r")
-
-
-def prepare(folder: str | os.PathLike[str], *, options: Mapping[str, Any]) -> Prepared:
-    """Prepares data in a folder, or opens the folder if that was done before.
-
-    Everything is written beside the folder (`.NAME.partial-*`, which a killed process leaves
-    behind) and renamed at the end: a folder that exists is complete.
-
-    Text is split by document (see `sources`). Where that leaves a split without one full block, as
-    a single book does, the whole source is packed and the share `holdout` of its blocks, at least
-    one, is cut off the end for test and again for validation; the manifest says `split_by: block`.
+    Text is split by document, by a hash of it (see `sources`). Where that leaves a split without one full block, as a
+    single book does, the whole source is packed and the share `holdout` of its blocks, at least one, is cut off the end
+    for test and again for validation; the plan's manifest says `split_by: block`.
 
     Args:
-      folder: a local folder; made with its parents.
-      options: `sources` (names), `path` (for the source text), `tokenizer` (bpe or mistral),
-        `vocab_size` (rows of the model's embedding: ids at most), `seq_len`, `seed` (of what is
-        generated), `retrieval` (the fields of RetrievalSpec, num_documents and
-        num_eval_documents), `holdout`.
-
-    Returns:
-      The folder, opened.
+      folder: a local folder, or one that is mounted; made with its parents.
+      options: `config.data_options` of the run's config.
+      workers: processes that tokenize; default: one a core.
 
     Raises:
       ConfigError: impossible options, or a folder that was prepared with others.
-      DataError: the sources cannot be read or give too little, or the folder is damaged.
+      DataError: the sources cannot be read or give too little, the folder is damaged or the disk is full; starting
+        again goes on with what is complete.
     """
-    folder = Path(folder)
-    if "://" in str(folder) or str(folder).startswith("gs:/"):
-        raise ConfigError(
-            f"data.prepared is {folder}, but must be a local folder, since its blocks are mapped into memory."
-        )
-    folder = folder.expanduser().absolute()
-    wanted = _relevant(options)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return _reuse(folder, wanted)
+    folder = _local(folder)
+    workers = workers or len(os.sched_getaffinity(0))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = [name for name in os.listdir(folder) if not name.startswith((".", "tokenizer", "tekken"))]
     except OSError as error:
         raise ConfigError(
             f"data.prepared is {folder}, but must be a folder that can be made: {error.strerror}."
         ) from error
+    if foreign and not (folder / MANIFEST).exists():
+        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
-        _write(partial, wanted)
-        partial.chmod(0o755)  # mkdtemp shuts others out
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / _MANIFEST).exists():
-                raise
-            return _reuse(folder, wanted)  # another process was faster
+        with _alone(folder):
+            return _prepare(folder, options, workers)
+    except OSError as error:
+        raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_prepared(folder)
+        if os.listdir(folder) == [".lock"]:  # It came to nothing.
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
-def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
-    """Opens a prepared folder and checks that it is complete.
+def _prepare(folder: Path, options: Mapping[str, Any], workers: int) -> Prepared:
+    _make_tokenizer(folder, options)
+    tokenizer, tokenizer_hash = open_tokenizer(folder)
+    for name, source_options in options["sources"].items():
+        if not (folder / name).exists():
+            _make_store(folder, name, source_options, options, tokenizer_hash, workers)
+        _check_options(f"data.sources.{name}", folder / name, source_options)
+        if not plan_folder(folder / name, options["plans"][name]).exists():
+            _make_plans(folder / name, name, options["plans"][name], source_options)
+    return Prepared(folder, tokenizer, tokenizer_hash, dict(options["plans"]))
+
+
+def _local(folder: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(folder) or os.fspath(folder).startswith("gs:/"):
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be a local folder, or a bucket that is mounted as one (docs/data.md)."
+        )
+    return Path(folder).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time makes things in a folder; the others find them made."""
+    try:
+        lock = (folder / ".lock").open("a")
+    except OSError:  # Read-only, and so complete, or what is missing can't be made.
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("waiting for another process that prepares %s", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # A file system without locks.
+            pass
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
+    """Writes the tokenizer's files and the manifest, unless they are there."""
+    wanted: dict[str, Any] = {"tokenizer": options["tokenizer"]}
+    if options["tokenizer"] == "bpe":  # It depends on what it is trained on.
+        wanted |= {"vocab_size": options["vocab_size"], "sources": options["sources"]}
+    if (folder / MANIFEST).exists():
+        _check_options("data", folder, wanted)
+        return
+    tokenizer: tokenizers.Tokenizer
+    if options["tokenizer"] == "bpe":
+        sources = [open_source(name, source) for name, source in options["sources"].items()]
+        tokenizer = tokenizers.train_bpe(_training_texts(sources), options["vocab_size"])
+    else:
+        tokenizer = tokenizers.make(options["tokenizer"])
+    _check_vocabulary(tokenizer, options)
+    files = tokenizer.files()
+    for name, content in files.items():
+        (folder / f".{name}").write_bytes(content)
+        (folder / f".{name}").replace(folder / name)
+    ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
+    _write_manifest(
+        folder,
+        {
+            "options": wanted,
+            "python": platform.python_version(),
+            "tokenizer": {field: getattr(tokenizer, field) for field in ids},
+            "tokenizer_hash": hash_of(files),
+            "files": sorted(files),
+        },
+    )
+
+
+def _check_vocabulary(tokenizer: tokenizers.Tokenizer, options: Mapping[str, Any]) -> None:
+    if options["vocab_size"] < tokenizer.num_tokens:
+        raise ConfigError(
+            f"model.vocab_size is {options['vocab_size']}, but the tokenizer {options['tokenizer']} has "
+            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
+        )
+
+
+def _training_texts(sources: list[Source]) -> Iterator[str]:
+    skips = Skips(2**62)  # They are counted when the documents are tokenized.
+    for source in sources:
+        if isinstance(source, TokenIds):
+            raise ConfigError("data.tokenizer is 'bpe', which is trained on text, but a source holds token ids alone.")
+        room = _BPE_CHARACTERS[source.is_whole]
+        for part in source.parts():
+            for split, document in source.read(part, skips):
+                if split == TRAIN and isinstance(document, Document) and room > 0:
+                    yield document.text[:room]
+                    room -= len(document.text)
+            if room <= 0:
+                break
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def _make_store(
+    folder: Path,
+    name: str,
+    source_options: Mapping[str, Any],
+    options: Mapping[str, Any],
+    tokenizer_hash: str,
+    workers: int,
+) -> None:
+    """Tokenizes a source into `folder / name`, by way of `.NAME.partial`."""
+    partial = folder / f".{name}.partial"
+    source = open_source(name, source_options)
+    if isinstance(source, TokenIds) and source.tokenizer_hash != tokenizer_hash:
+        raise ConfigError(
+            f"data.sources.{name}.path is {source_options['path']!r}, whose tokenizer ({source.tokenizer_hash[:12]}) is "
+            f"not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
+        )
+    planned = jobs(source, partial, folder, options["max_skipped"])
+    if not planned:
+        raise DataError(f"The source {name} has nothing to read in {source_options['path']}.")
+    partial.mkdir(exist_ok=True)
+    begun = {"options": dict(source_options), "tokenizer": tokenizer_hash}
+    if (partial / MANIFEST).exists():
+        _check_options(f"data.sources.{name}", partial, source_options)
+    else:
+        _write_manifest(partial, begun)
+    summaries = run_jobs(planned, workers, name)
+    _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
+
+
+def _finish_store(
+    partial: Path,
+    place: Path,
+    name: str,
+    source_options: Mapping[str, Any],
+    tokenizer_hash: str,
+    summaries: list[dict[str, Any]],
+) -> None:
+    """Joins the shards' indices, counts, and puts the store in its place."""
+    num_tokens = read_manifest(place.parent)["tokenizer"]["num_tokens"]
+    largest = max(summary["largest_id"] for summary in summaries)
+    assert largest < num_tokens, "tokenizers give ids of their own, and sources of ids are checked"
+    merge_indices(partial, len(summaries))
+    index = np.load(partial / "index.npy", mmap_mode="r")
+    skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
+    if skipped:
+        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
+    if not len(index):
+        raise DataError(f"The source {name} holds no text, only blank space or nothing at all.")
+    by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
+    shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
+    manifest = {
+        "options": dict(source_options),
+        "tokenizer": tokenizer_hash,
+        "num_tokens": num_tokens,
+        "fingerprint": hash_of({str(i): shard["sha256"].encode() for i, shard in enumerate(shards)}),
+        "documents": by_split,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "skipped": dict(skipped),
+        "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.npy"))},
+        "shards": shards,
+    }
+    for path in partial.glob("?????.json"):
+        path.unlink()
+    _write_manifest(partial, manifest)
+    partial.rename(place)
+    _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+def _make_plans(source: Path, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]) -> None:
+    """Packs every split of a source in one way."""
+    store = open_store(source)
+    place = plan_folder(source, plan)
+    made, split_by = _pack(store, name, plan, source_options)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts: dict[str, Any] = {}
+    for split, (packed, documents) in made.items():
+        save_array(partial / f"{split}.pieces.npy", packed.pieces)
+        save_array(partial / f"{split}.bounds.npy", packed.bounds)
+        lengths = store.index["length"][documents]
+        counts[split] = plans.statistics(packed, documents, lengths, plan["seq_len"] + 1)
+        _log.info("packed %s-%s: %s", name, split, counts[split])
+    _write_manifest(partial, {"options": dict(plan), "split_by": split_by, "splits": counts})
+    partial.rename(place)
+
+
+def _pack(
+    store: Store, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]
+) -> tuple[dict[str, tuple[plans.Plan, np.ndarray]], str]:
+    """Plans and the documents they were made from, by split, and what splits are made of: document or block."""
+    block_len = plan["seq_len"] + 1
+    is_whole = source_options["kind"] == "retrieval"
+    pack = plans.best_fit if plan["packing"] == "best_fit" else plans.concat
+    lengths = np.asarray(store.index["length"], np.int64)
+    if is_whole and lengths.max() > block_len:
+        raise DataError(
+            f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {block_len} of a "
+            "block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
+            "training) or num_eval_facts (held out) of data.retrieval."
+        )
+    documents = {split: store.documents(split) for split in SPLITS}
+    kept = documents["train"]
+    if plan["long_from"]:
+        kept = plans.keep_long(
+            kept, lengths[kept], long_from=plan["long_from"], keep_shorter=plan["keep_shorter"], seed=plan["seed"]
+        )
+    documents["train"] = plans.first_tokens(kept, lengths[kept], plan["max_tokens"])
+    made = {split: (pack(numbers, lengths[numbers], block_len), numbers) for split, numbers in documents.items()}
+    if all(len(packed) for packed, _ in made.values()):
+        return made, "document"
+    if is_whole:
+        empty = next(split for split, (packed, _) in made.items() if not len(packed))
+        raise DataError(
+            f"The source {name} has no document left for {empty}: all of them stand in another split; raise num_keys, "
+            "num_values or num_facts."
+        )
+    # Documents that were to be held out come last: they fill the end that is cut off.
+    everything = np.concatenate(list(documents.values()))
+    packed = pack(everything, lengths[everything], block_len)
+    if len(packed) < len(SPLITS):
+        raise DataError(
+            f"The source {name} has {lengths[everything].sum()} tokens, too few for one block of {block_len} (seq_len + "
+            f"1) in each of {', '.join(SPLITS)}: give more text or lower seq_len."
+        )
+    held = max(1, int(source_options.get("holdout", 0) * len(packed)))
+    cuts = (0, len(packed) - 2 * held, len(packed) - held, len(packed))
+    parts = {split: packed.part(cuts[i], cuts[i + 1]) for i, split in enumerate(SPLITS)}
+    return {split: (part, np.unique(part.pieces["document"])) for split, part in parts.items()}, "block"
+
+
+# ------------------------------------------------------------------------------------------------------------ manifests
+
+
+def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def _check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Stops a config that wants something else than what was made.
 
     Raises:
-      DataError: no manifest, another layout, or a file that is missing or damaged; names the file.
-        Arrays are checked by size, the tokenizer by its hash.
+      ConfigError: naming the fields that differ, with both values.
     """
-    folder = Path(folder).expanduser().absolute()
-    path = folder / _MANIFEST
-    if not path.is_file():
-        raise DataError(f"{folder} is not a prepared data folder: it holds no {_MANIFEST}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, layout = manifest["files"], manifest["layout_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
-    if layout != LAYOUT_VERSION:
-        raise DataError(
-            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
-        )
-    for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{file} is missing: delete {folder} to prepare it again.")
-        damaged = file.stat().st_size != entry["bytes"] or (
-            name.startswith("tokenizer.") and _sha256(file) != entry["sha256"]
-        )
-        if damaged:
-            raise DataError(f"{file} is damaged: delete {folder} to prepare it again.")
-    if manifest.get("fingerprint") != _fingerprint(files):
-        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.")
-    return Prepared(folder, manifest, manifest["fingerprint"], tokenizers.load(folder))
-
-
-def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the data depends on, as JSON gives them back."""
-    sources = list(options["sources"])
-    kept = {name: options[name] for name in ("tokenizer", "seq_len")} | {"sources": sources}
-    if options["tokenizer"] not in TOKENIZERS:
-        raise ConfigError(f"data.tokenizer is {options['tokenizer']!r}, but must be one of {', '.join(TOKENIZERS)}.")
-    if "vocab_size" in options:
-        kept["vocab_size"] = options["vocab_size"]
-    if "retrieval" in sources:
-        kept |= {"seed": options["seed"], "retrieval": dict(options["retrieval"])}
-    if {"stdlib", "text"} & set(sources):
-        kept["holdout"] = options["holdout"]
-    if "text" in sources:
-        kept["path"] = options.get("path")
-    return kept
-
-
-def _reuse(folder: Path, wanted: dict[str, Any]) -> Prepared:
-    prepared = open_prepared(folder)
-    frozen, new = _flatten(prepared.manifest["options"]), _flatten(wanted)
+    frozen = _flatten(read_manifest(folder)["options"])
+    new = _flatten(json.loads(json.dumps(wanted)))
+    for name, value in new.items():  # Without a path the config takes what was prepared, wherever it came from.
+        if value is None and name.rpartition(".")[2] == "path":
+            new[name] = frozen.get(name)
     changed = [
-        f"{_FIELDS.get(name, f'data.{name}')} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
+        f"{_field(group, name)} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
         for name in sorted(frozen.keys() | new.keys())
         if frozen.get(name) != new.get(name)
     ]
@@ -204,102 +354,45 @@ def _reuse(folder: Path, wanted: dict[str, Any]) -> Prepared:
             f"The data in {folder} was prepared with {'; '.join(changed)}: set data.prepared to another folder, or "
             "delete this one if no run needs it."
         )
-    return prepared
+
+
+def _field(group: str, name: str) -> str:
+    """The config's name of an option."""
+    if name == "vocab_size":
+        return "model.vocab_size"
+    field = f"{group}.{name}"
+    for long, short in (
+        ("data.sources.text.path", "data.path"),
+        ("data.sources.retrieval.seed", "data.seed"),
+        ("data.sources.retrieval.", "data.retrieval."),
+    ):
+        field = field.replace(long, short)
+    return "data.holdout" if field.endswith(".holdout") else field
 
 
 def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-def _write(folder: Path, options: dict[str, Any]) -> None:
-    """Fills a folder with all files of prepared data, the manifest last."""
-    sources = [open_source(name, options) for name in options["sources"]]
-    tokenizer = _tokenizer(sources, options)
-    for name, content in tokenizer.files().items():
-        (folder / name).write_bytes(content)
-    counts: dict[str, Any] = {}
-    for source in sources:
-        splits, split_by = pack_source(
-            source, tokenizer, block_len=options["seq_len"] + 1, holdout=options.get("holdout", 0)
-        )
-        counts[source.name] = {"split_by": split_by}
-        for split, packed in splits.items():
-            counts[source.name][split] = _count(packed, tokenizer)
-            _save(folder / f"{source.name}-{split}.tokens.npy", packed.tokens)
-            _save(folder / f"{source.name}-{split}.segments.npy", packed.segment_ids)
-            if source.whole and split != "train":
-                np.save(folder / f"{source.name}-{split}.answers.npy", packed.answers)
-            _log.info("Prepared %s-%s: %s", source.name, split, counts[source.name][split])
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
-    manifest = {
-        "layout_version": LAYOUT_VERSION,
-        "fingerprint": _fingerprint(files),
-        "options": options,
-        "python": platform.python_version(),
-        "tokenizer": {name: getattr(tokenizer, name) for name in ids},
-        "sources": counts,
-        "files": files,
-    }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+# ---------------------------------------------------------------------------------------------------------------- door
 
 
-def _tokenizer(sources: list[Source], options: dict[str, Any]) -> Tokenizer:
-    if options["tokenizer"] == "mistral":
-        tokenizer = tokenizers.mistral()
-        if options["vocab_size"] < tokenizer.num_tokens:
-            raise ConfigError(
-                f"model.vocab_size is {options['vocab_size']}, but the tokenizer "
-                f"mistral has {tokenizer.num_tokens} ids: set "
-                f"{tokenizer.vocab_size}."
-            )
-        return tokenizer
+def command(argv: list[str]) -> None:
+    """The door."""
+    from meap_jax import cli  # Here, since workers import this module and need no JAX.
 
-    def texts() -> Iterator[str]:
-        for source in sources:
-            room = _BPE_CHARACTERS[source.whole]
-            for document in source.documents("train"):
-                yield document.text[:room]
-                room -= len(document.text)
-                if room <= 0:
-                    break
-
-    return tokenizers.train_bpe(texts(), options["vocab_size"])
+    config, _ = cli.parse_config(argv)
+    if config.data.prepared is None:
+        raise ConfigError("data.prepared is not set: name the folder to make, such as --config.data.prepared=/data/c4.")
+    prepared = prepare(config.data.prepared, data_options(config))
+    for name in prepared.sources:
+        print(json.dumps({"source": name, **prepared.counts(name)}))
 
 
-def _count(packed: Packed, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the manifest says of a split; a document counts where its eos stands."""
-    num_tokens = int(np.count_nonzero(packed.segment_ids))
-    num_documents = int(np.count_nonzero(packed.tokens == tokenizer.eos_id))
-    counts = {
-        "documents": num_documents,
-        "blocks": len(packed.tokens),
-        "tokens": num_tokens,
-        "mean_document_tokens": round(num_tokens / max(num_documents, 1), 1),
-        "padding_share": round(1 - num_tokens / packed.tokens.size, 4),
-        "dropped_tokens": packed.num_dropped,
-    }
-    if len(packed.answers):
-        counts["answers"] = len(packed.answers)
-        counts["mean_answer_tokens"] = round(float(packed.answers["length"].mean()), 3)
-    return counts
+if __name__ == "__main__":
+    from meap_jax import cli
 
-
-def _save(path: Path, array: np.ndarray) -> None:
-    np.save(path, array.astype(smallest_dtype(int(array.max())), copy=False))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
-    content = {
-        "layout_version": LAYOUT_VERSION,
-        "files": {name: files[name]["sha256"] for name in sorted(files)},
-    }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    cli.run_command(command)

@@ -1,55 +1,196 @@
-"""The sources of documents by name, each with its train, validation and test split."""
+"""Where documents come from: each source in parts that can be read on their own, each document with its split."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from meap_jax.config import SOURCES, ConfigError
-from meap_jax.data.documents import Document
+import numpy as np
+
+from meap_jax.config import ConfigError
+from meap_jax.data.corpora import Corpus, Part, Skips, open_corpus
+from meap_jax.data.documents import DataError, Document, EncodedDocument
 from meap_jax.data.retrieval import RetrievalSpec, generate
 from meap_jax.data.stdlib import read_stdlib
-from meap_jax.data.text import read_text
+from meap_jax.data.store import SPLITS, Store, ids_dtype
 
-SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+PREPARED = "prepared:"  # How the path of a source of token ids begins.
 
 
-class Source(NamedTuple):
-    """Documents of one kind; `documents(split)` can be called again and gives the same ones."""
+class SourcePart(NamedTuple):
+    """A part of a source."""
 
-    name: str
-    documents: Callable[[str], Iterator[Document]]
-    whole: bool  # documents are packed whole, never cut, and have answers
+    part: Part
+    is_held_out: bool = False  # Of a text source: from its own held-out corpus.
+
+
+class Source(Protocol):
+    """Documents of one kind. Sources are handed to worker processes, and so are small and picklable."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Documents are packed whole, never cut, and have answers."""
+
+    def parts(self) -> Sequence[SourcePart]:
+        """What it consists of, in an order that doesn't depend on the machine."""
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
+        """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
 
 
 def open_source(name: str, options: Mapping[str, Any]) -> Source:
     """Opens a source.
 
     Args:
-      name: stdlib, retrieval or text.
-      options: those of `prepare`; a source reads its own.
+      name: of the source, for messages.
+      options: its entry in `config.data_options(...)["sources"]`.
 
     Raises:
-      ConfigError: an unknown name, `text` without a path, or impossible retrieval counts.
-      DataError: the text cannot be read.
+      ConfigError: a path that names nothing, or impossible retrieval counts.
+      DataError: there is no text.
     """
-    if name == "retrieval":
-        return _retrieval(dict(options["retrieval"]), options["seed"])
-    if name == "stdlib":
-        texts = read_stdlib()
-        return _split_texts(name, lambda: texts, options["holdout"])
-    if name == "text":
-        path = options.get("path")
-        if not path:
-            raise ConfigError(
-                "data.path is not set: name a folder of .txt or .jsonl files, such as --config.data.path=/data/books."
-            )
-        return _split_texts(name, lambda: read_text(path), options["holdout"])
-    raise ConfigError(f"data.mixture names the source {name!r}, but there are {', '.join(SOURCES)}.")
+    if options["kind"] == "retrieval":
+        return _retrieval({field: value for field, value in options.items() if field != "kind"})
+    if options["kind"] == "stdlib":
+        return StandardLibrary(options["holdout"])
+    path = options["path"]
+    if path is None:
+        raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
+    if path.startswith(PREPARED):
+        return TokenIds(path.removeprefix(PREPARED))
+    corpora = [open_corpus(path, field=options["field"], where=options["where"])]
+    if options["validation"]:
+        corpora.append(open_corpus(options["validation"], field=options["field"], where=options["where"]))
+    return Text(tuple(corpora), options["holdout"])
 
 
-def _retrieval(counts: dict[str, int], seed: int) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus of texts, and perhaps a second one that is held out.
+
+    A text's split depends on a hash of it alone, so that equal texts never stand on both sides, and adding texts moves
+    none.
+    """
+
+    corpora: tuple[Corpus, ...]
+    holdout: float  # Share in each of validation and test, if there is no second corpus.
+    is_whole = False
+
+    def parts(self) -> list[SourcePart]:
+        """Those of the first corpus, then those of the second."""
+        return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        for text in self.corpora[part.is_held_out].read(part.part, skips):
+            if part.is_held_out:
+                split = VALIDATION if _fraction(text) < 0.5 else TEST
+            else:
+                split = TRAIN if len(self.corpora) > 1 else _split(text, self.holdout)
+            yield split, Document((text,))
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary:
+    """The documentation of the running Python, `meap_jax.data.stdlib`."""
+
+    holdout: float
+    is_whole = False
+
+    def parts(self) -> list[SourcePart]:
+        """One."""
+        return [SourcePart(Part("stdlib"))]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        return ((_split(text, self.holdout), Document((text,))) for text in read_stdlib())
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Generated documents that state facts and ask for them, `meap_jax.data.retrieval`."""
+
+    specs: Mapping[str, RetrievalSpec]
+    sizes: Mapping[str, int]
+    seed: int
+    is_whole = True
+
+    def parts(self) -> list[SourcePart]:
+        """One a split."""
+        return [SourcePart(Part(f"retrieval:{split}")) for split in SPLITS]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
+        order = ("test", "validation", "train")
+        split = part.part.path.partition(":")[2]
+        earlier = {document.text for other in order[: order.index(split)] for document in self._generate(other)}
+        for document in self._generate(split):
+            if document.text not in earlier:
+                yield SPLITS.index(split), document
+
+    def _generate(self, split: str) -> Iterator[Document]:
+        return generate(self.specs[split], (self.seed, SPLITS.index(split)), self.sizes[split])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """A source that was prepared elsewhere: its folder in a prepared folder. Splits stay what they are there.
+
+    Documents with ids beyond the vocabulary are bad records, and so are those that can't be read.
+    """
+
+    folder: str
+    is_whole = False
+
+    def __post_init__(self) -> None:
+        manifest = Path(self.folder, "manifest.json")
+        if not manifest.is_file():
+            raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
+        if self._manifest["source"]["kind"] == "retrieval":
+            raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        return json.loads(Path(self.folder, "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Of the tokenizer that made the ids."""
+        return self._manifest["tokenizer"]
+
+    def parts(self) -> list[SourcePart]:
+        """Its shards."""
+        shards = self._manifest["shards"]
+        starts = np.cumsum([0] + [shard["documents"] for shard in shards]).tolist()
+        return [
+            SourcePart(Part(self.folder, start, stop, shard["bytes"]))
+            for start, stop, shard in zip(starts[:-1], starts[1:], shards, strict=True)
+        ]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
+        """See `Source`."""
+        manifest = self._manifest
+        num_tokens = manifest["num_tokens"]
+        store = Store(Path(self.folder), [s["documents"] for s in manifest["shards"]], ids_dtype(num_tokens))
+        for document in range(part.part.start, len(store) if part.part.stop is None else part.part.stop):
+            try:
+                ids = store[document]
+            except DataError as error:
+                skips.add("can't be read", str(error).partition(" (")[0])
+                continue
+            if ids.max(initial=0) >= num_tokens:
+                place = f"{self.folder}, document {document}"
+                skips.add(f"has an id beyond the vocabulary of {num_tokens}", place)
+                continue
+            yield int(store.index["split"][document]), EncodedDocument(ids.tolist())
+
+
+def _retrieval(counts: dict[str, Any]) -> Retrieval:
+    seed = counts.pop("seed")
     sizes = {"train": counts.pop("num_documents")}
     sizes["validation"] = sizes["test"] = counts.pop("num_eval_documents")
     num_eval_facts = counts.pop("num_eval_facts")
@@ -58,45 +199,14 @@ def _retrieval(counts: dict[str, int], seed: int) -> Source:
     if not 1 <= num_eval_facts <= most:
         raise ConfigError(f"data.retrieval.num_eval_facts is {num_eval_facts}, but must be from 1 to {most}.")
     held_out = dataclasses.replace(train, min_facts=None, num_facts=num_eval_facts, questions_per_fact=None)
-    specs = {"train": train, "validation": held_out, "test": held_out}
-    # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
-    order = ("test", "validation", "train")
-
-    def documents(split: str) -> Iterator[Document]:
-        earlier = {
-            document.text
-            for other in order[: order.index(split)]
-            for document in generate(specs[other], (seed, SPLITS.index(other)), sizes[other])
-        }
-        for document in generate(specs[split], (seed, SPLITS.index(split)), sizes[split]):
-            if document.text not in earlier:
-                yield document
-
-    return Source("retrieval", documents, whole=True)
+    return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, seed)
 
 
-def _split_texts(name: str, read: Callable[[], Iterable[str]], holdout: float) -> Source:
-    """Splits by a hash of each text alone, so that equal texts never stand on both sides.
-
-    In the order of their hashes, texts go to test, then to validation, until each holds the share
-    `holdout` of all characters or a third of the texts; so fewer than three are all for training.
-    """
-    sizes = {_hash(text): len(text) for text in read()}
-    splits = dict.fromkeys(sizes, "train")
-    order = iter(sorted(sizes))
-    for split in ("test", "validation"):
-        room = holdout * sum(sizes.values())
-        for text in islice(order, len(sizes) // 3):
-            splits[text] = split
-            room -= sizes[text]
-            if room <= 0:
-                break
-
-    def documents(split: str) -> Iterator[Document]:
-        return (Document((text,)) for text in read() if splits[_hash(text)] == split)
-
-    return Source(name, documents, whole=False)
+def _split(text: str, holdout: float) -> int:
+    fraction = _fraction(text)
+    return VALIDATION if fraction < holdout else TEST if fraction < 2 * holdout else TRAIN
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()[:12]
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that looks random and depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7], "big") / 2**56

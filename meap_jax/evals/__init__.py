@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import ml_collections
 from jax.sharding import Mesh
 
-from meap_jax.data.prepare import Prepared
+from meap_jax.data.prepared import Prepared
 from meap_jax.evals.retrieval import Retrieval
 from meap_jax.evals.validation import Validation
 from meap_jax.model.decoder import Definition
@@ -24,10 +24,10 @@ def make_evaluators(
       split: "validation" or "test".
     """
     evaluators: dict[str, Validation | Retrieval] = {}
-    for source in prepared.manifest["sources"]:
+    for source in prepared.sources:
         blocks = prepared.blocks(source, split)
-        if len(blocks.tokens):
+        if len(blocks):
             evaluators[f"{split}_{source}"] = Validation(config, definition, blocks, mesh)
-        if blocks.answers is not None and len(blocks.answers):
+        if len(blocks.answers):
             evaluators[f"{split}_{source}_answers"] = Retrieval(config, definition, blocks, mesh)
     return evaluators

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meap_jax import sharding
-from meap_jax.data.prepare import Blocks
+from meap_jax.data.prepared import Blocks
 
 
 def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[dict[str, jax.Array]]:
@@ -16,10 +16,9 @@ def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Itera
     Yields:
       `tokens` and `segment_ids`, [batch_size, T + 1] int32.
     """
-    num_rows = min(max_rows, len(blocks.tokens))
+    num_rows = min(max_rows, len(blocks))
     for start in range(0, num_rows, batch_size):
-        rows = slice(start, min(start + batch_size, num_rows))
-        arrays = {"tokens": blocks.tokens[rows], "segment_ids": blocks.segment_ids[rows]}
+        arrays = blocks.rows(start, min(start + batch_size, num_rows))
         yield {
             name: sharding.put_whole(sharding.batch_sharding(mesh), _filled(array, batch_size))
             for name, array in arrays.items()

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meap_jax import sharding
-from meap_jax.data.prepare import Blocks
+from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.model.visibility import causal
@@ -34,10 +34,10 @@ class Retrieval:
     """Share of answers that are exactly right, over held-out documents."""
 
     def __init__(self, config: ml_collections.ConfigDict, definition: Definition, blocks: Blocks, mesh: Mesh):
-        assert blocks.answers is not None, "only blocks with answers can be asked"
         self._blocks, self._mesh = blocks, mesh
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
-        self._answers = blocks.answers[blocks.answers["row"] < config.eval.max_rows]
+        answers = blocks.answers
+        self._answers = answers[answers["row"] < config.eval.max_rows]
         self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(mesh))
 
     def run(self, params: Params) -> Iterator[tuple[str, float]]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meap_jax import sharding
-from meap_jax.data.prepare import Blocks
+from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Objective, clean_inputs, make_inputs, named_keys

@@ -3,40 +3,53 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import tiny_data
 from meap_jax.config import ConfigError
 from meap_jax.data import prepare as prepare_module
-from meap_jax.data import sources
 from meap_jax.data.documents import DataError
-from meap_jax.data.prepare import open_prepared, prepare
+from meap_jax.data.prepare import prepare
+from meap_jax.data.store import SPLITS
 
-OPTIONS = {
-    "sources": ("retrieval", "text"),
-    "path": None,
-    "tokenizer": "bpe",
-    "vocab_size": 512,
-    "seq_len": 96,
-    "seed": 3,
-    "retrieval": {
-        "num_keys": 16,
-        "num_values": 16,
-        "num_facts": 4,
-        "num_eval_facts": 4,
-        "questions_per_fact": 0.5,
-        "max_fillers": 1,
-        "num_documents": 300,
-        "num_eval_documents": 20,
-    },
-    "holdout": 0.1,
-}
+RETRIEVAL = {
+    "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
+    "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 300, "num_eval_documents": 20,
+}  # fmt: skip
+PLAN = {
+    "max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0,
+}  # fmt: skip
+
+
+def options_of(path, **changes):
+    """What a config with both sources gives; `changes` as "group__name" or "name"."""
+    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
+    options = {
+        "tokenizer": "bpe",
+        "vocab_size": 512,
+        "sources": {"retrieval": dict(RETRIEVAL), "text": text},
+        "plans": {"retrieval": PLAN | {"packing": "best_fit"}, "text": dict(PLAN)},
+        "max_skipped": 10,
+    }
+    for name, value in changes.items():
+        *groups, field = name.split("__")
+        target = options
+        for group in groups:
+            target = target[group]
+        target[field] = value
+    return options
+
+
+def text_only(path, **changes):
+    """With the text alone, in mistral's pieces."""
+    options = options_of(path, tokenizer="mistral", vocab_size=32_064)
+    del options["sources"]["retrieval"], options["plans"]["retrieval"]
+    for name, value in changes.items():
+        group, field = name.split("__")
+        options[group]["text"][field] = value
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +64,8 @@ def books(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def options(books):
-    return OPTIONS | {"path": str(books)}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, options):
-    return prepare(tmp_path_factory.mktemp("prepared") / "deep" / "data", options=options)
+def prepared(tmp_path_factory, books):
+    return prepare(tmp_path_factory.mktemp("prepared") / "deep" / "data", options_of(books))
 
 
 @pytest.fixture
@@ -65,131 +73,140 @@ def copy(prepared, tmp_path):
     return shutil.copytree(prepared.folder, tmp_path / "copy")
 
 
-def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared):
-    for source in ("retrieval", "text"):
-        for split in ("train", "validation", "test"):
-            blocks = prepared.blocks(source, split)
-            assert blocks.tokens.shape == blocks.segment_ids.shape
-            assert blocks.tokens.shape[1] == prepared.block_len == 97 and len(blocks.tokens) > 0
-            assert blocks.tokens.dtype == np.uint16 and blocks.segment_ids.dtype == np.uint8
-            assert isinstance(blocks.tokens, np.memmap) and not blocks.tokens.flags.writeable
-            assert (blocks.answers is not None) == (source == "retrieval" and split != "train")
-    blocks = prepared.blocks("retrieval", "test")
-    num_documents = prepared.manifest["sources"]["retrieval"]["test"]["documents"]
-    assert len(blocks.answers) == 4 * num_documents  # Held-out documents ask each of their four facts once.
-    for answer in blocks.answers:
-        tokens = blocks.tokens[answer["row"]]
-        start, length, distance = answer["start"], answer["length"], answer["distance"]
-        assert np.array_equal(tokens[start : start + length], tokens[start - distance : start - distance + length])
+def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
+    texts = {path.read_text() for path in books.glob("*.txt")}
+    seen = []
+    for split in SPLITS:
+        blocks = prepared.blocks("text", split)
+        stream = np.concatenate([blocks[i]["tokens"] for i in range(len(blocks))])
+        assert all((blocks[i]["segment_ids"] == 1).all() for i in range(len(blocks)))
+        whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
+        seen += [document.removeprefix("<bos>") for document in whole]
+    assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
 
 
-def test_the_manifest_counts_what_is_there(prepared):
-    manifest = prepared.manifest
-    counts = manifest["sources"]["retrieval"]["train"]
+def test_every_answer_stands_where_the_blocks_say(prepared):
+    for split in ("validation", "test"):
+        blocks = prepared.blocks("retrieval", split)
+        documents = prepared.plan_manifest("retrieval")["splits"][split]["documents"]
+        assert len(blocks.answers) == 4 * documents  # Held-out documents ask each of their four facts once.
+        for answer in blocks.answers:
+            block = blocks[answer["row"]]
+            start, length, distance = answer["start"], answer["length"], answer["distance"]
+            found = block["tokens"][start : start + length]
+            assert np.array_equal(found, block["tokens"][start - distance : start - distance + length])
+            assert block["segment_ids"][start] == block["segment_ids"][start - distance] > 0
+            assert prepared.tokenizer.decode(block["tokens"][start - distance - 1 : start - distance]) == " is"
+    assert len(prepared.blocks("retrieval", "train").answers) == 0
+
+
+def test_the_manifests_count_what_is_there(prepared):
+    counts = prepared.plan_manifest("retrieval")["splits"]["train"]
     blocks = prepared.blocks("retrieval", "train")
-    assert counts["documents"] == 300 and counts["blocks"] == len(blocks.tokens)
-    assert counts["tokens"] == np.count_nonzero(blocks.segment_ids)
-    assert counts["padding_share"] == pytest.approx(np.mean(blocks.segment_ids == 0), abs=1e-4)
-    assert manifest["sources"]["text"]["split_by"] == "document"
-    assert manifest["tokenizer"]["mask_id"] == prepared.tokenizer.mask_id == 3
-    assert set(os.listdir(prepared.folder)) == set(manifest["files"]) | {"manifest.json"}
+    rows = blocks.rows(0, len(blocks))
+    assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
+    assert counts["blocks"] == len(rows["tokens"])
+    assert counts["tokens"] == np.count_nonzero(rows["segment_ids"])
+    assert counts["padding_share"] == pytest.approx(np.mean(rows["segment_ids"] == 0), abs=1e-4)
+    assert prepared.plan_manifest("text")["split_by"] == "document"
+    assert prepared.manifest("text")["skipped"] == {}
 
 
-def test_the_fingerprint_depends_on_content_alone(prepared, options, tmp_path, monkeypatch):
+def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module.platform, "python_version", lambda: "9.9.9")
-    assert prepare(tmp_path / "b", options=options).fingerprint == prepared.fingerprint
-    moved = shutil.copytree(options["path"], tmp_path / "moved")
-    again = prepare(tmp_path / "c", options=options | {"path": str(moved)})
-    assert again.fingerprint == prepared.fingerprint
-    other = prepare(tmp_path / "d", options=options | {"seed": 4})
-    assert other.fingerprint != prepared.fingerprint
+    moved = shutil.copytree(books, tmp_path / "moved")
+    assert prepare(tmp_path / "a", options_of(moved)).fingerprint == prepared.fingerprint
+    others = [options_of(books, sources__retrieval__seed=4), options_of(books, plans__text__packing="best_fit")]
+    found = {prepare(tmp_path / str(i), other).fingerprint for i, other in enumerate(others)}
+    assert len(found | {prepared.fingerprint}) == 3
 
 
-def test_no_text_stands_in_two_splits(prepared, options):
-    for name in ("retrieval", "text"):
-        source = sources.open_source(name, options)
-        train, validation, test = ({document.text for document in source.documents(split)} for split in sources.SPLITS)
-        assert train and validation and test
-        assert not (train & validation or train & test or validation & test)
-    assert len(train | validation | test) == 40  # of 41 files, two of which are equal
+def test_what_is_there_is_opened_and_not_made_again(copy, books, monkeypatch):
+    for name in ("_make_store", "_make_plans", "_training_texts"):
+        monkeypatch.setattr(prepare_module, name, None)
+    prepare(copy, options_of(books))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=12), st.floats(0.01, 0.4))
-def test_every_text_is_in_one_split_and_held_out_splits_are_not_empty(texts, holdout):
-    source = sources._split_texts("text", lambda: texts, holdout)
-    splits = [[d.text for d in source.documents(split)] for split in sources.SPLITS]
-    assert sorted(sum(splits, [])) == sorted(texts)
-    if len(set(texts)) >= 3:
-        assert all(splits)
-    else:
-        assert not splits[1] and not splits[2]
+def test_without_a_path_a_config_takes_what_was_prepared(copy):
+    prepare(copy, options_of(None))
 
 
-def test_adding_a_text_does_not_depend_on_the_order_of_files():
-    texts = [f"text {i}" for i in range(50)]
-    there = sources._split_texts("text", lambda: texts, 0.1)
-    back = sources._split_texts("text", lambda: texts[::-1], 0.1)
-    for split in sources.SPLITS:
-        assert {*there.documents(split)} == {*back.documents(split)}
+def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_make_store", None)
+    before = (copy / "text" / "manifest.json").read_text()
+    longer = prepare(copy, options_of(books, plans__text__seq_len=50, plans__text__packing="best_fit"))
+    row = longer.blocks("text", "train")[0]
+    assert len(row["tokens"]) == 51
+    assert (copy / "text" / "manifest.json").read_text() == before
+    assert len(os.listdir(copy / "text" / "plans")) == 2
 
 
-def test_a_finished_folder_is_reused_and_never_written_again(copy, options, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_write", None)
-    assert prepare(copy, options=options).fingerprint == open_prepared(copy).fingerprint
+def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
+    prepare(tmp_path, text_only(books))
+    both = text_only(books)
+    more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
+    both["sources"]["more"] = both["sources"]["text"] | {"path": str(more)}
+    both["plans"]["more"] = both["plans"]["text"]
+    made, real = [], prepare_module._make_store
+
+    def recording(folder, name, *rest):
+        made.append(name)
+        real(folder, name, *rest)
+
+    monkeypatch.setattr(prepare_module, "_make_store", recording)
+    prepared = prepare(tmp_path, both)
+    assert made == ["more"]
+    assert prepared.sources == ["text", "more"] and len(prepared.blocks("more", "train"))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seq_len": 64}, "prepared with seq_len = 96, but the config wants 64"),
-        (
-            {"tokenizer": "mistral", "vocab_size": 32064},
-            r"prepared with data.tokenizer = 'bpe', but the config wants 'mistral'; model.vocab_size",
-        ),
-        ({"retrieval": OPTIONS["retrieval"] | {"num_facts": 3}}, r"data\.retrieval\.num_facts = 4"),
-        ({"sources": ("text",)}, "prepared with "),
+        ({"tokenizer": "mistral", "vocab_size": 32_064}, r"data\.tokenizer = 'bpe', but the config wants 'mistral'"),
+        ({"sources__retrieval__num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
+        ({"sources__text__path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
+        ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
     ],
 )
-def test_other_options_are_named_with_both_values(prepared, options, change, sentence):
+def test_other_options_are_named_with_both_values(prepared, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(prepared.folder, options=options | change)
+        prepare(prepared.folder, options_of(books, **change))
 
 
-def test_options_that_the_sources_do_not_read_may_differ(options, tmp_path):
-    only_text = options | {"sources": ("text",)}
-    first = prepare(tmp_path / "a", options=only_text)
-    second = prepare(tmp_path / "a", options=only_text | {"seed": 99, "retrieval": {}})
-    assert first.fingerprint == second.fingerprint
+def test_other_options_of_a_source_are_named_too(books, tmp_path):
+    prepare(tmp_path, text_only(books))
+    with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
+        prepare(tmp_path, text_only(books, sources__holdout=0.2))
+    with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
+        prepare(tmp_path, text_only("/elsewhere"))
 
 
-@pytest.mark.parametrize("name", ["retrieval-train.tokens.npy", "tokenizer.json", "manifest.json"])
-def test_a_missing_or_cut_file_is_named(copy, name):
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy"],
+)
+def test_a_missing_or_cut_file_is_named(copy, books, name):
     path = copy / name
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=f"{name} is damaged"):
-        open_prepared(copy)
+    with pytest.raises(DataError, match=f"{path.name} is damaged"):
+        prepare(copy, options_of(books)).blocks("text", "train")
     path.unlink()
-    with pytest.raises(DataError, match=name):
-        open_prepared(copy)
+    with pytest.raises(DataError, match=path.name):
+        prepare(copy, options_of(books)).blocks("text", "train")
 
 
-def test_a_changed_tokenizer_of_the_same_size_is_found(copy):
+def test_a_changed_tokenizer_is_told_with_both_hashes(copy, books, prepared):
     path = copy / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
-    with pytest.raises(DataError, match=r"tokenizer\.json is damaged"):
-        open_prepared(copy)
+    with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
+        prepare(copy, options_of(books))
 
 
-def test_a_manifest_of_other_files_or_another_layout_is_refused(copy):
+def test_another_layout_is_refused(copy, books):
     path = copy / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"fingerprint": "0"}))
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        open_prepared(copy)
-    path.write_text(json.dumps(manifest | {"layout_version": 0}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout_version": 0}))
     with pytest.raises(DataError, match="layout 0"):
-        open_prepared(copy)
+        prepare(copy, options_of(books))
 
 
 def test_an_unknown_source_or_split_is_named(prepared):
@@ -197,67 +214,83 @@ def test_an_unknown_source_or_split_is_named(prepared):
         prepared.blocks("stdlib", "train")
 
 
-def test_a_killed_process_leaves_no_half_written_folder(tmp_path, options):
-    folder = tmp_path / "data"
-    program = (
-        "import os, signal\n"
-        "from meap_jax.data import prepare as module\n"
-        "save = module._save\n"
-        "def dies(path, array):\n"
-        "    save(path, array)\n"
-        "    if 'validation' in path.name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "module._save = dies\n"
-        f"module.prepare({str(folder)!r}, options={options!r})\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", program], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not folder.exists() and list(tmp_path.glob(".data.partial-*"))
-    assert prepare(folder, options=options).fingerprint
-
-
-def test_an_error_leaves_nothing_behind(tmp_path, options):
-    with pytest.raises(DataError, match="Document 0 has"):
-        prepare(tmp_path / "data", options=options | {"seq_len": 20})
+def test_an_error_before_anything_is_made_leaves_nothing_behind(tmp_path, books):
+    with pytest.raises(ConfigError):
+        prepare(tmp_path / "data", options_of(books, tokenizer="mistral"))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, options):
+def test_a_document_that_must_not_be_cut_is_told_with_both_lengths(tmp_path, books):
+    with pytest.raises(DataError, match=r"longest document of retrieval has \d+ ids .* the 21 of a block"):
+        prepare(tmp_path / "data", options_of(books, plans__retrieval__seq_len=20))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="not a prepared data folder"):
-        prepare(tmp_path, options=options)
+        prepare(tmp_path, options_of(books))
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"path": None}, r"data\.path is not set: .* --config\.data\.path=/data/books"),
-        ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt', but must be one of bpe, mistral"),
-        ({"sources": ("web",)}, "'web'"),
+        ({"sources__text__path": None}, r"path is not set"),
+        ({"sources__text__path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
         ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
     ],
 )
-def test_impossible_options_are_one_sentence(tmp_path, options, change, sentence):
+def test_impossible_options_are_one_sentence(tmp_path, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(tmp_path / "data", options=options | change)
+        prepare(tmp_path / "data", options_of(books, **change))
 
 
-def test_a_bucket_is_no_place_for_memory_maps(options):
-    with pytest.raises(ConfigError, match="must be a local folder"):
-        prepare("gs://bucket/data", options=options)
+def test_a_bucket_must_be_mounted(books):
+    with pytest.raises(ConfigError, match="must be a local folder, or a bucket that is mounted"):
+        prepare("gs://bucket/data", options_of(books))
 
 
-def test_too_few_different_documents_are_an_error(tmp_path, options):
-    few = dict(options["retrieval"], num_keys=1, num_values=1, num_facts=1, num_eval_facts=1, questions_per_fact=1.0)
+def test_too_few_different_documents_are_an_error(tmp_path, books):
+    few = dict(RETRIEVAL, num_keys=1, num_values=1, num_facts=1, num_eval_facts=1, questions_per_fact=1.0)
     with pytest.raises(DataError, match="no document left for"):
-        prepare(tmp_path / "data", options=options | {"retrieval": few | {"max_fillers": 0}})
+        prepare(tmp_path / "data", options_of(books, sources__retrieval=few | {"max_fillers": 0}))
 
 
-def test_a_single_small_book_can_be_trained_on_with_the_large_vocabulary(tmp_path, books):
-    path = str(books / "00.txt")
-    wanted = OPTIONS | {"sources": ("text",), "path": path, "seq_len": 32}
-    prepared = prepare(tmp_path / "a", options=wanted | {"tokenizer": "mistral", "vocab_size": 32064})
-    assert prepared.manifest["sources"]["text"]["split_by"] == "block"
+def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
+    prepared = prepare(tmp_path, text_only(books / "00.txt", plans__seq_len=32))
+    assert prepared.plan_manifest("text")["split_by"] == "block"
     assert prepared.tokenizer.mask_id == 32_000
-    text = prepared.tokenizer.decode(prepared.blocks("text", "train").tokens[0])
-    assert text.startswith("<s>Book 0:")
+    ids = [1, *prepared.tokenizer.encode((books / "00.txt").read_text()), 2]
+    rows = [prepared.blocks("text", split) for split in SPLITS]
+    stream = np.concatenate([blocks[i]["tokens"] for blocks in rows for i in range(len(blocks))])
+    num_blocks = len(ids) // 33
+    assert stream.tolist() == ids[: 33 * num_blocks]
+    assert len(rows[1]) == len(rows[2]) == max(1, num_blocks // 10)
+
+
+def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
+    (tmp_path / "it.txt").write_text("it")
+    with pytest.raises(DataError, match=r"has 3 tokens, .* one block of 97 \(seq_len \+ 1\)"):
+        prepare(tmp_path / "data", text_only(tmp_path / "it.txt"))
+
+
+def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
+    first = prepare(tmp_path / "first", text_only(books))
+    copied = prepare(tmp_path / "second", text_only(f"prepared:{tmp_path / 'first' / 'text'}"))
+    assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
+    assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
+    with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
+        options = text_only(f"prepared:{tmp_path / 'first' / 'text'}") | {"tokenizer": "tekken", "vocab_size": 131_136}
+        prepare(tmp_path / "third", options)
+
+
+def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
+    first = prepare(tmp_path / "first", text_only(books))
+    manifest = tmp_path / "first" / "text" / "manifest.json"
+    largest = max(int(ids.max()) for ids in (first.blocks("text", "train")._store[i] for i in range(41)))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"num_tokens": largest}))
+    second = prepare(tmp_path / "second", text_only(f"prepared:{tmp_path / 'first' / 'text'}"))
+    skipped = second.manifest("text")["skipped"]
+    assert list(skipped) == [f"has an id beyond the vocabulary of {largest}"]
+    assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())

@@ -1,0 +1,222 @@
+"""What training and evaluation read: a folder of tokenized sources, opened for one way of packing them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meap_jax.data import tokenizers
+from meap_jax.data.documents import DataError
+from meap_jax.data.plans import Plan
+from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
+from meap_jax.data.tokenizers import Tokenizer
+
+LAYOUT_VERSION = 2
+MANIFEST = "manifest.json"
+# One record an answer: block[row, start : start + length] are its ids; see `store.ANSWER_DTYPE`.
+ROW_ANSWER_DTYPE = np.dtype([
+    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
+])  # fmt: skip
+
+
+class Blocks:
+    """The blocks of a source and split, in the order of its plan; any of them at once."""
+
+    def __init__(self, store: Store, plan: Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
+        """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
+        self._store, self._plan, self._pad_id = store, plan, pad_id
+        self.block_len, self.is_one_segment = block_len, is_one_segment
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+        """A block as `tokens` and `segment_ids`, [block_len] int32: 1, 2, ... for its documents, 0 for padding.
+
+        Raises:
+          DataError: it can't be read.
+        """
+        pieces = self._plan.pieces[self._plan.bounds[index] : self._plan.bounds[index + 1]]
+        tokens = np.full(self.block_len, self._pad_id, np.int32)
+        segment_ids = np.zeros(self.block_len, np.int32)
+        end = 0
+        for segment, (piece, ids) in enumerate(zip(pieces, self._store.read(pieces["document"]), strict=True), 1):
+            start, end = end, end + int(piece["length"])
+            tokens[start:end] = ids[piece["start"] : piece["start"] + piece["length"]]
+            segment_ids[start:end] = 1 if self.is_one_segment else segment
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+    def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Blocks start ... stop - 1, stacked: [stop - start, block_len] each."""
+        rows = [self[i] for i in range(start, stop)]
+        return {name: np.stack([row[name] for row in rows]) for name in ("tokens", "segment_ids")}
+
+    @property
+    def answers(self) -> np.ndarray:
+        """What these blocks are asked: [number of answers] of ROW_ANSWER_DTYPE, ordered by row and start.
+
+        Answers of documents that are not in the plan are left out; documents with answers are never cut.
+        """
+        answers = self._store.answers
+        pieces, bounds = self._plan
+        if not len(answers) or not len(pieces):
+            return np.zeros(0, ROW_ANSWER_DTYPE)
+        row_of_piece = np.repeat(np.arange(len(self)), np.diff(bounds))
+        lengths = pieces["length"].astype(np.int64)
+        before = np.cumsum(lengths) - lengths  # Ids in front of each piece, of all blocks ...
+        start_in_row = before - before[bounds[:-1]][row_of_piece]  # ... and of its own block.
+        order = np.argsort(pieces["document"])
+        place = np.searchsorted(pieces["document"], answers["document"], sorter=order)
+        piece = order[np.minimum(place, len(order) - 1)]
+        is_here = pieces["document"][piece] == answers["document"]
+        answers, piece = answers[is_here], piece[is_here]
+        out = np.empty(len(answers), ROW_ANSWER_DTYPE)
+        out["row"], out["start"] = row_of_piece[piece], start_in_row[piece] + answers["start"]
+        for field in ("length", "depth", "distance"):
+            out[field] = answers[field]
+        return np.sort(out, order=("row", "start"))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder that was found to be complete, with the plans of one config."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    tokenizer_hash: str  # SHA-256 of its files: equal hashes, equal meaning of every id.
+    plans: Mapping[str, Mapping[str, Any]]  # Options of each source's plan, by name.
+
+    @property
+    def block_len(self) -> int:
+        """Ids in a block, seq_len + 1."""
+        return next(iter(self.plans.values()))["seq_len"] + 1
+
+    @property
+    def sources(self) -> list[str]:
+        """Their names."""
+        return list(self.plans)
+
+    def manifest(self, source: str) -> dict[str, Any]:
+        """What was read of a source."""
+        return read_manifest(self.folder / source)
+
+    def plan_manifest(self, source: str) -> dict[str, Any]:
+        """What its plan came to, by split."""
+        return read_manifest(plan_folder(self.folder / source, self.plans[source]))
+
+    def counts(self, source: str) -> dict[str, Any]:
+        """What a source came to: documents, tokens and bad records in all, and its blocks by split."""
+        manifest, plan = self.manifest(source), self.plan_manifest(source)
+        return {key: manifest[key] for key in ("documents", "tokens", "skipped")} | {
+            key: plan[key] for key in ("split_by", "splits")
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer, every document and the way they are packed; not of paths, dates or the Python version."""
+        content = {
+            "layout_version": LAYOUT_VERSION,
+            "tokenizer": self.tokenizer_hash,
+            "sources": {s: [self.manifest(s)["fingerprint"], dict(plan)] for s, plan in sorted(self.plans.items())},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def blocks(self, source: str, split: str) -> Blocks:
+        """The blocks of a source and split (train, validation, test).
+
+        Raises:
+          DataError: the folder was not prepared for them.
+        """
+        if source not in self.plans or split not in SPLITS:
+            raise DataError(
+                f"The prepared folder {self.folder} was not opened for {source}-{split}, only for "
+                f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
+            )
+        folder = plan_folder(self.folder / source, self.plans[source])
+        pieces, bounds = (np.load(folder / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("pieces", "bounds"))
+        return Blocks(
+            open_store(self.folder / source),
+            Plan(pieces, bounds),
+            self.block_len,
+            self.tokenizer.pad_id,
+            is_one_segment=self.plans[source]["packing"] == "concat",
+        )
+
+
+def plan_folder(source: Path, options: Mapping[str, Any]) -> Path:
+    """Where a plan with these options lies: its name tells the packing, the block and the rest as a hash."""
+    digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True).encode()).hexdigest()[:8]
+    return source / "plans" / f"{options['packing']}-{options['seq_len'] + 1}-{digest}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder, of a source in it or of a plan.
+
+    Raises:
+      DataError: it is missing, damaged, or of another layout.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        layout = manifest["layout_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
+    if layout != LAYOUT_VERSION:
+        raise DataError(
+            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
+        )
+    return manifest
+
+
+def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer of a prepared folder, and the SHA-256 of its files.
+
+    Raises:
+      DataError: it isn't the one that the manifest names.
+    """
+    manifest = read_manifest(folder)
+    content = {}
+    for name in manifest["files"]:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing: delete {folder} to prepare it again.")
+        content[name] = (folder / name).read_bytes()
+    found = hash_of(content)
+    if found != manifest["tokenizer_hash"]:
+        raise DataError(
+            f"{folder} holds another tokenizer ({found[:12]}) than its data was made with "
+            f"({manifest['tokenizer_hash'][:12]}): {', '.join(content)} is damaged; delete {folder} to prepare it again."
+        )
+    return tokenizers.load(folder), found
+
+
+def hash_of(files: Mapping[str, bytes]) -> str:
+    """SHA-256 of files' names and contents."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def open_store(source: Path) -> Store:
+    """The documents of a source.
+
+    Raises:
+      DataError: a file is missing or has another size than the manifest says.
+    """
+    manifest = read_manifest(source)
+    sizes = {shard_file(source, i).name: shard["bytes"] for i, shard in enumerate(manifest["shards"])}
+    sizes |= manifest["files"]
+    for name, size in sizes.items():
+        file = source / name
+        if not file.is_file():
+            raise DataError(f"{file} is missing: delete {source} to prepare it again.")
+        if file.stat().st_size != size:
+            raise DataError(f"{file} is damaged: delete {source} to prepare it again.")
+    shards = [shard["documents"] for shard in manifest["shards"]]
+    return Store(source, shards, ids_dtype(manifest["num_tokens"]))

@@ -1,0 +1,207 @@
+"""Turns a source into a store: shard by shard, on all cores, and after an interruption from where it was.
+
+A shard is made from a few consecutive parts of the source by one process, and stands under its name, with a summary
+beside it, only when it is complete. Nothing in it depends on who made it or when: any number of workers, or of
+interruptions, gives the same store.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from meap_jax.data import tokenizers
+from meap_jax.data.corpora import Skips
+from meap_jax.data.documents import DataError, Document, EncodedDocument, encode_documents
+from meap_jax.data.sources import Source, SourcePart, TokenIds
+from meap_jax.data.store import ids_dtype, shard_file, write_shard
+
+SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
+_ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
+
+_log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One shard to be made."""
+
+    source: Source
+    parts: tuple[SourcePart, ...]
+    folder: Path  # Of the store.
+    shard: int
+    tokenizer: Path  # The folder that it is loaded from.
+    max_skipped: int
+
+
+def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> list[Job]:
+    """The shards of a source, each of consecutive parts until `SHARD_BYTES` are reached.
+
+    Raises:
+      DataError: the folder holds shards of other parts: the source has changed since they were made.
+    """
+    groups: list[list[SourcePart]] = []
+    room = 0
+    for part in source.parts():
+        if room <= 0:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(part)
+        room -= max(part.part.num_bytes, 1)
+    planned = [Job(source, tuple(group), folder, i, tokenizer, max_skipped) for i, group in enumerate(groups)]
+    for job in planned:
+        summary = _read_summary(job)
+        if summary is not None and summary["parts"] != _described(job.parts):
+            raise DataError(
+                f"{shard_file(folder, job.shard)} was made from {summary['parts'][0]}, and now comes "
+                f"{_described(job.parts)[0]}: the source has changed since. Delete {folder} to begin anew."
+            )
+    return planned
+
+
+def run_jobs(planned: Sequence[Job], workers: int, name: str) -> list[dict[str, Any]]:
+    """Makes the shards that are not there yet, and returns the summaries of all.
+
+    Args:
+      planned: the shards.
+      workers: processes at most.
+      name: of the source, for the progress bar.
+
+    Raises:
+      DataError: more bad records than `max_skipped` in all, or a source that can't be read.
+      OSError: the disk is full. What is complete stays in each case.
+    """
+    summaries = {job.shard: summary for job in planned if (summary := _read_summary(job))}
+    todo = [job for job in planned if job.shard not in summaries]
+    if summaries and todo:
+        _log.info("%s: %d of %d shards are there, going on", name, len(summaries), len(planned))
+    sizes = {job.shard: sum(part.part.num_bytes for part in job.parts) for job in planned}
+    done = sum(sizes[shard] for shard in summaries)
+    skipped: Counter[str] = Counter()
+    for summary in summaries.values():
+        skipped.update(summary["skipped"])
+    total = sum(sizes.values()) or None
+    bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
+    with bar, _processes(todo, workers, sum(sizes[job.shard] for job in todo)) as results:
+        for job, summary in results:
+            summaries[job.shard] = summary
+            skipped.update(summary["skipped"])
+            bar.update(sizes[job.shard])
+            bar.set_postfix_str(f"{sum(s['tokens'] for s in summaries.values()):,} tokens", refresh=False)
+            if skipped.total() > job.max_skipped:
+                raise DataError(
+                    f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = "
+                    f"{job.max_skipped}: {told(skipped, (summaries[k] for k in sorted(summaries)))}"
+                )
+    return [summaries[job.shard] for job in planned]
+
+
+def told(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
+    """Counts of bad records by reason, each with the place of the first."""
+    first: dict[str, str] = {}
+    for summary in summaries:
+        for reason, place in summary["skipped_first"].items():
+            first.setdefault(reason, place)
+    return "; ".join(f"{count} x {reason} (first: {first[reason]})" for reason, count in sorted(skipped.items())) + "."
+
+
+def make_shard(job: Job) -> dict[str, Any]:
+    """Makes one shard; returns its summary, which is written last.
+
+    Raises:
+      DataError, OSError: as `run_jobs`.
+    """
+    tokenizer = _load_tokenizer(str(job.tokenizer))
+    skips = Skips(job.max_skipped)
+    dtype = ids_dtype(tokenizer.num_tokens)
+
+    documents: Iterable[Any] = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
+    if not isinstance(job.source, TokenIds):
+        documents = _encoded(documents, tokenizer)
+    written = write_shard(job.folder, job.shard, documents, dtype)
+    summary = {
+        **written._asdict(),
+        "bytes": shard_file(job.folder, job.shard).stat().st_size,
+        "parts": _described(job.parts),
+        "skipped": dict(skips.counts),
+        "skipped_first": dict(skips.first),
+    }
+    path = _summary_file(job)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(summary), encoding="utf-8")
+    partial.replace(path)
+    return summary
+
+
+def _encoded(
+    documents: Iterable[tuple[int, Document]], tokenizer: tokenizers.Tokenizer
+) -> Iterator[tuple[int, EncodedDocument]]:
+    splits: deque[int] = deque()
+
+    def untagged() -> Iterator[Document]:
+        for split, document in documents:
+            splits.append(split)
+            yield document
+
+    for document in encode_documents(untagged(), tokenizer):
+        yield splits.popleft(), document
+
+
+@contextlib.contextmanager
+def _processes(todo: Sequence[Job], workers: int, num_bytes: int) -> Iterator[Iterator[tuple[Job, dict[str, Any]]]]:
+    """Makes shards, and gives (job, summary) as they are done; in this process where workers would not pay."""
+    workers = min(workers, len(todo))
+    if workers <= 1 or num_bytes < _ONE_PROCESS:
+        yield ((job, make_shard(job)) for job in todo)
+        return
+    # Spawned: a process in which JAX's threads run can't be forked safely.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        futures = {pool.submit(make_shard, job): job for job in todo}
+        try:
+            yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker keeps to its core, ends at once with Ctrl-C, and doesn't outlive the process that started it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are spawned"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(folder: str) -> tokenizers.Tokenizer:
+    return tokenizers.load(folder)
+
+
+def _summary_file(job: Job) -> Path:
+    return job.folder / f"{job.shard:05}.json"
+
+
+def _read_summary(job: Job) -> dict[str, Any] | None:
+    path = _summary_file(job)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _described(parts: Sequence[SourcePart]) -> list[Any]:
+    return [[*part.part, part.is_held_out] for part in parts]

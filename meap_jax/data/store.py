@@ -1,0 +1,208 @@
+"""Tokenized documents in ArrayRecord shards, read in any order.
+
+A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos included, as
+little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the store how long it
+is and which split it belongs to; `answers.npy`, where there are any, what held-out documents are asked.
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python import array_record_module
+
+from meap_jax.data.documents import DataError, EncodedDocument
+
+SPLITS = ("train", "validation", "test")  # A document's split is its place here.
+INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
+# One record an answer: ids[start : start + length] of its document; `distance` counts the tokens from the first one of
+# the value where its fact states it to the first one of the answer.
+ANSWER_DTYPE = np.dtype([
+    ("document", "<u4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
+])  # fmt: skip
+
+# Blocks take runs of documents, so that neighbours are compressed together, lightly: ids are dense already.
+_WRITER_OPTIONS = "group_size:16,zstd:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.
+_OPEN_FILES = 256  # Of a thread; many systems allow 1,024 a process.
+
+
+class ShardSummary(NamedTuple):
+    """What a shard holds."""
+
+    documents: int
+    tokens: int
+    largest_id: int  # 0 in an empty shard.
+    sha256: str  # Of the documents' ids and splits, whatever the compression.
+
+
+def ids_dtype(num_tokens: int) -> np.dtype:
+    """The type that ids below `num_tokens` are stored in."""
+    return np.dtype("<u2" if num_tokens <= 2**16 else "<u4")
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """The records of a shard."""
+    return folder / f"{shard:05}.arrayrecord"
+
+
+def write_shard(
+    folder: Path, shard: int, documents: Iterable[tuple[int, EncodedDocument]], dtype: np.dtype
+) -> ShardSummary:
+    """Writes a shard's records, index and answers; a file that is there under its name is complete.
+
+    Args:
+      folder: of the store.
+      shard: its number.
+      documents: (split, document) in order.
+      dtype: `ids_dtype` of the tokenizer.
+
+    Raises:
+      OSError: the disk is full or can't be written.
+    """
+    index: list[tuple[int, int]] = []
+    answers: list[tuple[int, int, int, float, int]] = []
+    digest, largest = hashlib.sha256(), 0
+    path = shard_file(folder, shard)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+        for split, document in documents:
+            ids = np.asarray(document.ids, dtype)
+            digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
+            digest.update(ids)
+            largest = max(largest, int(ids.max(initial=0)))
+            if SPLITS[split] != "train":
+                answers += [
+                    (len(index), span.start, span.length, span.depth, span.start - span.fact_start)
+                    for span in document.answers
+                ]
+            index.append((len(ids), split))
+            writer.write(ids.tobytes())
+        writer.close()
+    except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
+    partial.replace(path)
+    documents_index = np.array(index, INDEX_DTYPE)
+    save_array(path.with_suffix(".index.npy"), documents_index)
+    if answers:
+        save_array(path.with_suffix(".answers.npy"), np.array(answers, ANSWER_DTYPE))
+    return ShardSummary(len(index), int(documents_index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """`np.save` under another name, then renamed."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.replace(path)
+
+
+def merge_indices(folder: Path, num_shards: int) -> None:
+    """Joins the indices and answers of all shards into those of the store, and removes them."""
+    indices, answers, first = [], [], 0
+    for shard in range(num_shards):
+        index = np.load(shard_file(folder, shard).with_suffix(".index.npy"))
+        indices.append(index)
+        path = shard_file(folder, shard).with_suffix(".answers.npy")
+        if path.exists():
+            records = np.load(path)
+            records["document"] += first
+            answers.append(records)
+        first += len(index)
+    save_array(folder / "index.npy", np.concatenate([np.zeros(0, INDEX_DTYPE), *indices]))
+    if answers:
+        save_array(folder / "answers.npy", np.concatenate(answers))
+    for pattern in ("?????.index.npy", "?????.answers.npy", "*.partial"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+class Store:
+    """Documents of ids by number, as numpy arrays. Reads from several threads are safe: each opens its own files."""
+
+    def __init__(self, folder: Path, shard_sizes: Sequence[int], dtype: np.dtype):
+        """Opens a store that is complete.
+
+        Args:
+          folder: of the store.
+          shard_sizes: documents of each shard.
+          dtype: of the ids.
+        """
+        self.folder, self.dtype = folder, dtype
+        self.index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
+        self._ends = np.cumsum(np.asarray(shard_sizes, np.int64))
+        self._open = threading.local()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        return self.read([document])[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_open": threading.local()}
+
+    @property
+    def answers(self) -> np.ndarray:
+        """[number of answers] of ANSWER_DTYPE, ordered by document."""
+        path = self.folder / "answers.npy"
+        return np.load(path) if path.exists() else np.zeros(0, ANSWER_DTYPE)
+
+    def documents(self, split: str) -> np.ndarray:
+        """The numbers of a split's documents, in order."""
+        return np.flatnonzero(self.index["split"] == SPLITS.index(split))
+
+    def read(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """The ids of some documents, in the order asked for; neighbours together are fastest.
+
+        Raises:
+          DataError: a record can't be read; names the file and the record.
+        """
+        documents = np.asarray(documents, np.int64)
+        shards = np.searchsorted(self._ends, documents, side="right")
+        out: list[np.ndarray] = []
+        for first, last in _runs(shards):
+            shard = int(shards[first])
+            start = int(self._ends[shard - 1]) if shard else 0
+            out += self._read_shard(shard, (documents[first:last] - start).tolist())
+        return out
+
+    def _read_shard(self, shard: int, records: list[int]) -> list[np.ndarray]:
+        path = shard_file(self.folder, shard)
+        try:
+            read = self._reader(shard).read(records)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{path} is damaged at one of the records {records[0]} to {records[-1]} ({reason}): prepare "
+                f"{self.folder} again."
+            ) from error
+        return [np.frombuffer(record, self.dtype) for record in read]
+
+    def _reader(self, shard: int) -> Any:
+        readers: OrderedDict[int, Any] = self._open.__dict__.setdefault("readers", OrderedDict())
+        reader = readers.pop(shard, None)
+        if reader is None:
+            path = os.fspath(shard_file(self.folder, shard))
+            reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
+            if len(readers) >= _OPEN_FILES:
+                readers.popitem(last=False)[1].close()
+        readers[shard] = reader
+        return reader
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of each run of equal values."""
+    bounds = np.flatnonzero(np.diff(values)) + 1
+    starts = [0, *bounds.tolist(), len(values)]
+    return zip(starts[:-1], starts[1:], strict=True) if len(values) else iter(())

@@ -1,0 +1,38 @@
+"""Small stores and blocks, made on the spot."""
+
+import json
+
+import numpy as np
+
+from meap_jax.data import plans
+from meap_jax.data.documents import AnswerSpan, EncodedDocument
+from meap_jax.data.prepared import Blocks
+from meap_jax.data.store import Store, ids_dtype, merge_indices, write_shard
+
+
+def make_store(folder, shards, num_tokens=512):
+    """A store of shards, each a list of (split, EncodedDocument)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = ids_dtype(num_tokens)
+    for i, documents in enumerate(shards):
+        write_shard(folder, i, documents, dtype)
+    merge_indices(folder, len(shards))
+    return Store(folder, [len(documents) for documents in shards], dtype)
+
+
+def blocks_of(folder, rows, answers, block_len):
+    """Held-out blocks of one document each; `answers` holds (row, start, length, depth, distance)."""
+    documents = []
+    for row, ids in enumerate(rows):
+        spans = [AnswerSpan(s, n, s - distance, depth) for r, s, n, depth, distance in answers if r == row]
+        documents.append((1, EncodedDocument(list(map(int, ids)), tuple(spans))))
+    store = make_store(folder, [documents])
+    pieces = np.array([(i, 0, len(ids)) for i, ids in enumerate(rows)], plans.PIECE_DTYPE)
+    plan = plans.Plan(pieces, np.arange(len(rows) + 1))
+    return Blocks(store, plan, block_len, 0, is_one_segment=False)
+
+
+def write_jsonl(path, texts):
+    """A line a text."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
