@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
 SOURCES = ("stdlib", "retrieval", "text")
-TOKENIZERS = ("bpe", "mistral")
+TOKENIZERS = ("bpe", "mistral", "tekken")
 ATTENTIONS = ("auto", "plain", "xla", "splash", "cudnn")
 REMATS = ("none", "dots", "full", "offload")
 SEEDS = ("init", "data", "mask", "noise")
@@ -35,6 +35,11 @@ PAPER_SIZES = {
 
 class ConfigError(ValueError):
     """A setting that cannot work: one sentence that names the field, its value and what would be valid."""
+
+
+def is_path(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` is the path of a tokenizer and not a word; ./NAME is one, NAME isn't."""
+    return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
 
 
 def base() -> ml_collections.ConfigDict:
@@ -93,7 +98,9 @@ def base() -> ml_collections.ConfigDict:
     c.data = d = ml_collections.ConfigDict()
     d.mixture = "stdlib=1"  # source=weight,...; sources: stdlib, retrieval, text.
     d.path = placeholder(str)  # For text: a folder (or file) of .txt or .jsonl.
-    d.tokenizer = "bpe"  # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK].
+    # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK]; tekken: 131,072 ids + [MASK];
+    # or the path of a tokenizer.model (SentencePiece), tokenizer.json (Hugging Face), tekken.json or a folder of one.
+    d.tokenizer = "bpe"
     d.prepared = placeholder(str)  # Folder of the frozen corpus; default: data/ in the workdir. Runs can share one.
     d.seed = 0  # Of what is generated; the order of blocks comes from seeds.data.
     d.holdout = 0.02  # Share of text documents in each of validation and test.
@@ -236,9 +243,10 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         ("model.remat", REMATS),
         ("optimizer.decay_on", ("all", "matrices")),
         ("optimizer.moment_dtype", ("float32", "bfloat16")),
-        ("data.tokenizer", TOKENIZERS),
     ):
         require(name, choices.__contains__, f"one of {', '.join(choices)}")
+    expected = f"one of {', '.join(TOKENIZERS)}, or a path with a / or the ending .model or .json"
+    require("data.tokenizer", lambda v: v in TOKENIZERS or is_path(v), expected)
 
     require("objective.mask_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
     if config.objective.strategy == "official":

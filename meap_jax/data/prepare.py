@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meap_jax.config import TOKENIZERS, ConfigError
+from meap_jax.config import TOKENIZERS, ConfigError, is_path
 from meap_jax.data import tokenizers
 from meap_jax.data.documents import DataError
 from meap_jax.data.packing import Packed, pack_source, smallest_dtype
@@ -64,8 +64,8 @@ class Prepared:
 
     @property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer's file: equal hashes, equal meaning of every id."""
-        return next(e["sha256"] for name, e in self.manifest["files"].items() if name.startswith("tokenizer."))
+        """SHA-256 of the tokenizer's files: equal hashes, equal meaning of every id."""
+        return tokenizers.fingerprint(self.tokenizer)
 
     def blocks(self, source: str, split: str) -> Blocks:
         """Maps the blocks of a source and split (train, validation, test) into memory, read-only.
@@ -98,7 +98,7 @@ def prepare(folder: str | os.PathLike[str], *, options: Mapping[str, Any]) -> Pr
 
     Args:
       folder: a local folder; made with its parents.
-      options: `sources` (names), `path` (for the source text), `tokenizer` (bpe or mistral),
+      options: `sources` (names), `path` (for the source text), `tokenizer` (a word or path, see `tokenizers`),
         `vocab_size` (rows of the model's embedding: ids at most), `seq_len`, `seed` (of what is
         generated), `retrieval` (the fields of RetrievalSpec, num_documents and
         num_eval_documents), `holdout`.
@@ -178,7 +178,7 @@ def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the data depends on, as JSON gives them back."""
     sources = list(options["sources"])
     kept = {name: options[name] for name in ("tokenizer", "seq_len")} | {"sources": sources}
-    if options["tokenizer"] not in TOKENIZERS:
+    if options["tokenizer"] not in TOKENIZERS and not is_path(options["tokenizer"]):
         raise ConfigError(f"data.tokenizer is {options['tokenizer']!r}, but must be one of {', '.join(TOKENIZERS)}.")
     if "vocab_size" in options:
         kept["vocab_size"] = options["vocab_size"]
@@ -248,12 +248,12 @@ def _write(folder: Path, options: dict[str, Any]) -> None:
 
 
 def _tokenizer(sources: list[Source], options: dict[str, Any]) -> Tokenizer:
-    if options["tokenizer"] == "mistral":
-        tokenizer = tokenizers.mistral()
+    if options["tokenizer"] != "bpe":
+        tokenizer = tokenizers.make(options["tokenizer"])
         if options["vocab_size"] < tokenizer.num_tokens:
             raise ConfigError(
                 f"model.vocab_size is {options['vocab_size']}, but the tokenizer "
-                f"mistral has {tokenizer.num_tokens} ids: set "
+                f"{options['tokenizer']} has {tokenizer.num_tokens} ids: set "
                 f"{tokenizer.vocab_size}."
             )
         return tokenizer
