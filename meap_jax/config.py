@@ -17,7 +17,7 @@ OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others stand in data.sources.
 PACKINGS = ("concat", "concat_segments", "best_fit")
-TOKENIZERS = ("bpe", "mistral")
+TOKENIZERS = ("bpe", "mistral", "tekken")
 ATTENTIONS = ("auto", "plain", "xla", "splash", "cudnn")
 REMATS = ("none", "dots", "full", "offload")
 SEEDS = ("init", "data", "mask", "noise")
@@ -41,6 +41,11 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot work: one sentence that names the field, its value and what would be valid."""
+
+
+def is_path(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` is the path of a tokenizer and not a word; ./NAME is one, NAME isn't."""
+    return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
 
 
 def base() -> ml_collections.ConfigDict:
@@ -100,7 +105,9 @@ def base() -> ml_collections.ConfigDict:
     d.mixture = "stdlib=1"  # source=weight,...; sources: stdlib, retrieval, and those of data.sources.
     d.path = placeholder(str)  # That of the source text: data.sources.text.path is this very field.
     d.sources = ml_collections.ConfigDict({"text": text_source(d.get_ref("path"))})
-    d.tokenizer = "bpe"  # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK].
+    # bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK]; tekken: 131,072 ids + [MASK];
+    # or the path of a tokenizer.model (SentencePiece), tokenizer.json (Hugging Face), tekken.json or a folder of one.
+    d.tokenizer = "bpe"
     d.prepared = placeholder(str)  # Folder of the frozen corpus; default: data/ in the workdir. Runs can share one.
     d.seed = 0  # Of what is generated; the order of blocks comes from seeds.data.
     d.holdout = 0.02  # Share of text documents in each of validation and test, where a source has none of its own.
@@ -297,10 +304,11 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         ("model.remat", REMATS),
         ("optimizer.decay_on", ("all", "matrices")),
         ("optimizer.moment_dtype", ("float32", "bfloat16")),
-        ("data.tokenizer", TOKENIZERS),
         ("data.packing", PACKINGS),
     ):
         require(name, choices.__contains__, f"one of {', '.join(choices)}")
+    expected = f"one of {', '.join(TOKENIZERS)}, or a path with a / or the ending .model or .json"
+    require("data.tokenizer", lambda v: v in TOKENIZERS or is_path(v), expected)
 
     require("objective.mask_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
     if config.objective.strategy == "official":

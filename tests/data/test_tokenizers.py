@@ -76,7 +76,7 @@ def test_the_frozen_files_give_the_same_tokenizer(tokenizer, tmp_path):
 def test_specials_are_visible_when_decoded(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("The sky"), tokenizer.mask_id]
     ids += [*tokenizer.encode(" grey", continues=True), tokenizer.eos_id]
-    bos, eos = {"bpe": ("<bos>", "<eos>"), "mistral": ("<s>", "</s>")}[tokenizer.name]
+    bos, eos = {"bpe": ("<bos>", "<eos>"), "sentencepiece": ("<s>", "</s>")}[tokenizer.name]
     assert tokenizer.decode(ids) == f"{bos}The sky[MASK] grey{eos}"
     assert tokenizer.decode(np.array(ids, np.uint16)) == tokenizer.decode(ids)
     assert tokenizer.decode([]) == ""
