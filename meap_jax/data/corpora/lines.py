@@ -23,8 +23,9 @@ def line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[
     lines = split_lines(iter(lambda: file.read(_CHUNK), b""))
     # The line that byte start - 1 is in, or ends, began before this range.
     position = start + len(next(lines, b"")) if start else 0
-    for line in lines:
-        if stop is not None and position >= stop:
+    while stop is None or position < stop:
+        line = next(lines, None)
+        if line is None:
             return
         yield position, line
         position += len(line) + 1

@@ -94,7 +94,11 @@ def _open(path: str) -> _Data:
         ) from error
 
     folder, full_name = _folder(path, name)
-    builder = tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever its parsers of JSON, protocol buffers and features raise
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise DataError(f"{folder} has a dataset_info.json or features.json that can't be used: {reason}") from error
     if "array_record" not in {kind.value for kind in builder.info.available_file_formats()}:
         raise ConfigError(
             f"data.path is {path!r}, but {folder} isn't there as ArrayRecord: prepare it again, into another folder, "
