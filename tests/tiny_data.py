@@ -10,6 +10,28 @@ from meap_jax.data.prepared import Blocks
 from meap_jax.data.store import Store, ids_dtype, merge_indices, write_shard
 
 
+PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
+
+
+def text_options(path, **changes):
+    """What `config.data_options` gives for one source of text in mistral's pieces; changes as sources__field."""
+    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
+    options = {
+        "tokenizer": "mistral",
+        "vocab_size": 32_064,
+        "sources": {"text": text},
+        "plans": {"text": dict(PLAN)},
+        "max_skipped": 10,
+    }
+    for name, value in changes.items():
+        group, _, field = name.partition("__")
+        if field:
+            options[group]["text"][field] = value
+        else:
+            options[name] = value
+    return options
+
+
 def make_store(folder, shards, num_tokens=512):
     """A store of shards, each a list of (split, EncodedDocument)."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,7 @@ numbers: shuffled, mixed, and shared out over any number of hosts.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
-from grain.experimental import BestFitPackIterDataset
 
 PIECE_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
@@ -97,6 +95,9 @@ def _cut(documents: np.ndarray, lengths: np.ndarray, block_len: int) -> np.ndarr
 
 def _packed(lengths: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
     """The numbers of the pieces of each block; grain packs pieces that hold nothing but their own number."""
+    import grain  # Here, since it imports JAX, which workers do without.
+    from grain.experimental import BestFitPackIterDataset
+
     elements = grain.MapDataset.source(_Numbers(lengths)).to_iter_dataset(grain.ReadOptions(0, 0))
     for row in BestFitPackIterDataset(elements, length_struct={"piece": block_len}, num_packing_bins=_BINS):
         segments = row["piece_segment_ids"]

@@ -168,7 +168,10 @@ def _processes(todo: Sequence[Job], workers: int, num_bytes: int) -> Iterator[It
     # Spawned: a process in which JAX's threads run can't be forked safely.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        # Held back from workers until they know what to do with it: one that is still importing would tell all it was at.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = {pool.submit(make_shard, job): job for job in todo}
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
         finally:
@@ -179,6 +182,7 @@ def _start_worker() -> None:
     """A worker keeps to its core, ends at once with Ctrl-C, and doesn't outlive the process that started it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are spawned"
 

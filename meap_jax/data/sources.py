@@ -150,7 +150,7 @@ class TokenIds:
         manifest = Path(self.folder, "manifest.json")
         if not manifest.is_file():
             raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
-        if self._manifest["source"]["kind"] == "retrieval":
+        if self._manifest["options"]["kind"] == "retrieval":
             raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property

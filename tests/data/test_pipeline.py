@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import tiny_data
 from meap_jax import sharding
 from meap_jax.data import pipeline
 from meap_jax.data.pipeline import TrainBatches, global_sequence
@@ -27,11 +28,10 @@ RETRIEVAL = dict(
 def prepared(tmp_path_factory):
     book = tmp_path_factory.mktemp("text") / "book.txt"
     book.write_text(" ".join(f"Chapter {i} tells of the number {i * i}." for i in range(400)))
-    options = {
-        "sources": ("retrieval", "text"), "path": str(book), "tokenizer": "bpe", "vocab_size": 512,
-        "seq_len": 80, "seed": 0, "retrieval": RETRIEVAL, "holdout": 0.1,
-    }  # fmt: skip
-    return prepare(tmp_path_factory.mktemp("prepared") / "data", options=options)
+    options = tiny_data.text_options(book, tokenizer="bpe", vocab_size=512, plans__seq_len=80)
+    options["sources"]["retrieval"] = {"kind": "retrieval", "seed": 0, **RETRIEVAL}
+    options["plans"]["retrieval"] = options["plans"]["text"] | {"packing": "best_fit"}
+    return prepare(tmp_path_factory.mktemp("prepared") / "data", options)
 
 
 WEIGHTS = {"retrieval": 3.0, "text": 1.0}
@@ -84,17 +84,19 @@ def test_a_process_reads_only_the_rows_of_its_own_devices(prepared, monkeypatch)
 
 def test_an_epoch_gives_every_block_once_and_the_next_one_another_order(prepared):
     source = {"retrieval": 1.0}
-    num_blocks = len(prepared.blocks("retrieval", "train").tokens)
+    blocks = prepared.blocks("retrieval", "train")
+    num_blocks = len(blocks)
     sequence = global_sequence(prepared, source, 0)
     epochs = [[sequence[e * num_blocks + i]["tokens"].tobytes() for i in range(num_blocks)] for e in range(2)]
-    frozen = sorted(np.asarray(row, np.int32).tobytes() for row in prepared.blocks("retrieval", "train").tokens)
+    frozen = sorted(blocks[i]["tokens"].tobytes() for i in range(num_blocks))
     assert sorted(epochs[0]) == sorted(epochs[1]) == frozen
     assert epochs[0] != epochs[1]
 
 
 def test_sources_are_mixed_by_weight(prepared):
     sequence = global_sequence(prepared, WEIGHTS, 0)
-    text = {np.asarray(row, np.int32).tobytes() for row in prepared.blocks("text", "train").tokens}
+    blocks = prepared.blocks("text", "train")
+    text = {blocks[i]["tokens"].tobytes() for i in range(len(blocks))}
     share = np.mean([sequence[i]["tokens"].tobytes() in text for i in range(400)])
     assert share == pytest.approx(0.25, abs=0.01)
 

@@ -18,10 +18,6 @@ RETRIEVAL = {
     "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
     "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 300, "num_eval_documents": 20,
 }  # fmt: skip
-PLAN = {
-    "max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0,
-}  # fmt: skip
-
 
 def options_of(path, **changes):
     """What a config with both sources gives; `changes` as "group__name" or "name"."""
@@ -30,7 +26,7 @@ def options_of(path, **changes):
         "tokenizer": "bpe",
         "vocab_size": 512,
         "sources": {"retrieval": dict(RETRIEVAL), "text": text},
-        "plans": {"retrieval": PLAN | {"packing": "best_fit"}, "text": dict(PLAN)},
+        "plans": {"retrieval": tiny_data.PLAN | {"packing": "best_fit"}, "text": dict(tiny_data.PLAN)},
         "max_skipped": 10,
     }
     for name, value in changes.items():
@@ -39,16 +35,6 @@ def options_of(path, **changes):
         for group in groups:
             target = target[group]
         target[field] = value
-    return options
-
-
-def text_only(path, **changes):
-    """With the text alone, in mistral's pieces."""
-    options = options_of(path, tokenizer="mistral", vocab_size=32_064)
-    del options["sources"]["retrieval"], options["plans"]["retrieval"]
-    for name, value in changes.items():
-        group, field = name.split("__")
-        options[group]["text"][field] = value
     return options
 
 
@@ -134,16 +120,16 @@ def test_without_a_path_a_config_takes_what_was_prepared(copy):
 def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "_make_store", None)
     before = (copy / "text" / "manifest.json").read_text()
-    longer = prepare(copy, options_of(books, plans__text__seq_len=50, plans__text__packing="best_fit"))
-    row = longer.blocks("text", "train")[0]
-    assert len(row["tokens"]) == 51
+    plan = tiny_data.PLAN | {"seq_len": 110, "packing": "best_fit"}
+    longer = prepare(copy, options_of(books, plans__text=plan, plans__retrieval=plan))
+    assert len(longer.blocks("text", "train")[0]["tokens"]) == 111
     assert (copy / "text" / "manifest.json").read_text() == before
     assert len(os.listdir(copy / "text" / "plans")) == 2
 
 
 def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
-    prepare(tmp_path, text_only(books))
-    both = text_only(books)
+    prepare(tmp_path, tiny_data.text_options(books))
+    both = tiny_data.text_options(books)
     more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
     both["sources"]["more"] = both["sources"]["text"] | {"path": str(more)}
     both["plans"]["more"] = both["plans"]["text"]
@@ -174,11 +160,11 @@ def test_other_options_are_named_with_both_values(prepared, books, change, sente
 
 
 def test_other_options_of_a_source_are_named_too(books, tmp_path):
-    prepare(tmp_path, text_only(books))
+    prepare(tmp_path, tiny_data.text_options(books))
     with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
-        prepare(tmp_path, text_only(books, sources__holdout=0.2))
+        prepare(tmp_path, tiny_data.text_options(books, sources__holdout=0.2))
     with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
-        prepare(tmp_path, text_only("/elsewhere"))
+        prepare(tmp_path, tiny_data.text_options("/elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +244,7 @@ def test_too_few_different_documents_are_an_error(tmp_path, books):
 
 
 def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
-    prepared = prepare(tmp_path, text_only(books / "00.txt", plans__seq_len=32))
+    prepared = prepare(tmp_path, tiny_data.text_options(books / "00.txt", plans__seq_len=32))
     assert prepared.plan_manifest("text")["split_by"] == "block"
     assert prepared.tokenizer.mask_id == 32_000
     ids = [1, *prepared.tokenizer.encode((books / "00.txt").read_text()), 2]
@@ -272,25 +258,25 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
 def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
     (tmp_path / "it.txt").write_text("it")
     with pytest.raises(DataError, match=r"has 3 tokens, .* one block of 97 \(seq_len \+ 1\)"):
-        prepare(tmp_path / "data", text_only(tmp_path / "it.txt"))
+        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "it.txt"))
 
 
 def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
-    first = prepare(tmp_path / "first", text_only(books))
-    copied = prepare(tmp_path / "second", text_only(f"prepared:{tmp_path / 'first' / 'text'}"))
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    copied = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
     assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
     assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
     with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
-        options = text_only(f"prepared:{tmp_path / 'first' / 'text'}") | {"tokenizer": "tekken", "vocab_size": 131_136}
+        options = tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}") | {"tokenizer": "tekken", "vocab_size": 131_136}
         prepare(tmp_path / "third", options)
 
 
 def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
-    first = prepare(tmp_path / "first", text_only(books))
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
     manifest = tmp_path / "first" / "text" / "manifest.json"
     largest = max(int(ids.max()) for ids in (first.blocks("text", "train")._store[i] for i in range(41)))
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"num_tokens": largest}))
-    second = prepare(tmp_path / "second", text_only(f"prepared:{tmp_path / 'first' / 'text'}"))
+    second = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
     skipped = second.manifest("text")["skipped"]
     assert list(skipped) == [f"has an id beyond the vocabulary of {largest}"]
     assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())

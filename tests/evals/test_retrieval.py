@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny_data
 from meap_jax import sharding
 from meap_jax.config import base
-from meap_jax.data.packing import ANSWER_DTYPE
-from meap_jax.data.prepare import Blocks
+from meap_jax.data.prepared import ROW_ANSWER_DTYPE
 from meap_jax.evals.retrieval import Retrieval, exact_matches
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
@@ -19,7 +19,7 @@ V, T = 32, 24
 
 
 @pytest.fixture(scope="module")
-def setup():
+def setup(tmp_path_factory):
     c = base()
     c.model.update(dict(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, embed_dim=16, mlp_dim=24, vocab_size=V))
     c.objective.mask_id, c.global_batch_size, c.seq_len = 3, 4, T
@@ -28,8 +28,6 @@ def setup():
     params["head"] = params["head"] * 20
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, V, (6, T + 1)).astype(np.uint8)
-    segments = np.ones_like(tokens)
-    segments[3, 20:] = 0
     answers = [(row, start, length, 0.5, 7) for row in range(6) for start, length in ((5, 1), (9, 2), (14, 3))]
     # Some answers are made right: what greedy decoding gives is written into the block.
     decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
@@ -37,7 +35,8 @@ def setup():
         for position in range(start, start + length):
             logits = decode(jnp.asarray(tokens[:, :-1], jnp.int32))
             tokens[row, position] = int(logits[row, position - 1].argmax())
-    return c, definition, params, Blocks(tokens, segments, np.array(answers, ANSWER_DTYPE))
+    rows = [ids[:20] if row == 3 else ids for row, ids in enumerate(tokens)]
+    return c, definition, params, tiny_data.blocks_of(tmp_path_factory.mktemp("blocks"), rows, answers, T + 1)
 
 
 def test_teacher_forced_matches_equal_greedy_exact_match(setup):
@@ -48,7 +47,7 @@ def test_teacher_forced_matches_equal_greedy_exact_match(setup):
     decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
     expected = []
     for a in blocks.answers:
-        row = np.array(blocks.tokens[a["row"]], np.int32)
+        row = blocks[a["row"]]["tokens"]
         truth = row[a["start"] : a["start"] + a["length"]].copy()
         row[a["start"] :] = 0  # Nothing of the answer is given away.
         for position in range(a["start"], a["start"] + a["length"]):
@@ -62,7 +61,7 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
     answers = np.array(
-        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ANSWER_DTYPE
+        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ROW_ANSWER_DTYPE
     )
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
 
@@ -78,7 +77,7 @@ def test_max_rows_limits_questions_and_rows(setup):
 def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(setup):
     c, definition, params, blocks = setup
     values = dict(Validation(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:2])).run(params))
-    tokens, segments = np.asarray(blocks.tokens, np.int32), np.asarray(blocks.segment_ids, np.int32)
+    tokens, segments = blocks.rows(0, len(blocks)).values()
     total, count = 0.0, 0
     logits = definition.apply(
         params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]))
