@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import long_context_64k
 from meap_jax import cli
 from meap_jax.aot import compile_for
 from meap_jax.config import ConfigError, paper
@@ -40,15 +41,11 @@ HEADINGS = (
 
 def config_of(name: str, topology: str) -> ml_collections.ConfigDict:
     """The paper's config of a size, or that of its extension to 64K tokens, with the same million tokens a step."""
-    size, _, extension = name.partition("-")
-    config = paper(size, "meap")
-    if extension:
-        config.seq_len, config.global_batch_size = 65_536, 16
-        config.model.rope_base = 640_000.0
-        config.model.remat = "full"
-        # Four TPUs share a sequence. cuDNN's kernel takes whole ones, two for each of eight GPUs.
-        on_gpus = topology.startswith("h100")
-        config.mesh.context, config.grad_accum_steps = (1, 2) if on_gpus else (4, 1)
+    if name != "1b-64k":
+        return paper(name, "meap")
+    config = long_context_64k.get_config()
+    if topology.startswith("h100"):  # Four TPUs share a sequence. cuDNN's kernel takes whole ones, two for each GPU.
+        config.mesh.context, config.grad_accum_steps = 1, 2
     return config
 
 

@@ -132,7 +132,7 @@ def compare(
         list(collect(jobs)),
         setting={
             "config": config.to_dict(),
-            "data": data.manifest["sources"],
+            "data": {name: data.plan_manifest(name)["splits"] for name in data.sources},
             "fingerprint": data.fingerprint,
             "versions": versions(),
             "cores": os.cpu_count(),

@@ -106,9 +106,9 @@ def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
         epochs = config.num_steps * blocks_a_step / num_blocks
         if limit and epochs > limit:
             raise ConfigError(
-                f"data.sources.{name}.epochs is {limit:g}, but {config.num_steps} steps would take {epochs:.3g} passes over "
-                f"its {num_blocks} blocks: lower num_steps to {int(limit * num_blocks / blocks_a_step)}, or its weight in "
-                "data.mixture."
+                f"data.sources.{name}.epochs is {limit:g}, but {config.num_steps} steps would take {epochs:.3g} passes "
+                f"over its {num_blocks} blocks: lower num_steps to {int(limit * num_blocks / blocks_a_step)}, or its "
+                "weight in data.mixture."
             )
 
 

@@ -9,7 +9,6 @@ from meap_jax.data.documents import AnswerSpan, EncodedDocument
 from meap_jax.data.prepared import Blocks
 from meap_jax.data.store import Store, ids_dtype, merge_indices, write_shard
 
-
 PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
 
 

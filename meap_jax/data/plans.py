@@ -1,8 +1,8 @@
 """Plans: which pieces of which documents make up each block.
 
-A block has seq_len + 1 ids, so that inputs `block[:-1]` and targets `block[1:]` both have seq_len. A plan is computed once
-from the lengths of documents, and then gives any block at once, which is what makes the order of blocks a matter of
-numbers: shuffled, mixed, and shared out over any number of hosts.
+A block has seq_len + 1 ids, so that inputs `block[:-1]` and targets `block[1:]` both have seq_len. A plan is computed
+once from the lengths of documents, and then gives any block at once, which is what makes the order of blocks a matter
+of numbers: shuffled, mixed, and shared out over any number of hosts.
 """
 
 from collections.abc import Iterator

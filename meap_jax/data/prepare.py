@@ -1,6 +1,6 @@
 """Freezes corpora as token ids, once, in a folder that many runs share.
 
-    python -m meap_jax.data.prepare --config=configs/meap_1b.py --config.data.path=/data/c4 --config.data.prepared=/data/frozen
+    python -m meap_jax.data.prepare --config=configs/meap_1b.py --config.data.path=/c4 --config.data.prepared=/frozen
 
 `meap_jax.main` does the same by itself where the folder isn't there yet. A folder holds
 
@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,22 +26,15 @@ from typing import Any
 import numpy as np
 
 from meap_jax.config import ConfigError, data_options
-from meap_jax.data import plans, tokenizers
+from meap_jax.data import tokenizers
 from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document
-from meap_jax.data.prepared import (
-    LAYOUT_VERSION,
-    MANIFEST,
-    Prepared,
-    hash_of,
-    open_store,
-    open_tokenizer,
-    plan_folder,
-    read_manifest,
-)
+from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
+from meap_jax.data.packing import make_plans
+from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
 from meap_jax.data.shards import jobs, run_jobs, told
 from meap_jax.data.sources import TRAIN, Source, TokenIds, open_source
-from meap_jax.data.store import SPLITS, Store, merge_indices, save_array
+from meap_jax.data.store import SPLITS, merge_indices
 
 # Enough for merges that no longer change, whatever the size of the corpus.
 # Generated text repeats itself, so it gets about as much as the standard library has.
@@ -96,9 +88,9 @@ def _prepare(folder: Path, options: Mapping[str, Any], workers: int) -> Prepared
     for name, source_options in options["sources"].items():
         if not (folder / name).exists():
             _make_store(folder, name, source_options, options, tokenizer_hash, workers)
-        _check_options(f"data.sources.{name}", folder / name, source_options)
+        check_options(f"data.sources.{name}", folder / name, source_options)
         if not plan_folder(folder / name, options["plans"][name]).exists():
-            _make_plans(folder / name, name, options["plans"][name], source_options)
+            make_plans(folder / name, name, options["plans"][name], source_options)
     return Prepared(folder, tokenizer, tokenizer_hash, dict(options["plans"]))
 
 
@@ -138,7 +130,7 @@ def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
     if options["tokenizer"] == "bpe":  # It depends on what it is trained on.
         wanted |= {"vocab_size": options["vocab_size"], "sources": options["sources"]}
     if (folder / MANIFEST).exists():
-        _check_options("data", folder, wanted)
+        check_options("data", folder, wanted)
         return
     tokenizer: tokenizers.Tokenizer
     if options["tokenizer"] == "bpe":
@@ -152,7 +144,7 @@ def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
         (folder / f".{name}").write_bytes(content)
         (folder / f".{name}").replace(folder / name)
     ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
-    _write_manifest(
+    write_manifest(
         folder,
         {
             "options": wanted,
@@ -203,8 +195,8 @@ def _make_store(
     source = open_source(name, source_options)
     if isinstance(source, TokenIds) and source.tokenizer_hash != tokenizer_hash:
         raise ConfigError(
-            f"data.sources.{name}.path is {source_options['path']!r}, whose tokenizer ({source.tokenizer_hash[:12]}) is "
-            f"not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
+            f"data.sources.{name}.path is {source_options['path']!r}, whose tokenizer ({source.tokenizer_hash[:12]}) "
+            f"is not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
         )
     planned = jobs(source, partial, folder, options["max_skipped"])
     if not planned:
@@ -212,9 +204,9 @@ def _make_store(
     partial.mkdir(exist_ok=True)
     begun = {"options": dict(source_options), "tokenizer": tokenizer_hash}
     if (partial / MANIFEST).exists():
-        _check_options(f"data.sources.{name}", partial, source_options)
+        check_options(f"data.sources.{name}", partial, source_options)
     else:
-        _write_manifest(partial, begun)
+        write_manifest(partial, begun)
     summaries = run_jobs(planned, workers, name)
     _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
 
@@ -253,128 +245,9 @@ def _finish_store(
     }
     for path in partial.glob("?????.json"):
         path.unlink()
-    _write_manifest(partial, manifest)
+    write_manifest(partial, manifest)
     partial.rename(place)
     _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
-
-
-# --------------------------------------------------------------------------------------------------------------- plans
-
-
-def _make_plans(source: Path, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]) -> None:
-    """Packs every split of a source in one way."""
-    store = open_store(source)
-    place = plan_folder(source, plan)
-    made, split_by = _pack(store, name, plan, source_options)
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    counts: dict[str, Any] = {}
-    for split, (packed, documents) in made.items():
-        save_array(partial / f"{split}.pieces.npy", packed.pieces)
-        save_array(partial / f"{split}.bounds.npy", packed.bounds)
-        lengths = store.index["length"][documents]
-        counts[split] = plans.statistics(packed, documents, lengths, plan["seq_len"] + 1)
-        _log.info("packed %s-%s: %s", name, split, counts[split])
-    _write_manifest(partial, {"options": dict(plan), "split_by": split_by, "splits": counts})
-    partial.rename(place)
-
-
-def _pack(
-    store: Store, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]
-) -> tuple[dict[str, tuple[plans.Plan, np.ndarray]], str]:
-    """Plans and the documents they were made from, by split, and what splits are made of: document or block."""
-    block_len = plan["seq_len"] + 1
-    is_whole = source_options["kind"] == "retrieval"
-    pack = plans.best_fit if plan["packing"] == "best_fit" else plans.concat
-    lengths = np.asarray(store.index["length"], np.int64)
-    if is_whole and lengths.max() > block_len:
-        raise DataError(
-            f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {block_len} of a "
-            "block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
-            "training) or num_eval_facts (held out) of data.retrieval."
-        )
-    documents = {split: store.documents(split) for split in SPLITS}
-    kept = documents["train"]
-    if plan["long_from"]:
-        kept = plans.keep_long(
-            kept, lengths[kept], long_from=plan["long_from"], keep_shorter=plan["keep_shorter"], seed=plan["seed"]
-        )
-    documents["train"] = plans.first_tokens(kept, lengths[kept], plan["max_tokens"])
-    made = {split: (pack(numbers, lengths[numbers], block_len), numbers) for split, numbers in documents.items()}
-    if all(len(packed) for packed, _ in made.values()):
-        return made, "document"
-    if is_whole:
-        empty = next(split for split, (packed, _) in made.items() if not len(packed))
-        raise DataError(
-            f"The source {name} has no document left for {empty}: all of them stand in another split; raise num_keys, "
-            "num_values or num_facts."
-        )
-    # Documents that were to be held out come last: they fill the end that is cut off.
-    everything = np.concatenate(list(documents.values()))
-    packed = pack(everything, lengths[everything], block_len)
-    if len(packed) < len(SPLITS):
-        raise DataError(
-            f"The source {name} has {lengths[everything].sum()} tokens, too few for one block of {block_len} (seq_len + "
-            f"1) in each of {', '.join(SPLITS)}: give more text or lower seq_len."
-        )
-    held = max(1, int(source_options.get("holdout", 0) * len(packed)))
-    cuts = (0, len(packed) - 2 * held, len(packed) - held, len(packed))
-    parts = {split: packed.part(cuts[i], cuts[i + 1]) for i, split in enumerate(SPLITS)}
-    return {split: (part, np.unique(part.pieces["document"])) for split, part in parts.items()}, "block"
-
-
-# ------------------------------------------------------------------------------------------------------------ manifests
-
-
-def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    partial = folder / f".{MANIFEST}"
-    partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
-
-
-def _check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Stops a config that wants something else than what was made.
-
-    Raises:
-      ConfigError: naming the fields that differ, with both values.
-    """
-    frozen = _flatten(read_manifest(folder)["options"])
-    new = _flatten(json.loads(json.dumps(wanted)))
-    for name, value in new.items():  # Without a path the config takes what was prepared, wherever it came from.
-        if value is None and name.rpartition(".")[2] == "path":
-            new[name] = frozen.get(name)
-    changed = [
-        f"{_field(group, name)} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
-        for name in sorted(frozen.keys() | new.keys())
-        if frozen.get(name) != new.get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"The data in {folder} was prepared with {'; '.join(changed)}: set data.prepared to another folder, or "
-            "delete this one if no run needs it."
-        )
-
-
-def _field(group: str, name: str) -> str:
-    """The config's name of an option."""
-    if name == "vocab_size":
-        return "model.vocab_size"
-    field = f"{group}.{name}"
-    for long, short in (
-        ("data.sources.text.path", "data.path"),
-        ("data.sources.retrieval.seed", "data.seed"),
-        ("data.sources.retrieval.", "data.retrieval."),
-    ):
-        field = field.replace(long, short)
-    return "data.holdout" if field.endswith(".holdout") else field
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 # ---------------------------------------------------------------------------------------------------------------- door

@@ -11,12 +11,11 @@ import numpy as np
 
 from meap_jax.data import tokenizers
 from meap_jax.data.documents import DataError
+from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
 from meap_jax.data.plans import Plan
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
 from meap_jax.data.tokenizers import Tokenizer
 
-LAYOUT_VERSION = 2
-MANIFEST = "manifest.json"
 # One record an answer: block[row, start : start + length] are its ids; see `store.ANSWER_DTYPE`.
 ROW_ANSWER_DTYPE = np.dtype([
     ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
@@ -153,27 +152,6 @@ def plan_folder(source: Path, options: Mapping[str, Any]) -> Path:
     return source / "plans" / f"{options['packing']}-{options['seq_len'] + 1}-{digest}"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder, of a source in it or of a plan.
-
-    Raises:
-      DataError: it is missing, damaged, or of another layout.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        layout = manifest["layout_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
-    if layout != LAYOUT_VERSION:
-        raise DataError(
-            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
-        )
-    return manifest
-
-
 def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
     """The tokenizer of a prepared folder, and the SHA-256 of its files.
 
@@ -190,17 +168,10 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
     if found != manifest["tokenizer_hash"]:
         raise DataError(
             f"{folder} holds another tokenizer ({found[:12]}) than its data was made with "
-            f"({manifest['tokenizer_hash'][:12]}): {', '.join(content)} is damaged; delete {folder} to prepare it again."
+            f"({manifest['tokenizer_hash'][:12]}): {', '.join(content)} is damaged; delete {folder} to prepare it "
+            "again."
         )
     return tokenizers.load(folder), found
-
-
-def hash_of(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of files' names and contents."""
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
 
 
 def open_store(source: Path) -> Store:

@@ -168,7 +168,7 @@ def _processes(todo: Sequence[Job], workers: int, num_bytes: int) -> Iterator[It
     # Spawned: a process in which JAX's threads run can't be forked safely.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        # Held back from workers until they know what to do with it: one that is still importing would tell all it was at.
+        # Held back from workers until they know what to do with it: one that still imports would tell what it was at.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = {pool.submit(make_shard, job): job for job in todo}
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

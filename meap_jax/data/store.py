@@ -1,8 +1,9 @@
 """Tokenized documents in ArrayRecord shards, read in any order.
 
-A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos included, as
-little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the store how long it
-is and which split it belongs to; `answers.npy`, where there are any, what held-out documents are asked.
+A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos
+included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the
+store how long it is and which split it belongs to; `answers.npy`, where there are any, what held-out documents are
+asked.
 """
 
 import hashlib
@@ -75,7 +76,7 @@ def write_shard(
         for split, document in documents:
             ids = np.asarray(document.ids, dtype)
             digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
-            digest.update(ids)
+            digest.update(ids.tobytes())
             largest = max(largest, int(ids.max(initial=0)))
             if SPLITS[split] != "train":
                 answers += [

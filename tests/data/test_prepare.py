@@ -19,6 +19,7 @@ RETRIEVAL = {
     "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 300, "num_eval_documents": 20,
 }  # fmt: skip
 
+
 def options_of(path, **changes):
     """What a config with both sources gives; `changes` as "group__name" or "name"."""
     text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
@@ -267,7 +268,10 @@ def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path,
     assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
     assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
     with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
-        options = tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}") | {"tokenizer": "tekken", "vocab_size": 131_136}
+        options = tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}") | {
+            "tokenizer": "tekken",
+            "vocab_size": 131_136,
+        }
         prepare(tmp_path / "third", options)
 
 

@@ -156,7 +156,9 @@ def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(co
     assert sum(made.manifest("text")["skipped"].values()) == 9
     assert len(made.manifest("text")["skipped"]) == 3
     assert "9 bad records passed over: 3 x" in caplog.text and "0.jsonl, line 31" in caplog.text
-    with pytest.raises(DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"):
+    with pytest.raises(
+        DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"
+    ):
         prepare(tmp_path / "other", options | {"max_skipped": 8})
     # With a higher limit it goes on from there.
     assert prepare(tmp_path / "other", options | {"max_skipped": 9}).fingerprint == made.fingerprint

@@ -22,7 +22,10 @@ from meap_jax.data.store import Store, ids_dtype, shard_file, write_shard
 def shards():
     rng = np.random.default_rng(0)
     return [
-        [(int(rng.integers(3)), EncodedDocument(rng.integers(0, 60_000, rng.integers(1, 300)).tolist())) for _ in range(n)]
+        [
+            (int(rng.integers(3)), EncodedDocument(rng.integers(0, 60_000, rng.integers(1, 300)).tolist()))
+            for _ in range(n)
+        ]
         for n in (50, 0, 1, 120)
     ]
 

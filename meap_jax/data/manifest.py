@@ -1,0 +1,93 @@
+"""Manifests: what stands in a folder of prepared data, with the options it was made with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meap_jax.config import ConfigError
+from meap_jax.data.documents import DataError
+
+LAYOUT_VERSION = 2  # Raise when a folder's files change their meaning.
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes a manifest, which marks its folder as complete."""
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Stops a config that wants something else than what was made.
+
+    Raises:
+      ConfigError: naming the fields that differ, with both values.
+    """
+    frozen = _flatten(read_manifest(folder)["options"])
+    new = _flatten(json.loads(json.dumps(wanted)))
+    for name, value in new.items():  # Without a path the config takes what was prepared, wherever it came from.
+        if value is None and name.rpartition(".")[2] == "path":
+            new[name] = frozen.get(name)
+    changed = [
+        f"{_field(group, name)} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
+        for name in sorted(frozen.keys() | new.keys())
+        if frozen.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"The data in {folder} was prepared with {'; '.join(changed)}: set data.prepared to another folder, or "
+            "delete this one if no run needs it."
+        )
+
+
+def _field(group: str, name: str) -> str:
+    """The config's name of an option."""
+    if name == "vocab_size":
+        return "model.vocab_size"
+    field = f"{group}.{name}"
+    for long, short in (
+        ("data.sources.text.path", "data.path"),
+        ("data.sources.retrieval.seed", "data.seed"),
+        ("data.sources.retrieval.", "data.retrieval."),
+    ):
+        field = field.replace(long, short)
+    return "data.holdout" if field.endswith(".holdout") else field
+
+
+def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder, of a source in it or of a plan.
+
+    Raises:
+      DataError: it is missing, damaged, or of another layout.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        layout = manifest["layout_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
+    if layout != LAYOUT_VERSION:
+        raise DataError(
+            f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
+        )
+    return manifest
+
+
+def hash_of(files: Mapping[str, bytes]) -> str:
+    """SHA-256 of files' names and contents."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
