@@ -1,12 +1,17 @@
-"""One run on two hosts: real processes that meet on the loopback interface."""
+"""One run on several hosts: real processes that meet on the loopback interface."""
 
+import json
 import shutil
 import socket
 import subprocess
+import sys
 
+import numpy as np
 import pytest
 
+import tiny_data
 import tiny_runs
+from meap_jax.data.prepare import prepare
 
 
 def free_port():
@@ -16,16 +21,21 @@ def free_port():
 
 
 def run_on_hosts(num_hosts, num_devices, workdir, **overrides):
-    """Starts the same command as often, as on machines with so many devices each; returns what each said."""
-    port = free_port()
+    """Starts training as often, as on machines with so many devices each; returns what each said."""
+    return start_on_hosts([tiny_runs.command(workdir, **overrides)] * num_hosts, num_devices)
+
+
+def start_on_hosts(commands, num_devices):
+    """Runs each command on a host of its own with so many devices; returns what each said."""
+    port, num_hosts = free_port(), len(commands)
     variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(num_hosts)}
     hosts = []
-    for index in range(num_hosts):
+    for index, command in enumerate(commands):
         environment = tiny_runs.environment(JAX_PROCESS_ID=str(index), **variables)
         environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=1", f"device_count={num_devices}")
         hosts.append(
             subprocess.Popen(
-                tiny_runs.command(workdir, **overrides),
+                command,
                 env=environment,
                 cwd=tiny_runs.ROOT,
                 stderr=subprocess.PIPE,
@@ -78,3 +88,65 @@ def test_four_hosts_share_rows_heads_and_sequences_as_one_process_has_them(alone
     setting = dict(mesh__data=1, mesh__tensor=2, mesh__context=2)
     run_on_hosts(4, 1, tmp_path, data__prepared=alone / "data", checkpoint__every=4, **setting)
     assert_same_records(tmp_path, alone)
+
+
+def test_a_run_goes_from_four_hosts_to_two_and_back_as_if_nothing_had_happened(alone, tmp_path):
+    """Two sources, packed by best fit and as one stream; the run on one host reads no other rows."""
+    text = tiny_data.write_jsonl(
+        tmp_path / "text.jsonl", [f"Line {i} is about the number {i * i}. " * 5 for i in range(200)]
+    )
+    setting = dict(
+        data__mixture="retrieval=0.5,text=0.5", data__path=text, seq_len=120, data__packing="best_fit",
+        data__prepared=tmp_path / "data", checkpoint__every=2, eval__every=6, mesh__data=-1,
+    )  # fmt: skip
+    finished = tiny_runs.run(tmp_path / "alone", num_steps=6, **setting)
+    assert finished.returncode == 0, finished.stderr
+    for num_hosts, num_steps in ((4, 2), (2, 4), (4, 6)):
+        said = run_on_hosts(num_hosts, 1, tmp_path / "elastic", num_steps=num_steps, **setting)
+        assert num_steps == 2 or all(f"resuming from step {num_steps - 2}" in host for host in said)
+    expected = tiny_runs.losses(tmp_path / "alone")
+    found = tiny_runs.losses(tmp_path / "elastic")
+    assert found.keys() == expected.keys() == set(range(1, 7))
+    for step, (loss, _) in expected.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-4)
+
+
+def read_on_hosts(num_hosts, folder, **task):
+    """{step: {row: hash}} of all hosts together, and the state at the end, which is the same on all of them."""
+    file = folder / "task.json"
+    file.write_text(json.dumps(task))
+    outs = [folder / f"out{i}.json" for i in range(num_hosts)]
+    program = tiny_runs.ROOT / "tests" / "batch_reader.py"
+    start_on_hosts([[sys.executable, str(program), str(file), str(out)] for out in outs], 1)
+    hosts = [json.loads(out.read_text()) for out in outs]
+    assert all(host["state"] == hosts[0]["state"] for host in hosts)
+    rows = {}
+    for host in hosts:
+        assert all(len(seen) == task["batch_size"] // num_hosts for seen in host["seen"].values())
+        for step, seen in host["seen"].items():
+            rows.setdefault(int(step), {}).update({int(row): sha for row, sha in seen.items()})
+    return rows, hosts[0]["state"]
+
+
+@pytest.mark.parametrize("packing", ["concat", "concat_segments", "best_fit"])
+def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(packing, tmp_path):
+    rng = np.random.default_rng(0)
+    options = tiny_data.text_options(None, plans__packing=packing, plans__seq_len=32)
+    for name in ("text", "more"):
+        texts = [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
+        path = tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        options["sources"][name] = options["sources"]["text"] | {"path": str(path)}
+        options["plans"][name] = options["plans"]["text"]
+    prepare(tmp_path / "data", options)
+    task = dict(
+        folder=str(tmp_path / "data"), options=options, weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
+        mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
+    )  # fmt: skip
+    whole, end = read_on_hosts(1, tmp_path, **task, state=None, start=0, stop=12)
+    rows, state = {}, None
+    for num_hosts, start in ((4, 0), (2, 4), (4, 8)):
+        seen, state = read_on_hosts(num_hosts, tmp_path, **task, state=state, start=start, stop=start + 4)
+        rows |= seen
+    assert rows == whole
+    assert state == end
+    assert len({sha for step in whole.values() for sha in step.values()}) > 60  # Rows differ.

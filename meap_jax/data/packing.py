@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,103 @@ from meap_jax.data import plans
 from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
-from meap_jax.data.store import SPLITS, Store, save_array
+from meap_jax.data.store import SPLITS, Store
+
+_RANGE = 1 << 17  # Documents that are planned at a time.
 
 _log = logging.getLogger(__name__)
 
 
-def make_plans(source: Path, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]) -> None:
-    """Packs every split of a source in one way."""
+def make_plans(source: Path, name: str, options: Mapping[str, Any], source_options: Mapping[str, Any]) -> None:
+    """Packs every split of a source in one way, beside the plans that are there.
+
+    Where that leaves a split of text without one full block, the whole source is packed, and the share `holdout` of its
+    blocks, at least one, is cut off the end for test and again for validation.
+
+    Args:
+      source: the folder of a store that is complete.
+      name: of the source, for messages.
+      options: its entry in `config.data_options(...)["plans"]`.
+      source_options: that in `["sources"]`.
+
+    Raises:
+      DataError: too little for a block in every split, or a document that is too long to be packed whole.
+    """
     store = open_store(source)
-    place = plan_folder(source, plan)
-    made, split_by = _pack(store, name, plan, source_options)
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    counts: dict[str, Any] = {}
-    for split, (packed, documents) in made.items():
-        save_array(partial / f"{split}.pieces.npy", packed.pieces)
-        save_array(partial / f"{split}.bounds.npy", packed.bounds)
-        lengths = store.index["length"][documents]
-        counts[split] = plans.statistics(packed, documents, lengths, plan["seq_len"] + 1)
-        _log.info("packed %s-%s: %s", name, split, counts[split])
-    write_manifest(partial, {"options": dict(plan), "split_by": split_by, "splits": counts})
-    partial.rename(place)
-
-
-def _pack(
-    store: Store, name: str, plan: Mapping[str, Any], source_options: Mapping[str, Any]
-) -> tuple[dict[str, tuple[plans.Plan, np.ndarray]], str]:
-    """Plans and the documents they were made from, by split, and what splits are made of: document or block."""
-    block_len = plan["seq_len"] + 1
+    lengths = store.index["length"]
+    block_len = options["seq_len"] + 1
     is_whole = source_options["kind"] == "retrieval"
-    pack = plans.best_fit if plan["packing"] == "best_fit" else plans.concat
-    lengths = np.asarray(store.index["length"], np.int64)
     if is_whole and lengths.max() > block_len:
         raise DataError(
             f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {block_len} of a "
             "block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
             "training) or num_eval_facts (held out) of data.retrieval."
         )
-    documents = {split: store.documents(split) for split in SPLITS}
-    kept = documents["train"]
-    if plan["long_from"]:
-        kept = plans.keep_long(
-            kept, lengths[kept], long_from=plan["long_from"], keep_shorter=plan["keep_shorter"], seed=plan["seed"]
-        )
-    documents["train"] = plans.first_tokens(kept, lengths[kept], plan["max_tokens"])
-    made = {split: (pack(numbers, lengths[numbers], block_len), numbers) for split, numbers in documents.items()}
-    if all(len(packed) for packed, _ in made.values()):
-        return made, "document"
-    if is_whole:
-        empty = next(split for split, (packed, _) in made.items() if not len(packed))
+    pack = plans.best_fit if options["packing"] == "best_fit" else plans.concat
+    place = plan_folder(source, options)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    counts = {}
+    for split in SPLITS:
+        counts[split] = plans.save(partial, split, pack(_ranges(store, split, options), block_len), lengths, block_len)
+    split_by = "document"
+    empty = [split for split in SPLITS if not counts[split]["blocks"]]
+    if empty and is_whole:
         raise DataError(
-            f"The source {name} has no document left for {empty}: all of them stand in another split; raise num_keys, "
-            "num_values or num_facts."
+            f"The source {name} has no document left for {empty[0]}: all of them stand in another split; raise "
+            "num_keys, num_values or num_facts."
         )
-    # Documents that were to be held out come last: they fill the end that is cut off.
-    everything = np.concatenate(list(documents.values()))
-    packed = pack(everything, lengths[everything], block_len)
-    if len(packed) < len(SPLITS):
+    if empty:
+        split_by = "block"
+        # Documents that were to be held out come last: they fill the end that is cut off.
+        ranges = chain.from_iterable(_ranges(store, split, options) for split in SPLITS)
+        plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
+        for split, part in _cut_by_blocks(plans.load(partial, "all"), name, block_len, source_options):
+            counts[split] = plans.save(partial, split, [part], lengths, block_len)
+        for kind in ("pieces", "bounds"):
+            (partial / f"all.{kind}").unlink()
+    for split in SPLITS:
+        counts[split]["mean_document_tokens"] = _mean_length(store, split)
+        _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
+    write_manifest(partial, {"options": dict(options), "split_by": split_by, "splits": counts})
+    partial.rename(place)
+
+
+def _ranges(store: Store, split: str, options: Mapping[str, Any]) -> Iterable[np.ndarray]:
+    """The documents of a split that are to be packed, a range at a time."""
+    ranges: Iterable[np.ndarray] = _split_ranges(store, split)
+    if split != "train":
+        return ranges
+    if options["long_from"]:
+        drawn = {name: options[name] for name in ("long_from", "keep_shorter", "seed")}
+        ranges = plans.keep_long(ranges, **drawn)
+    return plans.first_tokens(ranges, options["max_tokens"])
+
+
+def _split_ranges(store: Store, split: str) -> Iterator[np.ndarray]:
+    for first in range(0, len(store), _RANGE):
+        index = store.index[first : first + _RANGE]
+        numbers = np.flatnonzero(index["split"] == SPLITS.index(split))
+        yield plans.whole(first + numbers, index["length"][numbers])
+
+
+def _mean_length(store: Store, split: str) -> float:
+    totals = [(len(pieces), int(pieces["length"].sum(dtype=np.int64))) for pieces in _split_ranges(store, split)]
+    documents, tokens = np.sum(totals, axis=0)
+    return round(float(tokens / max(documents, 1)), 1)
+
+
+def _cut_by_blocks(
+    plan: plans.Plan, name: str, block_len: int, source_options: Mapping[str, Any]
+) -> Iterator[tuple[str, plans.Plan]]:
+    if len(plan) < len(SPLITS):
         raise DataError(
-            f"The source {name} has {lengths[everything].sum()} tokens, too few for one block of {block_len} "
-            f"(seq_len + 1) in each of {', '.join(SPLITS)}: give more text or lower seq_len."
+            f"The source {name} is too small: its text makes {len(plan)} full blocks of {block_len} ids (seq_len + 1), "
+            f"and each of {', '.join(SPLITS)} needs one. Give more text or lower seq_len."
         )
-    held = max(1, int(source_options.get("holdout", 0) * len(packed)))
-    cuts = (0, len(packed) - 2 * held, len(packed) - held, len(packed))
-    parts = {split: packed.part(cuts[i], cuts[i + 1]) for i, split in enumerate(SPLITS)}
-    return {split: (part, np.unique(part.pieces["document"])) for split, part in parts.items()}, "block"
+    held = max(1, int(source_options.get("holdout", 0) * len(plan)))
+    cuts = (0, len(plan) - 2 * held, len(plan) - held, len(plan))
+    for i, split in enumerate(SPLITS):
+        yield split, plan.part(cuts[i], cuts[i + 1])

@@ -3,9 +3,12 @@
 A block has seq_len + 1 ids, so that inputs `block[:-1]` and targets `block[1:]` both have seq_len. A plan is computed
 once from the lengths of documents, and then gives any block at once, which is what makes the order of blocks a matter
 of numbers: shuffled, mixed, and shared out over any number of hosts.
+
+Documents come in ranges, and a plan leaves in as many parts, so that memory doesn't grow with the corpus.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +16,8 @@ import numpy as np
 PIECE_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
 # Best fit searches among this many open blocks: with documents of web length 0.6 % of all ids are padding, with 8 bins
-# 3 %, with 1,024 0.4 %. Ranges of documents are packed by themselves, which bounds what is held.
+# 3 %, with 1,024 0.4 %.
 _BINS = 256
-_RANGE = 1 << 17
 
 
 class Plan(NamedTuple):
@@ -33,27 +35,45 @@ class Plan(NamedTuple):
         return Plan(self.pieces[first:last], self.bounds[start : stop + 1] - first)
 
 
-def concat(documents: np.ndarray, lengths: np.ndarray, block_len: int) -> Plan:
+def whole(documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Documents as pieces of PIECE_DTYPE.
+
+    Args:
+      documents: [D] their numbers.
+      lengths: [D] their ids.
+    """
+    pieces = np.zeros(len(documents), PIECE_DTYPE)
+    pieces["document"], pieces["length"] = documents, lengths
+    return pieces
+
+
+def concat(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
     """Lets documents run on across blocks: one stream, cut into blocks, without padding.
 
     This is how the official pre-training code packs (bos + text + eos, cut into 4,097 ids). The ids that don't fill a
     last block are left out.
 
     Args:
-      documents: [D] their numbers, in order.
-      lengths: [D] their ids.
+      ranges: pieces of documents, in order.
       block_len: ids in a block, seq_len + 1.
+
+    Yields:
+      A plan a range; its blocks follow those of the plans before.
     """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    num_blocks = int(ends[-1]) // block_len if len(ends) else 0
-    cuts = np.arange(num_blocks + 1, dtype=np.int64) * block_len
-    starts = _merged(cuts[:-1], ends[ends < cuts[-1]])
-    which = np.searchsorted(ends, starts, side="right")
-    pieces = np.empty(len(starts), PIECE_DTYPE)
-    pieces["document"] = np.asarray(documents)[which]
-    pieces["start"] = starts - (ends - lengths)[which]
-    pieces["length"] = np.diff(starts, append=cuts[-1])
-    return Plan(pieces, np.searchsorted(starts, cuts))
+    rest = np.zeros(0, PIECE_DTYPE)
+    for pieces in ranges:
+        stream = np.concatenate([rest, pieces])
+        ends = np.cumsum(stream["length"], dtype=np.int64)
+        cuts = np.arange(0, (ends[-1] if len(ends) else 0) + 1, block_len, dtype=np.int64)
+        starts = _merged(cuts, ends[:-1])
+        starts = starts[: np.searchsorted(starts, ends[-1])] if len(ends) else starts[:0]
+        which = np.searchsorted(ends, starts, side="right")
+        cut = stream[which]
+        cut["start"] += (starts - (ends - stream["length"])[which]).astype(np.uint32)
+        cut["length"] = np.diff(starts, append=ends[-1:])
+        bounds = np.searchsorted(starts, cuts)
+        yield Plan(cut[: bounds[-1]], bounds)
+        rest = cut[bounds[-1] :]
 
 
 def _merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -62,33 +82,34 @@ def _merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return both[np.diff(both, prepend=-1) != 0]
 
 
-def best_fit(documents: np.ndarray, lengths: np.ndarray, block_len: int) -> Plan:
+def best_fit(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
     """Puts each document whole into the fullest block that has room for it, by grain's best-fit packing.
 
-    A document longer than a block is cut into blocks and a rest. What stays empty is padding.
+    A document longer than a block is cut into blocks and a rest. What stays empty is padding. Ranges are packed by
+    themselves.
 
     Args:
-      documents: [D] their numbers, in order.
-      lengths: [D] their ids.
+      ranges: pieces of documents, in order.
       block_len: ids in a block, seq_len + 1.
+
+    Yields:
+      A plan a range.
     """
-    pieces = _cut(np.asarray(documents), np.asarray(lengths, np.int64), block_len)
-    packed, counts = [np.zeros(0, np.int64)], []
-    for first in range(0, len(pieces), _RANGE):
-        for block in _packed(pieces["length"][first : first + _RANGE], block_len):
-            packed.append(first + block)
-            counts.append(len(block))
-    return Plan(pieces[np.concatenate(packed)], np.cumsum([0, *counts], dtype=np.int64))
+    for documents in ranges:
+        pieces = _cut(documents, block_len)
+        blocks = list(_packed(pieces["length"], block_len))
+        order = np.concatenate([np.zeros(0, np.int64), *blocks])
+        yield Plan(pieces[order], np.cumsum([0, *map(len, blocks)], dtype=np.int64))
 
 
-def _cut(documents: np.ndarray, lengths: np.ndarray, block_len: int) -> np.ndarray:
-    """Documents as pieces of `block_len` at most."""
+def _cut(documents: np.ndarray, block_len: int) -> np.ndarray:
+    """Pieces of `block_len` at most."""
+    lengths = documents["length"].astype(np.int64)
     counts = -(-lengths // block_len)
     which = np.repeat(np.arange(len(documents)), counts)
     nth = np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
-    pieces = np.empty(len(which), PIECE_DTYPE)
-    pieces["document"] = documents[which]
-    pieces["start"] = nth * block_len
+    pieces = documents[which]
+    pieces["start"] += (nth * block_len).astype(np.uint32)
     pieces["length"] = np.minimum(lengths[which] - nth * block_len, block_len)
     return pieces
 
@@ -117,50 +138,72 @@ class _Numbers:
         return {"piece": np.full(int(self._lengths[index]), index, np.int32)}
 
 
-def first_tokens(documents: np.ndarray, lengths: np.ndarray, max_tokens: int) -> np.ndarray:
-    """The first of the documents that hold `max_tokens` together, the one that reaches it included; 0: all."""
-    if not max_tokens:
-        return documents
-    before = np.cumsum(lengths, dtype=np.int64) - lengths
-    return documents[before < max_tokens]
+def first_tokens(ranges: Iterable[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
+    """The first documents that hold `max_tokens` together, the one that reaches it included; 0: all."""
+    room = max_tokens
+    for pieces in ranges:
+        before = np.cumsum(pieces["length"], dtype=np.int64) - pieces["length"]
+        yield pieces[before < room] if max_tokens else pieces
+        room -= int(pieces["length"].sum(dtype=np.int64))
+        if max_tokens and room <= 0:
+            return
 
 
-def keep_long(
-    documents: np.ndarray, lengths: np.ndarray, *, long_from: int, keep_shorter: float, seed: int
-) -> np.ndarray:
+def keep_long(ranges: Iterable[np.ndarray], *, long_from: int, keep_shorter: float, seed: int) -> Iterator[np.ndarray]:
     """Drops short documents at random, so that long ones have a larger share of the source.
 
     Fu et al. (https://arxiv.org/abs/2402.10171) keep a tenth of what is shorter than 4,096 tokens, in each source by
     itself, so that the shares of sources in the mixture stay what they were.
 
     Args:
-      documents: [D] their numbers, in order.
-      lengths: [D] their ids.
+      ranges: documents, in order.
       long_from: documents of this many ids or more all stay.
       keep_shorter: the probability that another one does.
-      seed: of the draw; a document's own depends on its number alone.
+      seed: of the draw.
     """
-    draws = np.random.default_rng(seed).random(int(documents.max(initial=-1)) + 1)[documents]
-    return documents[(lengths >= long_from) | (draws < keep_shorter)]
+    for i, pieces in enumerate(ranges):
+        draws = np.random.default_rng((seed, i)).random(len(pieces))
+        yield pieces[(pieces["length"] >= long_from) | (draws < keep_shorter)]
 
 
-def statistics(plan: Plan, documents: np.ndarray, lengths: np.ndarray, block_len: int) -> dict[str, float]:
-    """What is logged of a plan over these documents."""
-    pieces = plan.pieces
-    tokens = int(pieces["length"].sum(dtype=np.int64))
-    available = int(lengths.sum(dtype=np.int64))
-    uncut = np.count_nonzero(pieces["length"] == _lengths_of(pieces["document"], documents, lengths))
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def save(folder: Path, name: str, parts: Iterable[Plan], lengths: np.ndarray, block_len: int) -> dict[str, float]:
+    """Writes a plan, part by part, and returns what is told of it.
+
+    Args:
+      folder: that is there.
+      name: of the plan.
+      parts: as `concat` and `best_fit` yield them.
+      lengths: of every document of the store, by number.
+      block_len: ids in a block.
+    """
+    num_blocks = num_pieces = num_tokens = num_whole = num_documents = 0
+    with (folder / f"{name}.pieces").open("wb") as pieces_file, (folder / f"{name}.bounds").open("wb") as bounds_file:
+        bounds_file.write(np.zeros(1, "<i8").tobytes())
+        for pieces, bounds in parts:
+            pieces_file.write(pieces.tobytes())
+            bounds_file.write((num_pieces + bounds[1:]).astype("<i8").tobytes())
+            num_blocks += len(bounds) - 1
+            num_pieces += len(pieces)
+            num_tokens += int(pieces["length"].sum(dtype=np.int64))
+            num_documents += int(np.count_nonzero(pieces["start"] == 0))
+            num_whole += int(np.count_nonzero(pieces["length"] == lengths[pieces["document"]]))
     return {
-        "documents": len(documents),
-        "blocks": len(plan),
-        "tokens": tokens,
-        "mean_document_tokens": round(available / max(len(documents), 1), 1),
-        "padding_share": round(1 - tokens / max(len(plan) * block_len, 1), 4) if len(plan) else 0.0,
-        "cut_documents": len(documents) - int(uncut),
-        "dropped_tokens": available - tokens,
+        "blocks": num_blocks,
+        "tokens": num_tokens,
+        "documents": num_documents,
+        "cut_documents": num_documents - num_whole,
+        "padding_share": round(1 - num_tokens / (num_blocks * block_len), 4) if num_blocks else 0.0,
     }
 
 
-def _lengths_of(wanted: np.ndarray, documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    order = np.argsort(documents)
-    return lengths[order[np.searchsorted(documents, wanted, sorter=order)]]
+def load(folder: Path, name: str) -> Plan:
+    """Maps a plan that was saved into memory."""
+
+    def mapped(kind: str, dtype: np.dtype) -> np.ndarray:
+        path = folder / f"{name}.{kind}"
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+    return Plan(mapped("pieces", PIECE_DTYPE), mapped("bounds", np.dtype("<i8")))

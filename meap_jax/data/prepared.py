@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from meap_jax.data import tokenizers
+from meap_jax.data import plans, tokenizers
 from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
-from meap_jax.data.plans import Plan
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
 from meap_jax.data.tokenizers import Tokenizer
 
@@ -25,7 +24,7 @@ ROW_ANSWER_DTYPE = np.dtype([
 class Blocks:
     """The blocks of a source and split, in the order of its plan; any of them at once."""
 
-    def __init__(self, store: Store, plan: Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
+    def __init__(self, store: Store, plan: plans.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
         """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
         self._store, self._plan, self._pad_id = store, plan, pad_id
         self.block_len, self.is_one_segment = block_len, is_one_segment
@@ -136,10 +135,9 @@ class Prepared:
                 f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
             )
         folder = plan_folder(self.folder / source, self.plans[source])
-        pieces, bounds = (np.load(folder / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("pieces", "bounds"))
         return Blocks(
             open_store(self.folder / source),
-            Plan(pieces, bounds),
+            plans.load(folder, split),
             self.block_len,
             self.tokenizer.pad_id,
             is_one_segment=self.plans[source]["packing"] == "concat",

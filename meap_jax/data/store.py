@@ -9,6 +9,7 @@ asked.
 import hashlib
 import os
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def write_shard(
     Raises:
       OSError: the disk is full or can't be written.
     """
-    index: list[tuple[int, int]] = []
+    lengths, splits = array("I"), array("B")  # Not lists: a shard may hold millions of documents.
     answers: list[tuple[int, int, int, float, int]] = []
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
@@ -80,21 +81,23 @@ def write_shard(
             largest = max(largest, int(ids.max(initial=0)))
             if SPLITS[split] != "train":
                 answers += [
-                    (len(index), span.start, span.length, span.depth, span.start - span.fact_start)
+                    (len(lengths), span.start, span.length, span.depth, span.start - span.fact_start)
                     for span in document.answers
                 ]
-            index.append((len(ids), split))
+            lengths.append(len(ids))
+            splits.append(split)
             writer.write(ids.tobytes())
         writer.close()
     except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
     partial.replace(path)
-    documents_index = np.array(index, INDEX_DTYPE)
-    save_array(path.with_suffix(".index.npy"), documents_index)
+    index = np.empty(len(lengths), INDEX_DTYPE)
+    index["length"], index["split"] = lengths, splits
+    save_array(path.with_suffix(".index.npy"), index)
     if answers:
         save_array(path.with_suffix(".answers.npy"), np.array(answers, ANSWER_DTYPE))
-    return ShardSummary(len(index), int(documents_index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
+    return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -1,5 +1,7 @@
 """The order of blocks: one global sequence, whatever the mesh and the number of processes."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -109,3 +111,34 @@ def test_a_restored_iterator_gives_the_next_batch_bit_for_bit(prepared):
     again = batches(prepared, num_devices=2)  # The state is the step: it holds on any mesh.
     again.set_state(state)
     assert same(take(again, 4), expected)
+
+
+@pytest.mark.parametrize("packing", ["concat", "concat_segments", "best_fit"])
+def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tmp_path):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(120)])
+    prepared = prepare(tmp_path / "data", tiny_data.text_options(path, plans__packing=packing, plans__seq_len=40))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+    lies = sharding.batch_sharding(mesh)
+
+    def batches():
+        return TrainBatches(prepared, {"text": 1.0}, seed=5, batch_size=4, sharding=lies)
+
+    going = batches()
+    seen = take(going, 3)
+    state = json.loads(json.dumps(going.get_state()))  # As a checkpoint keeps it.
+    expected = take(going, 3)
+    again = batches()
+    again.set_state(state)
+    assert same(take(again, 3), expected)
+
+    rows = np.concatenate([batch["tokens"] for batch in seen + expected])
+    if packing == "concat":
+        assert "segment_ids" not in seen[0]
+        return
+    segments = np.concatenate([batch["segment_ids"] for batch in seen + expected])
+    bos, pad = prepared.tokenizer.bos_id, prepared.tokenizer.pad_id
+    starts = np.diff(segments, axis=1, prepend=0) > 0
+    assert ((rows == bos) <= starts).all()  # Where a document begins, a segment does.
+    assert (rows[segments == 0] == pad).all()
+    assert (segments == 0).any() == (packing == "best_fit")
+    assert segments.max() > 2

@@ -4,103 +4,113 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meap_jax.data import plans
 
 lengths_of_documents = st.lists(st.integers(1, 40), max_size=30)
+sizes_of_ranges = st.integers(1, 12)
 
 
-def numbered(lengths):
-    """Documents with numbers that are not their places, and their lengths."""
-    return np.arange(len(lengths)) * 3 + 1, np.array(lengths, np.int64)
+def ranges_of(lengths, size=10):
+    """Documents with numbers that are not their places, in ranges of a size, an empty one among them."""
+    numbers = np.arange(len(lengths)) * 3 + 1
+    pieces = plans.whole(numbers, np.array(lengths, np.int64))
+    return [pieces[:0], *(pieces[i : i + size] for i in range(0, len(pieces), size))]
 
 
-def ids_of(plan, block):
-    """The (document, place in it) of each id of a block."""
-    pieces = plan.pieces[plan.bounds[block] : plan.bounds[block + 1]]
-    return [(int(d), int(s) + i) for d, s, n in pieces.tolist() for i in range(n)]
+def blocks_of(parts):
+    """The (document, place in it) of each id of each block, all parts together."""
+    blocks = []
+    for plan in parts:
+        for i in range(len(plan)):
+            pieces = plan.pieces[plan.bounds[i] : plan.bounds[i + 1]].tolist()
+            blocks.append([(d, s + j) for d, s, n in pieces for j in range(n)])
+    return blocks
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths_of_documents, st.integers(1, 20))
-def test_concat_is_one_stream_in_order_cut_into_blocks_without_its_tail(lengths, block_len):
-    documents, lengths = numbered(lengths)
-    plan = plans.concat(documents, lengths, block_len)
-    stream = [(int(d), i) for d, n in zip(documents, lengths, strict=True) for i in range(n)]
-    assert len(plan) == len(stream) // block_len
-    cut = [stream[i * block_len : (i + 1) * block_len] for i in range(len(plan))]
-    assert [ids_of(plan, i) for i in range(len(plan))] == cut
+def stream_of(lengths):
+    return [(i * 3 + 1, j) for i, n in enumerate(lengths) for j in range(n)]
 
 
-@settings(max_examples=50, deadline=None)
-@given(lengths_of_documents, st.integers(2, 20))
-def test_best_fit_loses_no_id_and_cuts_only_documents_that_are_longer_than_a_block(lengths, block_len):
-    documents, lengths = numbered(lengths)
-    plan = plans.best_fit(documents, lengths, block_len)
-    assert all(len(ids_of(plan, i)) <= block_len for i in range(len(plan)))
-    found = Counter(plan.pieces["document"].tolist())
-    expected = {int(d): -(-int(n) // block_len) for d, n in zip(documents, lengths, strict=True)}
-    assert found == Counter(expected)
-    ids = sorted(i for block in range(len(plan)) for i in ids_of(plan, block))
-    assert ids == [(int(d), i) for d, n in zip(documents, lengths, strict=True) for i in range(n)]
+@given(lengths_of_documents, st.integers(1, 20), sizes_of_ranges)
+def test_concat_is_one_stream_in_order_cut_into_blocks_without_its_tail(lengths, block_len, size):
+    stream = stream_of(lengths)
+    cut = [stream[i : i + block_len] for i in range(0, len(stream) - block_len + 1, block_len)]
+    assert blocks_of(plans.concat(ranges_of(lengths, size), block_len)) == cut
+
+
+@given(lengths_of_documents, st.integers(2, 20), sizes_of_ranges)
+def test_best_fit_loses_no_id_and_cuts_only_documents_that_are_longer_than_a_block(lengths, block_len, size):
+    parts = list(plans.best_fit(ranges_of(lengths, size), block_len))
+    blocks = blocks_of(parts)
+    assert all(0 < len(block) <= block_len for block in blocks)
+    assert sorted(sum(blocks, [])) == stream_of(lengths)
+    found = Counter(document for plan in parts for document in plan.pieces["document"].tolist())
+    assert found == {i * 3 + 1: -(-n // block_len) for i, n in enumerate(lengths)}
 
 
 def test_best_fit_fills_the_fullest_block_that_has_room():
-    plan = plans.best_fit(np.arange(4), np.array([6, 8, 2, 4]), 10)
+    [plan] = plans.best_fit([plans.whole(np.arange(4), np.array([6, 8, 2, 4]))], 10)
     blocks = [plan.pieces["document"][plan.bounds[i] : plan.bounds[i + 1]].tolist() for i in range(len(plan))]
     assert blocks == [[0, 3], [1, 2]]
 
 
-def test_best_fit_pads_little_where_documents_are_short(monkeypatch):
+def test_best_fit_pads_little_where_documents_are_short(tmp_path):
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 1, 3000).astype(np.int64) + 2, 2000)
-    packed = plans.best_fit(np.arange(3000), lengths, 2048)
-    assert plans.statistics(packed, np.arange(3000), lengths, 2048)["padding_share"] < 0.02
-    # Ranges of documents are packed by themselves: where the next one begins depends on no document of this one.
-    monkeypatch.setattr(plans, "_RANGE", 1000)
-    ranges = plans.best_fit(np.arange(3000), lengths, 2048)
-    first = plans.best_fit(np.arange(1000), lengths[:1000], 2048)
-    np.testing.assert_array_equal(ranges.pieces[: len(first.pieces)], first.pieces)
+    parts = plans.best_fit([plans.whole(np.arange(3000), lengths)], 2048)
+    assert plans.save(tmp_path, "train", parts, lengths, 2048)["padding_share"] < 0.02
 
 
 def test_a_part_of_a_plan_has_its_blocks():
-    documents, lengths = numbered([7, 5, 9, 4, 8])
-    plan = plans.concat(documents, lengths, 4)
-    part = plan.part(2, 5)
-    assert [ids_of(part, i) for i in range(len(part))] == [ids_of(plan, i) for i in range(2, 5)]
+    plan = next(plans.concat([plans.whole(np.arange(5), np.array([7, 5, 9, 4, 8]))], 4))
+    assert blocks_of([plan.part(2, 5)]) == blocks_of([plan])[2:5]
 
 
-def test_statistics_are_what_a_count_gives():
-    documents, lengths = numbered([7, 5, 9, 3])
-    concat = plans.statistics(plans.concat(documents, lengths, 10), documents, lengths, 10)
-    assert concat == {
-        "documents": 4, "blocks": 2, "tokens": 20, "mean_document_tokens": 6.0, "padding_share": 0.0,
-        "cut_documents": 3, "dropped_tokens": 4,
+@given(lengths_of_documents, st.integers(1, 20), sizes_of_ranges)
+def test_a_saved_plan_is_the_parts_in_order(tmp_path_factory, lengths, block_len, size):
+    folder = tmp_path_factory.mktemp("plan")
+    by_number = np.zeros(3 * len(lengths) + 2, np.int64)
+    by_number[1 : 3 * len(lengths) + 1 : 3] = lengths
+    parts = list(plans.concat(ranges_of(lengths, size), block_len))
+    counts = plans.save(folder, "train", parts, by_number, block_len)
+    assert blocks_of([plans.load(folder, "train")]) == blocks_of(parts)
+    assert counts["blocks"] == len(blocks_of(parts))
+
+
+def test_what_is_told_of_a_plan_is_what_a_count_gives(tmp_path):
+    lengths = np.array([7, 5, 9, 3])
+    documents = [plans.whole(np.arange(4), lengths)]
+    assert plans.save(tmp_path, "a", plans.concat(documents, 10), lengths, 10) == {
+        "blocks": 2, "tokens": 20, "documents": 3, "cut_documents": 2, "padding_share": 0.0,
     }  # fmt: skip
-    fit = plans.statistics(plans.best_fit(documents, lengths, 10), documents, lengths, 10)
-    assert (fit["cut_documents"], fit["dropped_tokens"], fit["blocks"]) == (0, 0, 3)
+    fit = plans.save(tmp_path, "b", plans.best_fit(documents, 10), lengths, 10)
+    assert (fit["blocks"], fit["documents"], fit["cut_documents"]) == (3, 4, 0)
     assert fit["padding_share"] == pytest.approx(1 - 24 / 30)
 
 
-@settings(max_examples=50, deadline=None)
-@given(lengths_of_documents, st.integers(0, 200))
-def test_the_first_tokens_end_with_the_document_that_reaches_them(lengths, most):
-    documents, lengths = numbered(lengths)
-    kept = plans.first_tokens(documents, lengths, most)
-    np.testing.assert_array_equal(kept, documents[: len(kept)])
-    if most and len(kept) < len(documents):
-        assert lengths[: len(kept)].sum() >= most
-    if most and len(kept):
-        assert lengths[: len(kept) - 1].sum() < most
+@given(lengths_of_documents, st.integers(0, 200), sizes_of_ranges)
+def test_the_first_tokens_end_with_the_document_that_reaches_them(lengths, most, size):
+    kept = [d for pieces in plans.first_tokens(ranges_of(lengths, size), most) for d in pieces["document"].tolist()]
+    assert kept == [i * 3 + 1 for i in range(len(kept))]
+    if not most:
+        assert len(kept) == len(lengths)
+    elif len(kept) < len(lengths):
+        assert sum(lengths[: len(kept)]) >= most
+    if most and kept:
+        assert sum(lengths[: len(kept) - 1]) < most
 
 
 def test_short_documents_are_dropped_at_random_and_long_ones_never():
-    documents, lengths = np.arange(20_000) * 2, np.tile([100, 5000], 10_000)
-    kept = plans.keep_long(documents, lengths, long_from=4096, keep_shorter=0.1, seed=0)
-    is_long = lengths[kept // 2] >= 4096
+    pieces = plans.whole(np.arange(20_000), np.tile([100, 5000], 10_000))
+    ranges = [pieces[:7000], pieces[7000:]]
+
+    def kept(seed):
+        return np.concatenate(list(plans.keep_long(ranges, long_from=4096, keep_shorter=0.1, seed=seed)))
+
+    is_long = kept(0)["length"] >= 4096
     assert is_long.sum() == 10_000
     assert (~is_long).sum() == pytest.approx(1000, abs=120)
-    np.testing.assert_array_equal(kept, plans.keep_long(documents, lengths, long_from=4096, keep_shorter=0.1, seed=0))
-    other = plans.keep_long(documents, lengths, long_from=4096, keep_shorter=0.1, seed=1)
-    assert not np.array_equal(kept, other)
+    np.testing.assert_array_equal(kept(0), kept(0))
+    assert not np.array_equal(kept(0), kept(1))

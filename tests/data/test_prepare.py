@@ -109,7 +109,7 @@ def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, mon
 
 
 def test_what_is_there_is_opened_and_not_made_again(copy, books, monkeypatch):
-    for name in ("_make_store", "_make_plans", "_training_texts"):
+    for name in ("_make_store", "make_plans", "_training_texts"):
         monkeypatch.setattr(prepare_module, name, None)
     prepare(copy, options_of(books))
 
@@ -258,7 +258,7 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
 
 def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
     (tmp_path / "it.txt").write_text("it")
-    with pytest.raises(DataError, match=r"has 3 tokens, .* one block of 97 \(seq_len \+ 1\)"):
+    with pytest.raises(DataError, match=r"too small: its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"):
         prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "it.txt"))
 
 

@@ -51,7 +51,7 @@ def test_a_folder_of_all_kinds(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.txt").write_bytes(b"\xef\xbb\xbfdeep \xc3\xa9\nand long\n")
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "one\\ntwo"}\n\n \t\r\n{"text":"é"}\r\n{"text": "3"}'.encode())
-    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(b'\n{"text": "4"}'))
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(b'\n{"text": "4"}', mtime=0))
     (tmp_path / "notes.md").write_text("not read")
     assert read(open_corpus(str(tmp_path))) == ["one\ntwo", "é", "3", "deep é\nand long\n", "4"]
 
@@ -98,7 +98,7 @@ BAD = [
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "is not UTF-8", "a.jsonl, line 2, byte 10"),
     ("a.jsonl", b'{"text": "a"}\n{"text": " \\n"}', "is blank", "a.jsonl, line 2"),
     ("a.json", b'{"text":\n "pretty"}', "is not JSON", "a.json, line 1, column 9"),
-    ("a.jsonl.gz", gzip.compress(b'\n\n{"text"'), "is not JSON", "a.jsonl.gz, line 3, column 8"),
+    ("a.jsonl.gz", gzip.compress(b'\n\n{"text"', mtime=0), "is not JSON", "a.jsonl.gz, line 3, column 8"),
     ("a.txt", b"caf\xe9", "is not UTF-8", "a.txt, byte 3"),
     ("a.txt", b" \n\t", "is blank", "a.txt"),
 ]
