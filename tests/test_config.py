@@ -128,7 +128,11 @@ AT_LEAST_1 = """
         ("optimizer.b2", -0.5, "in [0, 1)"),
         ("data.holdout", 0.0, "in (0, 0.5)"),
         ("data.holdout", 0.5, "in (0, 0.5)"),
-        ("data.tokenizer", "llama", "one of bpe, mistral"),
+        (
+            "data.tokenizer",
+            "llama",
+            "one of bpe, mistral, tekken, or a path with a / or the ending .model or .json",
+        ),
         ("data.retrieval.max_fillers", -1, "0 or more"),
         ("data.retrieval.questions_per_fact", 0.0, "positive"),
         ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),

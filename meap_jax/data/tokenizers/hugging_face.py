@@ -28,7 +28,8 @@ class HuggingFaceTokenizer:
     unknown token, else one more free id; never bos or eos, though many a tokenizer_config.json says so.
 
     `decode(encode(text)) == text` for byte-level BPE without a normalizer, and, but for texts with U+2581, for BPE
-    with byte fallback as Llama's. Truncation and padding that the file asks for are turned off.
+    with byte fallback as Llama's; of newer files of that kind (Metaspace) a text loses one space at its very beginning.
+    Truncation and padding that the file asks for are turned off.
     """
 
     name = "huggingface"
@@ -133,7 +134,7 @@ def _unknown(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
     """The id of the unknown token, -1 if there is none."""
     if model.get("unk_id") is not None:  # Unigram's
         return model["unk_id"]
-    known = _vocab(model) | added
+    known = _vocab(model) | dict(added)
     return next((known[name] for name in (model.get("unk_token"), *_UNKNOWN_NAMES) if name in known), -1)
 
 
