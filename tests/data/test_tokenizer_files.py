@@ -144,6 +144,13 @@ def test_the_truncation_and_padding_of_a_file_are_ignored():
     assert lengths[0] == 1 and lengths[1] > 20
 
 
+def test_the_dropout_of_merges_is_turned_off():
+    content = json.loads(byte_level())
+    content["model"]["dropout"] = 0.9
+    text = "The sky is grey."
+    assert hugging_face(json.dumps(content)).encode(text) == kind("byte_level").encode(text)
+
+
 def test_tokenizer_config_beside_it_names_the_special_tokens(tmp_path):
     serialized = with_added(llama(True), "<|im_start|>", "<|im_end|>", "<fill>", "<hidden>")
     config = {
@@ -178,6 +185,7 @@ def test_padding_is_never_the_begin_or_end_of_a_document(pad):
     ("config", "message"),
     [
         ({"eos_token": "<absent>"}, "its tokenizer_config.json has eos_token '<absent>', which isn't among"),
+        ({"eos_token": ["</s>"]}, "its tokenizer_config.json has eos_token"),
         ({}, "none of its added_tokens is known to end a text .*: name one as eos_token"),
     ],
 )

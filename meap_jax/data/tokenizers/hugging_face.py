@@ -105,7 +105,7 @@ def _resolve(config: Mapping[str, Any], added: Mapping[str, int], where: str) ->
     for role, usual in _NAMES.items():
         said = config.get(role)
         said = said.get("content") if isinstance(said, dict) else said  # an AddedToken, spelt out
-        if said is not None and said not in added:
+        if said is not None and not (isinstance(said, str) and said in added):
             raise refusal(where, f"its tokenizer_config.json has {role} {said!r}, which isn't among its added_tokens")
         taken = [names[bound] for bound in ("bos_token", "eos_token") if bound in names]
         if role in ("pad_token", "mask_token") and said in taken:
@@ -161,6 +161,8 @@ def _hide_specials(content: dict[str, Any]) -> None:
 
 def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
     content = content | {"truncation": None, "padding": None, "post_processor": None}
+    if content["model"].get("dropout"):  # would give other ids each time
+        content["model"] = content["model"] | {"dropout": None}
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     tokenizer.encode_special_tokens = True  # special tokens in text are text
     return tokenizer
