@@ -134,14 +134,24 @@ class Prepared:
                 f"The prepared folder {self.folder} was not opened for {source}-{split}, only for "
                 f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
             )
-        folder = plan_folder(self.folder / source, self.plans[source])
         return Blocks(
             open_store(self.folder / source),
-            plans.load(folder, split),
+            self._plan(source, split),
             self.block_len,
             self.tokenizer.pad_id,
             is_one_segment=self.plans[source]["packing"] == "concat",
         )
+
+    def _plan(self, source: str, split: str) -> plans.Plan:
+        folder = plan_folder(self.folder / source, self.plans[source])
+        told = self.plan_manifest(source)["splits"][split]["blocks"]
+        try:
+            plan = plans.load(folder, split)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} is damaged ({error}): delete it to make it again.") from error
+        if len(plan) != told or (told and plan.bounds[-1] != len(plan.pieces)):
+            raise DataError(f"{folder} is damaged: its {split} has not the {told} blocks of its manifest. Delete it.")
+        return plan
 
 
 def plan_folder(source: Path, options: Mapping[str, Any]) -> Path:
