@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from meap_jax.data import plans, tokenizers
+from meap_jax.data import plans as plans_lib
+from meap_jax.data import tokenizers
 from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
@@ -24,7 +25,7 @@ ROW_ANSWER_DTYPE = np.dtype([
 class Blocks:
     """The blocks of a source and split, in the order of its plan; any of them at once."""
 
-    def __init__(self, store: Store, plan: plans.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
+    def __init__(self, store: Store, plan: plans_lib.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
         """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
         self._store, self._plan, self._pad_id = store, plan, pad_id
         self.block_len, self.is_one_segment = block_len, is_one_segment
@@ -142,11 +143,11 @@ class Prepared:
             is_one_segment=self.plans[source]["packing"] == "concat",
         )
 
-    def _plan(self, source: str, split: str) -> plans.Plan:
+    def _plan(self, source: str, split: str) -> plans_lib.Plan:
         folder = plan_folder(self.folder / source, self.plans[source])
         told = self.plan_manifest(source)["splits"][split]["blocks"]
         try:
-            plan = plans.load(folder, split)
+            plan = plans_lib.load(folder, split)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is damaged ({error}): delete it to make it again.") from error
         if len(plan) != told or (told and plan.bounds[-1] != len(plan.pieces)):
