@@ -27,7 +27,8 @@ class Blocks:
 
     def __init__(self, store: Store, plan: plans_lib.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
         """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
-        self._store, self._plan, self._pad_id = store, plan, pad_id
+        self._store, self._pad_id = store, pad_id
+        self._plan = plans_lib.Plan(*map(np.asarray, plan))  # Slices of a memmap take their time.
         self.block_len, self.is_one_segment = block_len, is_one_segment
 
     def __len__(self) -> int:
@@ -39,13 +40,15 @@ class Blocks:
         Raises:
           DataError: it can't be read.
         """
-        pieces = self._plan.pieces[self._plan.bounds[index] : self._plan.bounds[index + 1]]
+        first, last = self._plan.bounds[index : index + 2]
+        pieces = self._plan.pieces[first:last].tolist()
+        documents = self._store.read([document for document, _, _ in pieces])
         tokens = np.full(self.block_len, self._pad_id, np.int32)
         segment_ids = np.zeros(self.block_len, np.int32)
         end = 0
-        for segment, (piece, ids) in enumerate(zip(pieces, self._store.read(pieces["document"]), strict=True), 1):
-            start, end = end, end + int(piece["length"])
-            tokens[start:end] = ids[piece["start"] : piece["start"] + piece["length"]]
+        for segment, ((_, skip, length), ids) in enumerate(zip(pieces, documents, strict=True), 1):
+            start, end = end, end + length
+            tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
         return {"tokens": tokens, "segment_ids": segment_ids}
 
