@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from meap_jax import cli, evaluate, main
+from meap_jax.config import ConfigError
 from tiny_runs import ROOT, TIMES, TINY, environment, flags, losses, records, run
 
 
@@ -309,3 +310,11 @@ def test_a_run_that_would_take_more_passes_than_a_source_may_is_refused_with_the
     assert steps == int(1.5 * blocks / 6)  # Three quarters of 8 rows are its.
     main.command(["main", *words, f"--config.num_steps={steps}"])
     assert records(tmp_path / "run")[-1]["step"] == steps
+
+
+def test_a_run_of_a_version_that_knew_fewer_fields_is_refused_by_their_names(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    del config["data"]["packing"], config["loss"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="by a version that knew no data.packing, loss.chunk_size, loss.z_loss: use"):
+        evaluate.command(["evaluate", f"--workdir={tmp_path}"])
