@@ -239,6 +239,7 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     missing = {name for name in flatten(base()).keys() - flatten(config).keys() if not name.startswith("data.sources.")}
     if missing:
         raise ConfigError(
-            f"{file} was written by a version that knew no {', '.join(sorted(missing))}: use that version, or train anew."
+            f"{file} was written by a version that knew no {', '.join(sorted(missing))}: use that version, or train "
+            "anew."
         )
     return config
