@@ -4,6 +4,8 @@ import json
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -142,3 +144,29 @@ def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tm
     assert (rows[segments == 0] == pad).all()
     assert (segments == 0).any() == (packing == "best_fit")
     assert segments.max() > 2
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "retrieval", "jsonl", "parquet", "prepared"])
+def test_every_source_resumes_bit_for_bit(kind, prepared, tmp_path):
+    options = tiny_data.text_options(None, plans__seq_len=120)
+    if kind == "stdlib":
+        options["sources"]["text"] = {"kind": "stdlib", "holdout": 0.02}
+    elif kind == "retrieval":
+        options["sources"]["text"] = {"kind": "retrieval", "seed": 1, **RETRIEVAL}
+        options["plans"]["text"]["packing"] = "best_fit"
+    else:
+        texts = [f"text {i} " * (i % 40 + 1) for i in range(150)]
+        options["sources"]["text"]["path"] = str(tiny_data.write_jsonl(tmp_path / "a.jsonl", texts))
+        if kind == "parquet":
+            options["sources"]["text"]["path"] = str(tmp_path / "a.parquet")
+            pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=40)
+        if kind == "prepared":
+            prepare(tmp_path / "first", options)
+            options["sources"]["text"]["path"] = f"prepared:{tmp_path / 'first' / 'text'}"
+    made = prepare(tmp_path / "data", options)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
+    lies = sharding.batch_sharding(mesh)
+    going, again = (TrainBatches(made, {"text": 1.0}, seed=5, batch_size=4, sharding=lies) for _ in range(2))
+    take(going, 3)
+    again.set_state(json.loads(json.dumps(going.get_state())))
+    assert same(take(going, 4), take(again, 4))
