@@ -1,13 +1,15 @@
 """One of several processes that read the batches of a run, as a program.
 
-python batch_reader.py TASK.json OUT.json: joins the others, goes on from the iterator's state in the task, reads some
-steps, and writes the rows that its devices hold, as {step: {row: SHA-256 of the row's arrays}}, and its last state.
+python batch_reader.py TASK.json OUT.json: joins the others; for each packing of the task goes on from the iterator's
+state, reads some steps, and writes what its devices hold, as {packing: {step: {row: SHA-256}}}, and the last states.
 """
 
 import hashlib
 import json
 import pathlib
 import sys
+
+import numpy as np
 
 from meap_jax import sharding
 from meap_jax.data.pipeline import TrainBatches
@@ -20,25 +22,31 @@ def main(task_file, out_file):
     join_hosts()
     task = json.loads(pathlib.Path(task_file).read_text())
     mesh = sharding.make_mesh(task["mesh"])
-    batches = TrainBatches(
-        prepare(task["folder"], task["options"]),
-        task["weights"],
-        seed=task["seed"],
-        batch_size=task["batch_size"],
-        sharding=sharding.batch_sharding(mesh),
-    )
-    if task["state"] is not None:
-        batches.set_state(task["state"])
-    seen = {}
-    for step in range(task["start"], task["stop"]):
-        rows = {}
-        for name, array in sorted(next(batches).items()):
-            for shard in array.addressable_shards:
-                first = shard.index[0].indices(array.shape[0])[0]
-                for i, row in enumerate(shard.data):
-                    rows.setdefault(first + i, {})[name] = bytes(memoryview(row.__array__()))
-        seen[step] = {row: hashlib.sha256(b"".join(arrays.values())).hexdigest() for row, arrays in rows.items()}
-    pathlib.Path(out_file).write_text(json.dumps({"seen": seen, "state": batches.get_state()}))
+    seen, states = {}, {}
+    for packing, options in task["options"].items():
+        batches = TrainBatches(
+            prepare(task["folder"], options),
+            task["weights"],
+            seed=task["seed"],
+            batch_size=task["batch_size"],
+            sharding=sharding.batch_sharding(mesh),
+        )
+        if task["states"] is not None:
+            batches.set_state(task["states"][packing])
+        seen[packing] = {step: hashes(next(batches)) for step in range(task["start"], task["stop"])}
+        states[packing] = batches.get_state()
+    pathlib.Path(out_file).write_text(json.dumps({"seen": seen, "states": states}))
+
+
+def hashes(batch):
+    """{row: SHA-256 of its arrays} of the rows that this process's devices hold."""
+    rows = {}
+    for _, array in sorted(batch.items()):
+        for shard in array.addressable_shards:
+            first = shard.index[0].indices(array.shape[0])[0]
+            for i, row in enumerate(np.asarray(shard.data)):
+                rows[first + i] = rows.get(first + i, b"") + row.tobytes()
+    return {row: hashlib.sha256(content).hexdigest() for row, content in rows.items()}
 
 
 if __name__ == "__main__":

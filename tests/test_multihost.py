@@ -97,56 +97,71 @@ def test_a_run_goes_from_four_hosts_to_two_and_back_as_if_nothing_had_happened(a
     )
     setting = dict(
         data__mixture="retrieval=0.5,text=0.5", data__path=text, seq_len=120, data__packing="best_fit",
-        data__prepared=tmp_path / "data", checkpoint__every=2, eval__every=6, mesh__data=-1,
+        data__prepared=tmp_path / "data", checkpoint__every=2, checkpoint__keep=3, eval__every=6, num_steps=6,
+        mesh__data=-1,
     )  # fmt: skip
-    finished = tiny_runs.run(tmp_path / "alone", num_steps=6, **setting)
+    finished = tiny_runs.run(tmp_path / "alone", **setting)
     assert finished.returncode == 0, finished.stderr
-    for num_hosts, num_steps in ((4, 2), (2, 4), (4, 6)):
-        said = run_on_hosts(num_hosts, 1, tmp_path / "elastic", num_steps=num_steps, **setting)
-        assert num_steps == 2 or all(f"resuming from step {num_steps - 2}" in host for host in said)
-    expected = tiny_runs.losses(tmp_path / "alone")
-    found = tiny_runs.losses(tmp_path / "elastic")
+    workdir = tmp_path / "elastic"
+    for num_hosts, start in ((4, 0), (2, 2), (4, 4)):
+        for step in range(start + 2, 8, 2):  # As if the run had been stopped after step `start`.
+            shutil.rmtree(workdir / "checkpoints" / str(step), ignore_errors=True)
+        said = run_on_hosts(num_hosts, 1, workdir, **setting)
+        assert start == 0 or all(f"resuming from step {start}" in host for host in said)
+    expected, found = tiny_runs.losses(tmp_path / "alone"), tiny_runs.losses(workdir)
     assert found.keys() == expected.keys() == set(range(1, 7))
     for step, (loss, _) in expected.items():
         assert found[step][0] == pytest.approx(loss, rel=1e-4)
 
 
-def read_on_hosts(num_hosts, folder, **task):
-    """{step: {row: hash}} of all hosts together, and the state at the end, which is the same on all of them."""
-    file = folder / "task.json"
+PACKINGS = ("concat", "concat_segments", "best_fit")
+
+
+def read_on_hosts(num_hosts, scratch, task):
+    """{packing: {step: {row: hash}}} of all hosts together, and the states at the end, the same on all of them."""
+    file = scratch / "task.json"
     file.write_text(json.dumps(task))
-    outs = [folder / f"out{i}.json" for i in range(num_hosts)]
+    outs = [scratch / f"out{i}.json" for i in range(num_hosts)]
     program = tiny_runs.ROOT / "tests" / "batch_reader.py"
     start_on_hosts([[sys.executable, str(program), str(file), str(out)] for out in outs], 1)
     hosts = [json.loads(out.read_text()) for out in outs]
-    assert all(host["state"] == hosts[0]["state"] for host in hosts)
-    rows = {}
+    assert all(host["states"] == hosts[0]["states"] for host in hosts)
+    rows = {packing: {} for packing in PACKINGS}
     for host in hosts:
-        assert all(len(seen) == task["batch_size"] // num_hosts for seen in host["seen"].values())
-        for step, seen in host["seen"].items():
-            rows.setdefault(int(step), {}).update({int(row): sha for row, sha in seen.items()})
-    return rows, hosts[0]["state"]
+        for packing, steps in host["seen"].items():
+            for step, seen in steps.items():
+                assert len(seen) == task["batch_size"] // num_hosts
+                rows[packing].setdefault(step, {}).update(seen)
+    return rows, hosts[0]["states"]
 
 
-@pytest.mark.parametrize("packing", ["concat", "concat_segments", "best_fit"])
-def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(packing, tmp_path):
+def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(tmp_path):
     rng = np.random.default_rng(0)
-    options = tiny_data.text_options(None, plans__packing=packing, plans__seq_len=32)
+    options = tiny_data.text_options(None, plans__seq_len=32)
     for name in ("text", "more"):
         texts = [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
         path = tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts)
         options["sources"][name] = options["sources"]["text"] | {"path": str(path)}
-        options["plans"][name] = options["plans"]["text"]
-    prepare(tmp_path / "data", options)
+
+    def packed(packing):
+        plans = {name: options["plans"]["text"] | {"packing": packing} for name in options["sources"]}
+        return options | {"plans": plans}
+
     task = dict(
-        folder=str(tmp_path / "data"), options=options, weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
+        folder=str(tmp_path / "data"), options={packing: packed(packing) for packing in PACKINGS},
+        weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
         mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
     )  # fmt: skip
-    whole, end = read_on_hosts(1, tmp_path, **task, state=None, start=0, stop=12)
-    rows, state = {}, None
+    for packing in PACKINGS:
+        prepare(tmp_path / "data", packed(packing))
+    whole, end = read_on_hosts(1, tmp_path, task | {"states": None, "start": 0, "stop": 12})
+    rows, states = {packing: {} for packing in PACKINGS}, None
     for num_hosts, start in ((4, 0), (2, 4), (4, 8)):
-        seen, state = read_on_hosts(num_hosts, tmp_path, **task, state=state, start=start, stop=start + 4)
-        rows |= seen
+        stretch = {"states": states, "start": start, "stop": start + 4}
+        seen, states = read_on_hosts(num_hosts, tmp_path, task | stretch)
+        for packing in PACKINGS:
+            rows[packing] |= seen[packing]
     assert rows == whole
-    assert state == end
-    assert len({sha for step in whole.values() for sha in step.values()}) > 60  # Rows differ.
+    assert states == end
+    for packing in PACKINGS:
+        assert len({sha for step in whole[packing].values() for sha in step.values()}) > 60  # Rows differ.

@@ -109,7 +109,7 @@ def _read(path: Path) -> Tokenizer:
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))
     if "vocab" in content and "config" in content:
-        from meap_jax.data.tokenizers.tekken import TekkenTokenizer
+        from meap_jax.data.tokenizers.tekken_json import TekkenTokenizer
 
         return TekkenTokenizer(serialized, content, str(path))
     raise refusal(str(path), "is neither a tokenizer.json nor a tekken.json")

@@ -35,20 +35,21 @@ class TekkenTokenizer:
         self._serialized = serialized
         try:
             config = content["config"]
-            size, self._num_special = config["default_vocab_size"], config["default_num_special_tokens"]
-            vocab = content["vocab"][: size - self._num_special]  # the file has more than are used
+            size, num_special = config["default_vocab_size"], config["default_num_special_tokens"]
+            vocab = content["vocab"][: size - num_special]  # the file has more than are used
             self._encoding = tiktoken.Encoding(
                 name="tekken",
                 pat_str=config["pattern"],
-                mergeable_ranks={base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in vocab},
+                # Only the order of ranks matters to the merges, so they can be the ids.
+                mergeable_ranks={base64.b64decode(v["token_bytes"]): v["rank"] + num_special for v in vocab},
                 special_tokens={},  # so that no text is one
             )
             listed = content.get("special_tokens")
             names = _UNLISTED if listed is None else {entry["rank"]: entry["token_str"] for entry in listed}
         except (KeyError, TypeError, ValueError) as error:
             raise refusal(where, "is not a tekken.json that can be read") from error
-        if len(vocab) != size - self._num_special:
-            raise refusal(where, f"lists {len(vocab)} tokens of the {size - self._num_special} that it announces")
+        if len(vocab) != size - num_special:
+            raise refusal(where, f"lists {len(vocab)} tokens of the {size - num_special} that it announces")
         ids = {name: index for index, name in names.items()}
         for bound in ("<s>", "</s>"):
             if bound not in ids:
@@ -59,7 +60,7 @@ class TekkenTokenizer:
         self.pad_id: int = ids.get("<pad>", ids.get("<unk>", 0))
         self.num_tokens: int = max(size, self.mask_id + 1)
         self.vocab_size = round_up(self.num_tokens)
-        self._specials = {index: f"<SPECIAL_{index}>" for index in range(self._num_special)}
+        self._specials = {index: f"<SPECIAL_{index}>" for index in range(num_special)}
         self._specials |= {self.mask_id: "[MASK]"} | names
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -71,15 +72,14 @@ class TekkenTokenizer:
         return encode_texts(texts, continues, self._encode)
 
     def _encode(self, texts: list[str], continues: bool) -> list[list[int]]:
-        shift = self._num_special
-        return [[token + shift for token in self._encoding.encode_ordinary(text)] for text in texts]
+        return [self._encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; bytes that are no UTF-8, as of half a character, become U+FFFD."""
         return decode_ids(ids, self._specials, self.bos_id, self.num_tokens, self._decode)
 
     def _decode(self, ids: list[int], continues: bool) -> str:
-        return self._encoding.decode([token - self._num_special for token in ids])
+        return self._encoding.decode(ids)
 
     def files(self) -> dict[str, bytes]:
         """The tekken.json."""
