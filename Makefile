@@ -38,7 +38,7 @@ test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot
 
-test-data: .beam ## tokenize on Apache Beam, and read data sets of TFDS to the end
+test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	@cd "$(ROOT)"
 	.beam/bin/python -c 'import apache_beam, tensorflow_datasets'
 	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/data/test_beam.py \
@@ -106,7 +106,7 @@ lint: .venv ## check style, types and the direction of imports
 	if [ ! -x .venv/bin/python ] || [ "$$(head -n 1 .venv/stamp 2>/dev/null)" != "$$interpreter" ]; then
 	    "$$python" -c 'import ensurepip, venv' 2>/dev/null ||
 	        fail "$$python comes without venv: install it (Debian and Ubuntu: apt install python3-venv) or name another Python with PYTHON=/path/to/python."
-	    echo "Making .venv with $$("$$python" -c "$$version"), about 1.2 GB, once"
+	    echo "Making .venv with $$("$$python" -c "$$version"), about 1.5 GB, once"
 	    "$$python" -m venv --clear .venv
 	fi
 	rm -f .venv/stamp
