@@ -29,13 +29,13 @@ class SentencePieceTokenizer:
           ConfigError: it is no such model, or one without bos or eos.
         """
         self._model = model
+        if not model:  # A protocol buffer all the same, in which nothing is set.
+            raise refusal(where, "is a SentencePiece model without pieces")
         try:
             self._opens = sentencepiece.SentencePieceProcessor()
             self._opens.load_from_serialized_proto(model)
         except RuntimeError as error:
             raise refusal(where, "is not a SentencePiece model") from error
-        if not self._opens.vocab_size():
-            raise refusal(where, "is a SentencePiece model without pieces")
         # Three more readings of the same pieces. In mid-document no space is put in front of the text. A model that
         # removes extra spaces would remove one that is there, so it reads such text as if it opened a document, with
         # the space that it puts in front. And what is decoded in mid-document keeps its first space.
