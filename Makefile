@@ -30,6 +30,9 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 	    echo "Without PyTorch; for the comparison: .venv/bin/python -m pip install -r requirements-bench.txt"
 	}
 	.venv/bin/python -m experiments.benchmarks.train_step $$torch $(BENCH)
+	datasets=
+	.venv/bin/python -c 'import datasets' 2>/dev/null || datasets=--no-datasets
+	.venv/bin/python -m experiments.benchmarks.corpus $$datasets $(BENCH)
 	for name in masking scaling data startup loss; do
 	    .venv/bin/python -m experiments.benchmarks.$$name $(BENCH)
 	done

@@ -38,6 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.learning_rate = 8e-5
     c.mesh.context = 4
 
+    with c.unlocked():
+        del c.data.sources["text"]
     for domain in DOMAINS:
         config.add_source(
             c,

@@ -360,20 +360,23 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         _check_source(config, name, needs_data)
 
 
-def _reads_data_path(config: ml_collections.ConfigDict) -> bool:
-    """Whether a source of the mixture reads data.path."""
-    sources, path = config.data.sources, config.data.get_ref("path")
-    return any(sources[name].get_ref("path") is path for name in mixture(config) if name in sources)
+def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
+    """Whether a source's path is data.path itself; of a config that was read back, which has no references, text's."""
+    try:
+        return config.data.sources[name].get_ref("path") is config.data.get_ref("path")
+    except ValueError:  # A plain None has no reference.
+        return name == "text"
 
 
 def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:
     """One group of data.sources."""
     source, group = config.data.sources[name], f"data.sources.{name}"
-    path = "data.path" if source.get_ref("path") is config.data.get_ref("path") else f"{group}.path"
+    path = "data.path" if _is_data_path(config, name) else f"{group}.path"
     if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "tokenizer":
         raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ . -, and not taken.")
     is_read = name in mixture(config)
-    if not is_read and source.path is not None and not (path == "data.path" and _reads_data_path(config)):
+    readers = [other for other in mixture(config) if other in config.data.sources and _is_data_path(config, other)]
+    if not is_read and source.path is not None and not (path == "data.path" and readers):
         raise ConfigError(
             f"{path} is {source.path!r}, but data.mixture is {config.data.mixture!r}, which does not read it: "
             f"set data.mixture, such as --config.data.mixture={name}=1."

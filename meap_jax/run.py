@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
 from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import ConfigError, changed_on_resume, data_options, mixture
+from meap_jax.config import ConfigError, base, changed_on_resume, data_options, flatten, mixture
 from meap_jax.data.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.metrics import local_folder
@@ -225,14 +225,20 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     """The config that a run wrote into its workdir.
 
     Raises:
-      ConfigError: if there is none, or it is damaged.
+      ConfigError: if there is none, it is damaged, or another version wrote it.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
     try:
-        return ml_collections.ConfigDict(json.loads(file.read_text()))
+        config = ml_collections.ConfigDict(json.loads(file.read_text()))
     except ValueError as error:
         raise ConfigError(
             f"{file} is damaged ({error}): start the run's training command again to write it."
         ) from error
+    missing = {name for name in flatten(base()).keys() - flatten(config).keys() if not name.startswith("data.sources.")}
+    if missing:
+        raise ConfigError(
+            f"{file} was written by a version that knew no {', '.join(sorted(missing))}: use that version, or train anew."
+        )
+    return config

@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+import json
 import math
 from pathlib import Path
 
+import ml_collections
 import pytest
 
 from meap_jax import config as config_lib
@@ -54,6 +56,7 @@ def test_every_file_in_configs_loads_and_passes(path):
     if "retrieval" not in mixture(c):
         c.data.path = "/data/books"
     check(c)
+    check(ml_collections.ConfigDict(json.loads(json.dumps(c.to_dict()))))  # As a workdir keeps it.
     ours, theirs = (
         {name for name in flatten(x) if not name.startswith("data.sources.")} for x in (c, config_lib.base())
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from meap_jax import cli, evaluate, main
+from meap_jax.config import ConfigError
 from tiny_runs import ROOT, TIMES, TINY, environment, flags, losses, records, run
 
 
@@ -286,3 +287,34 @@ def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpo
     kept = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
     assert all(step < failed for step in kept)
     assert all(step < failed for step in losses(workdir))
+
+
+def test_a_run_that_would_take_more_passes_than_a_source_may_is_refused_with_the_steps_that_it_may(
+    tmp_path, monkeypatch, capsys
+):
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"Line {n} times two is {2 * n}." for n in range(2000)))
+    words = flags(
+        tmp_path / "run", data__mixture="text=3,retrieval=1", data__path=book, data__prepared=tmp_path / "data",
+        data__sources__text__epochs=1.5, num_steps=10_000, seq_len=160,
+    )  # fmt: skip
+    code, text = said(monkeypatch, capsys, words)
+    assert code == 1
+    found = re.search(
+        r"data.sources.text.epochs is 1.5, but 10000 steps would take [\d.e+]+ passes over its (\d+) blocks: lower "
+        r"num_steps to (\d+)",
+        text,
+    )
+    assert found, text
+    blocks, steps = map(int, found.groups())
+    assert steps == int(1.5 * blocks / 6)  # Three quarters of 8 rows are its.
+    main.command(["main", *words, f"--config.num_steps={steps}"])
+    assert records(tmp_path / "run")[-1]["step"] == steps
+
+
+def test_a_run_of_a_version_that_knew_fewer_fields_is_refused_by_their_names(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    del config["data"]["packing"], config["loss"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="by a version that knew no data.packing, loss.chunk_size, loss.z_loss: use"):
+        evaluate.command(["evaluate", f"--workdir={tmp_path}"])

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from meap_jax.data import plans, tokenizers
+from meap_jax.data import plans as plans_lib
+from meap_jax.data import tokenizers
 from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
@@ -24,9 +25,10 @@ ROW_ANSWER_DTYPE = np.dtype([
 class Blocks:
     """The blocks of a source and split, in the order of its plan; any of them at once."""
 
-    def __init__(self, store: Store, plan: plans.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
+    def __init__(self, store: Store, plan: plans_lib.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
         """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
-        self._store, self._plan, self._pad_id = store, plan, pad_id
+        self._store, self._pad_id = store, pad_id
+        self._plan = plans_lib.Plan(*map(np.asarray, plan))  # Slices of a memmap take their time.
         self.block_len, self.is_one_segment = block_len, is_one_segment
 
     def __len__(self) -> int:
@@ -38,13 +40,15 @@ class Blocks:
         Raises:
           DataError: it can't be read.
         """
-        pieces = self._plan.pieces[self._plan.bounds[index] : self._plan.bounds[index + 1]]
+        first, last = self._plan.bounds[index : index + 2]
+        pieces = self._plan.pieces[first:last].tolist()
+        documents = self._store.read([document for document, _, _ in pieces])
         tokens = np.full(self.block_len, self._pad_id, np.int32)
         segment_ids = np.zeros(self.block_len, np.int32)
         end = 0
-        for segment, (piece, ids) in enumerate(zip(pieces, self._store.read(pieces["document"]), strict=True), 1):
-            start, end = end, end + int(piece["length"])
-            tokens[start:end] = ids[piece["start"] : piece["start"] + piece["length"]]
+        for segment, ((_, skip, length), ids) in enumerate(zip(pieces, documents, strict=True), 1):
+            start, end = end, end + length
+            tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
         return {"tokens": tokens, "segment_ids": segment_ids}
 
@@ -134,14 +138,24 @@ class Prepared:
                 f"The prepared folder {self.folder} was not opened for {source}-{split}, only for "
                 f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
             )
-        folder = plan_folder(self.folder / source, self.plans[source])
         return Blocks(
             open_store(self.folder / source),
-            plans.load(folder, split),
+            self._plan(source, split),
             self.block_len,
             self.tokenizer.pad_id,
             is_one_segment=self.plans[source]["packing"] == "concat",
         )
+
+    def _plan(self, source: str, split: str) -> plans_lib.Plan:
+        folder = plan_folder(self.folder / source, self.plans[source])
+        told = self.plan_manifest(source)["splits"][split]["blocks"]
+        try:
+            plan = plans_lib.load(folder, split)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} is damaged ({error}): delete it to make it again.") from error
+        if len(plan) != told or (told and plan.bounds[-1] != len(plan.pieces)):
+            raise DataError(f"{folder} is damaged: its {split} has not the {told} blocks of its manifest. Delete it.")
+        return plan
 
 
 def plan_folder(source: Path, options: Mapping[str, Any]) -> Path:

@@ -30,8 +30,9 @@ ANSWER_DTYPE = np.dtype([
     ("document", "<u4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
 ])  # fmt: skip
 
-# Blocks take runs of documents, so that neighbours are compressed together, lightly: ids are dense already.
-_WRITER_OPTIONS = "group_size:16,zstd:1"
+# Blocks take runs of documents, so that neighbours lie together; compressed (zstd:1) they would take two thirds of the
+# disk and several times the time to read.
+_WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.
 _OPEN_FILES = 256  # Of a thread; many systems allow 1,024 a process.
 

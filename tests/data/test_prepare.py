@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tiny_data
+import tiny_runs
 from meap_jax.config import ConfigError
 from meap_jax.data import prepare as prepare_module
 from meap_jax.data.documents import DataError
@@ -170,12 +171,15 @@ def test_other_options_of_a_source_are_named_too(books, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy"],
-)
+    [
+        "tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy",
+        "text/plans/concat-97-*/train.pieces", "text/plans/concat-97-*/train.bounds",
+    ],
+)  # fmt: skip
 def test_a_missing_or_cut_file_is_named(copy, books, name):
-    path = copy / name
+    [path] = copy.glob(name)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=f"{path.name} is damaged"):
+    with pytest.raises(DataError, match=f"{path.name} is damaged|{path.parent.name} is damaged"):
         prepare(copy, options_of(books)).blocks("text", "train")
     path.unlink()
     with pytest.raises(DataError, match=path.name):
@@ -284,3 +288,31 @@ def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
     skipped = second.manifest("text")["skipped"]
     assert list(skipped) == [f"has an id beyond the vocabulary of {largest}"]
     assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())
+
+
+def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_path, books, capsys, monkeypatch):
+    flags = [
+        f"--config={tiny_runs.ROOT / 'configs/meap_100m.py'}", f"--config.data.path={books}", "--config.seq_len=32",
+        f"--config.data.prepared={tmp_path / 'data'}", "--config.data.holdout=0.1", "--config.data.packing=best_fit",
+    ]  # fmt: skip
+    prepare_module.command(["prepare", *flags])
+    told = json.loads(capsys.readouterr().out)
+    assert told["source"] == "text" and sum(told["documents"].values()) == 41 and told["skipped"] == {}
+    assert told["splits"]["train"]["blocks"] > 100 and 0 < told["splits"]["train"]["padding_share"] < 0.5
+    assert {"cut_documents", "mean_document_tokens"} <= told["splits"]["train"].keys()
+    with pytest.raises(ConfigError, match="data.prepared is not set: name the folder to make"):
+        prepare_module.command(["prepare", *flags[:3]])
+
+
+def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path):
+    lengths = np.random.default_rng(0).choice([20, 400], 400)
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
+    prepare(tmp_path / "data", tiny_data.text_options(path))
+    every = prepare(tmp_path / "data", tiny_data.text_options(path)).plan_manifest("text")["splits"]["train"]
+    long = tiny_data.text_options(path, plans__long_from=300, plans__keep_shorter=0.1)
+    kept = prepare(tmp_path / "data", long).plan_manifest("text")["splits"]["train"]
+    few = tiny_data.text_options(path, plans__max_tokens=5000)
+    first = prepare(tmp_path / "data", few).plan_manifest("text")["splits"]["train"]
+    assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
+    assert kept["tokens"] > 0.9 * every["tokens"]
+    assert 5000 - 97 <= first["tokens"] <= 5000 + 410

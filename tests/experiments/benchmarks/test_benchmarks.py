@@ -29,6 +29,11 @@ TABLES = {
         {"decoder", "*the call, in steps", "*steps after it / steps"},
     ],
     "loss": [{"dtype", "B", "chunk", "plain, temp MiB", "chunked / plain"}, {"chunk", "*chunked / plain"}],
+    "corpus": [
+        {"text", "ours, tokens/s", "ours, MB/s"},
+        {"datasets with", "ours, tokens/s"},
+        {"after", "resident MB"},
+    ],
     "train_step": [{"decoder", "parameters", "T", "B", "*ours, share of the matmul peak"}],
 }  # fmt: skip
 
@@ -72,6 +77,19 @@ def test_quick_run_prints_its_tables(name, tmp_path, capsys):
     if name == "loss":
         # Half the positions at a time: half the logits, whatever the compiler does with the rest.
         assert all(row["chunked / plain"] < 1 for row in result["tables"][0]["rows"])
+
+
+def test_quick_corpus_prints_our_side_without_datasets(tmp_path, capsys):
+    result = run("corpus", tmp_path, "--no-datasets", "--repeats=1")
+    check(result, "corpus", capsys.readouterr().out)
+    assert result["tables"][0]["rows"][0]["ours / datasets, tokens/s"] is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets: requirements-bench.txt")
+def test_quick_corpus_compares_with_datasets(tmp_path, capsys):
+    result = run("corpus", tmp_path, "--repeats=1")
+    for table in result["tables"][:2]:
+        assert all(row["ours / datasets, tokens/s"]["median"] > 0 for row in table["rows"])
 
 
 def test_quick_start_up_prints_its_tables(tmp_path, capsys):
