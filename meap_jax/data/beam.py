@@ -12,7 +12,8 @@ Options are those of `prepare`, written with =, and Beam's. Besides:
 
 - `--worker_folder`: what workers call the folder that is data.prepared here. By default they see it under the same
   name, on a disk that all share. A path is that disk's name on workers. The URL of a bucket, which must be mounted
-  here, is for workers without a shared disk: each makes a shard in a temporary folder, and copies it there.
+  here, is for workers without a shared disk: each makes a shard in a temporary folder, and copies it there. (Folders
+  are renamed: a bucket without hierarchical namespace needs gcsfuse --rename-dir-limit above the number of its files.)
 
 Workers read the source themselves: its path must mean the same to them, so gs:// for Dataflow. (TFDS and `prepared:`
 sources are read from disks alone, and so need one that is shared.) They need this package, on this Python version:
