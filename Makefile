@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-aot test-cloud lint bench .venv .cloud
+.PHONY: help quickstart test test-data test-aot test-cloud lint bench .venv .beam .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -40,6 +40,12 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot
+
+test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
+	@cd "$(ROOT)"
+	.beam/bin/python -c 'import apache_beam, tensorflow_datasets'
+	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/data/test_beam.py \
+	    tests/data/test_prepare_tfds.py tests/data/corpora/test_tfds.py tests/data/test_tokenizers.py
 
 # The compilers stand beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
 # last, is what .venv/stamp is for .venv.
@@ -103,12 +109,25 @@ lint: .venv ## check style, types and the direction of imports
 	if [ ! -x .venv/bin/python ] || [ "$$(head -n 1 .venv/stamp 2>/dev/null)" != "$$interpreter" ]; then
 	    "$$python" -c 'import ensurepip, venv' 2>/dev/null ||
 	        fail "$$python comes without venv: install it (Debian and Ubuntu: apt install python3-venv) or name another Python with PYTHON=/path/to/python."
-	    echo "Making .venv with $$("$$python" -c "$$version"), about 1.2 GB, once"
+	    echo "Making .venv with $$("$$python" -c "$$version"), about 1.5 GB, once"
 	    "$$python" -m venv --clear .venv
 	fi
 	rm -f .venv/stamp
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	printf '%s\n' "$$wanted" > .venv/stamp
+
+# Apache Beam needs older versions of some packages of .venv. They go into .beam, in front of .venv, and all others are
+# .venv's. .beam/stamp is like .venv/stamp, but with anything else written in it .beam is made anew.
+.beam: .venv ## install requirements-beam.txt into .beam, if it is not there already
+	@cd "$(ROOT)"
+	wanted=$$(cat .venv/stamp requirements-beam.txt)
+	if [ "$$(cat .beam/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
+	echo "Making .beam, about 0.4 GB, once"
+	.venv/bin/python -m venv --clear .beam
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+	.venv/bin/python -c "$$packages" > "$$(.beam/bin/python -c "$$packages")/venv.pth"
+	.beam/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-beam.txt
+	printf '%s\n' "$$wanted" > .beam/stamp
 
 # .cloud/stamp is like .venv/stamp, but with anything else written in it .cloud is made anew.
 .cloud: .venv ## install requirements-cloud.txt into .cloud, if it is not there already

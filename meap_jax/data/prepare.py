@@ -14,6 +14,7 @@ made beside its place and renamed when it is complete, and an interrupted source
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from meap_jax.config import ConfigError, data_options
@@ -32,7 +34,7 @@ from meap_jax.data.documents import DataError, Document
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.packing import make_plans
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
-from meap_jax.data.shards import jobs, run_jobs, told
+from meap_jax.data.shards import Run, jobs, run_here, run_jobs, told
 from meap_jax.data.sources import TRAIN, Source, TokenIds, open_source
 from meap_jax.data.store import SPLITS, merge_indices
 
@@ -43,7 +45,13 @@ _BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.is_whole
 _log = logging.getLogger("meap_jax.data.prepare")  # Not __name__, which is __main__ at the door.
 
 
-def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, workers: int | None = None) -> Prepared:
+def prepare(
+    folder: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    *,
+    workers: int | None = None,
+    run: Run | None = None,
+) -> Prepared:
     """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
 
     Text is split by document, by a hash of it (see `sources`). Where that leaves a split without one full block, as a
@@ -53,7 +61,8 @@ def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, worke
     Args:
       folder: a local folder, or one that is mounted; made with its parents.
       options: `config.data_options` of the run's config.
-      workers: processes that tokenize; default: one a core.
+      workers: processes of this machine that tokenize; default: one a core.
+      run: what makes the shards instead of them, such as `meap_jax.data.beam.run_on_beam`.
 
     Raises:
       ConfigError: impossible options, or a folder that was prepared with others.
@@ -61,7 +70,7 @@ def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, worke
         again goes on with what is complete.
     """
     folder = _local(folder)
-    workers = workers or len(os.sched_getaffinity(0))
+    run = run or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [name for name in os.listdir(folder) if not name.startswith((".", "tokenizer", "tekken"))]
@@ -73,7 +82,7 @@ def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, worke
         raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
         with _alone(folder):
-            return _prepare(folder, options, workers)
+            return _prepare(folder, options, run)
     except OSError as error:
         raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
     finally:
@@ -82,12 +91,12 @@ def prepare(folder: str | os.PathLike[str], options: Mapping[str, Any], *, worke
             folder.rmdir()
 
 
-def _prepare(folder: Path, options: Mapping[str, Any], workers: int) -> Prepared:
+def _prepare(folder: Path, options: Mapping[str, Any], run: Run) -> Prepared:
     _make_tokenizer(folder, options)
     tokenizer, tokenizer_hash = open_tokenizer(folder)
     for name, source_options in options["sources"].items():
         if not (folder / name).exists():
-            _make_store(folder, name, source_options, options, tokenizer_hash, workers)
+            _make_store(folder, name, source_options, options, tokenizer_hash, run)
         check_options(f"data.sources.{name}", folder / name, source_options)
         if not plan_folder(folder / name, options["plans"][name]).exists():
             make_plans(folder / name, name, options["plans"][name], source_options)
@@ -188,7 +197,7 @@ def _make_store(
     source_options: Mapping[str, Any],
     options: Mapping[str, Any],
     tokenizer_hash: str,
-    workers: int,
+    run: Run,
 ) -> None:
     """Tokenizes a source into `folder / name`, by way of `.NAME.partial`."""
     partial = folder / f".{name}.partial"
@@ -207,7 +216,7 @@ def _make_store(
         check_options(f"data.sources.{name}", partial, source_options)
     else:
         write_manifest(partial, begun)
-    summaries = run_jobs(planned, workers, name)
+    summaries = run_jobs(planned, run, name)
     _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
 
 
@@ -240,13 +249,17 @@ def _finish_store(
         "documents": by_split,
         "tokens": sum(shard["tokens"] for shard in shards),
         "skipped": dict(skipped),
-        "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.npy"))},
+        "files": {
+            path.name: path.stat().st_size for path in (partial / "index.npy", partial / "answers.npy") if path.exists()
+        },
         "shards": shards,
     }
-    for path in partial.glob("?????.json"):
-        path.unlink()
     write_manifest(partial, manifest)
     partial.rename(place)
+    # Only now, since it all has to be there for a process that is killed up to here and starts again.
+    for pattern in ("?????.json", "?????.index.npy", "?????.answers.npy", "*.partial"):
+        for path in place.glob(pattern):
+            path.unlink(missing_ok=True)
     _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
 
 
@@ -258,9 +271,18 @@ def command(argv: list[str]) -> None:
     from meap_jax import cli  # Here, since workers import this module and need no JAX.
 
     config, _ = cli.parse_config(argv)
+    prepare_and_tell(config)
+
+
+def prepare_and_tell(config: ml_collections.ConfigDict, run: Run | None = None) -> None:
+    """What the doors do with a config: `prepare` with this `run`, and a line of JSON a source, on stdout.
+
+    Raises:
+      ConfigError, DataError: as `prepare`, and without `data.prepared`.
+    """
     if config.data.prepared is None:
         raise ConfigError("data.prepared is not set: name the folder to make, such as --config.data.prepared=/data/c4.")
-    prepared = prepare(config.data.prepared, data_options(config))
+    prepared = prepare(config.data.prepared, data_options(config), run=run)
     for name in prepared.sources:
         print(json.dumps({"source": name, **prepared.counts(name)}))
 

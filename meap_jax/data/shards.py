@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from meap_jax.data import tokenizers
 from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document, EncodedDocument, encode_documents
 from meap_jax.data.sources import Source, SourcePart, TokenIds
-from meap_jax.data.store import ids_dtype, shard_file, write_shard
+from meap_jax.data.store import ids_dtype, shard_file, unfinished, write_shard
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
@@ -61,7 +61,7 @@ def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> lis
         room -= max(part.part.num_bytes, 1)
     planned = [Job(source, tuple(group), folder, i, tokenizer, max_skipped) for i, group in enumerate(groups)]
     for job in planned:
-        summary = _read_summary(job)
+        summary = read_summary(job)
         if summary is not None and summary["parts"] != _described(job.parts):
             raise DataError(
                 f"{shard_file(folder, job.shard)} was made from {summary['parts'][0]}, and now comes "
@@ -70,30 +70,36 @@ def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> lis
     return planned
 
 
-def run_jobs(planned: Sequence[Job], workers: int, name: str) -> list[dict[str, Any]]:
+Summary = dict[str, Any]  # Of a shard: what it holds and what it was made from.
+# Makes shards, and gives each with its summary once it is done, in any order. Where the caller leaves the context
+# early, the rest need not be made.
+Run = Callable[[Sequence[Job]], contextlib.AbstractContextManager[Iterator[tuple[Job, Summary]]]]
+
+
+def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
     """Makes the shards that are not there yet, and returns the summaries of all.
 
     Args:
       planned: the shards.
-      workers: processes at most.
+      run: makes those that it is given.
       name: of the source, for the progress bar.
 
     Raises:
       DataError: more bad records than `max_skipped` in all, or a source that can't be read.
       OSError: the disk is full. What is complete stays in each case.
     """
-    summaries = {job.shard: summary for job in planned if (summary := _read_summary(job))}
+    summaries = {job.shard: summary for job in planned if (summary := read_summary(job))}
     todo = [job for job in planned if job.shard not in summaries]
     if summaries and todo:
         _log.info("%s: %d of %d shards are there, going on", name, len(summaries), len(planned))
-    sizes = {job.shard: sum(part.part.num_bytes for part in job.parts) for job in planned}
+    sizes = {job.shard: _num_bytes(job) for job in planned}
     done = sum(sizes[shard] for shard in summaries)
     skipped: Counter[str] = Counter()
     for summary in summaries.values():
         skipped.update(summary["skipped"])
     total = sum(sizes.values()) or None
     bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
-    with bar, _processes(todo, workers, sum(sizes[job.shard] for job in todo)) as results:
+    with bar, run(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
             skipped.update(summary["skipped"])
@@ -116,7 +122,7 @@ def told(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> 
     return "; ".join(f"{count} x {reason} (first: {first[reason]})" for reason, count in sorted(skipped.items())) + "."
 
 
-def make_shard(job: Job) -> dict[str, Any]:
+def make_shard(job: Job) -> Summary:
     """Makes one shard; returns its summary, which is written last.
 
     Raises:
@@ -137,8 +143,8 @@ def make_shard(job: Job) -> dict[str, Any]:
         "skipped": dict(skips.counts),
         "skipped_first": dict(skips.first),
     }
-    path = _summary_file(job)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    path = summary_file(job)
+    partial = unfinished(path)
     partial.write_text(json.dumps(summary), encoding="utf-8")
     partial.replace(path)
     return summary
@@ -159,10 +165,10 @@ def _encoded(
 
 
 @contextlib.contextmanager
-def _processes(todo: Sequence[Job], workers: int, num_bytes: int) -> Iterator[Iterator[tuple[Job, dict[str, Any]]]]:
-    """Makes shards, and gives (job, summary) as they are done; in this process where workers would not pay."""
+def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, Summary]]]:
+    """A `Run` on this machine, with processes at most; in this process where others would not pay."""
     workers = min(workers, len(todo))
-    if workers <= 1 or num_bytes < _ONE_PROCESS:
+    if workers <= 1 or sum(map(_num_bytes, todo)) < _ONE_PROCESS:
         yield ((job, make_shard(job)) for job in todo)
         return
     # Spawned: a process in which JAX's threads run can't be forked safely.
@@ -198,13 +204,19 @@ def _load_tokenizer(folder: str) -> tokenizers.Tokenizer:
     return tokenizers.load(folder)
 
 
-def _summary_file(job: Job) -> Path:
+def summary_file(job: Job) -> Path:
+    """Stands there once the shard is complete."""
     return job.folder / f"{job.shard:05}.json"
 
 
-def _read_summary(job: Job) -> dict[str, Any] | None:
-    path = _summary_file(job)
+def read_summary(job: Job) -> Summary | None:
+    """The summary of a shard that is complete."""
+    path = summary_file(job)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _num_bytes(job: Job) -> int:
+    return sum(part.part.num_bytes for part in job.parts)
 
 
 def _described(parts: Sequence[SourcePart]) -> list[Any]:

@@ -9,6 +9,7 @@ asked.
 import hashlib
 import os
 import threading
+import uuid
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
+from meap_jax.config import UserError
 from meap_jax.data.documents import DataError, EncodedDocument
 
 SPLITS = ("train", "validation", "test")  # A document's split is its place here.
@@ -54,6 +56,11 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.arrayrecord"
 
 
+def unfinished(path: Path) -> Path:
+    """A name to write a file under before it is renamed to `path`; no other process or machine takes the same."""
+    return path.with_suffix(f".{uuid.uuid4().hex}.partial")
+
+
 def write_shard(
     folder: Path, shard: int, documents: Iterable[tuple[int, EncodedDocument]], dtype: np.dtype
 ) -> ShardSummary:
@@ -66,13 +73,13 @@ def write_shard(
       dtype: `ids_dtype` of the tokenizer.
 
     Raises:
-      OSError: the disk is full or can't be written.
+      OSError: the disk is full or can't be written; and whatever `documents` raises.
     """
     lengths, splits = array("I"), array("B")  # Not lists: a shard may hold millions of documents.
     answers: list[tuple[int, int, int, float, int]] = []
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = unfinished(path)
     try:
         writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
         for split, document in documents:
@@ -89,6 +96,9 @@ def write_shard(
             splits.append(split)
             writer.write(ids.tobytes())
         writer.close()
+    except UserError:  # What the documents raise, such as too many bad records.
+        partial.unlink(missing_ok=True)
+        raise
     except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
@@ -103,14 +113,14 @@ def write_shard(
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """`np.save` under another name, then renamed."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = unfinished(path)
     with partial.open("wb") as file:
         np.save(file, array)
     partial.replace(path)
 
 
 def merge_indices(folder: Path, num_shards: int) -> None:
-    """Joins the indices and answers of all shards into those of the store, and removes them."""
+    """Joins the indices and answers of all shards into those of the store."""
     indices, answers, first = [], [], 0
     for shard in range(num_shards):
         index = np.load(shard_file(folder, shard).with_suffix(".index.npy"))
@@ -124,9 +134,6 @@ def merge_indices(folder: Path, num_shards: int) -> None:
     save_array(folder / "index.npy", np.concatenate([np.zeros(0, INDEX_DTYPE), *indices]))
     if answers:
         save_array(folder / "answers.npy", np.concatenate(answers))
-    for pattern in ("?????.index.npy", "?????.answers.npy", "*.partial"):
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 class Store:

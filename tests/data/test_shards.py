@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import tiny_data
 import tiny_runs
+from meap_jax.data import prepare as prepare_module
 from meap_jax.data import shards as shards_module
 from meap_jax.data.documents import DataError
 from meap_jax.data.prepare import prepare
@@ -107,7 +109,8 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
         done_first = len(list(folder.glob(".text.partial/?????.json")))
         wait_for_end_of(process.pid)  # Workers don't outlive it.
     assert not (folder / "text").exists()
-    done = {path.name: path.stat().st_mtime_ns for path in folder.glob(".text.partial/*.arrayrecord")}
+    complete = [path.with_suffix(".arrayrecord") for path in folder.glob(".text.partial/?????.json")]
+    done = {path.name: path.stat().st_mtime_ns for path in complete}
     process = start(folder, corpus, workers=2)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     made = prepare(folder, tiny_data.text_options(corpus))
@@ -162,6 +165,40 @@ def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(co
         prepare(tmp_path / "other", options | {"max_skipped": 8})
     # With a higher limit it goes on from there.
     assert prepare(tmp_path / "other", options | {"max_skipped": 9}).fingerprint == made.fingerprint
+
+
+def test_too_many_bad_records_in_one_shard_are_told_with_file_and_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
+    sentence = re.escape(f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4).")
+    with pytest.raises(DataError, match=f"^{sentence}$"):
+        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "bad.jsonl", max_skipped=4))
+
+
+def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeypatch):
+    folder, options = tmp_path / "data", tiny_data.text_options(corpus / "00.jsonl")
+
+    def unless_over(steps, operation):
+        def run(*arguments, **options):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return operation(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", unless_over(iter([]), None))
+        prepare(folder, options)
+    # Before the index, the manifest and the folder have their names, and before the rest is removed.
+    for number in range(4):
+        assert not (folder / "text").exists()
+        steps = iter(range(number))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for name in ("replace", "rename", "unlink"):
+                patch.setattr(pathlib.Path, name, unless_over(steps, getattr(pathlib.Path, name)))
+            prepare(folder, options)
+    made = prepare(folder, options)
+    assert made.fingerprint == prepare(tmp_path / "expected", options).fingerprint
+    assert len(documents_of(made)) == TEXTS_A_FILE
 
 
 def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):

@@ -1,15 +1,12 @@
 """SentencePiece models: Llama's, Mistral's v1, and any other `tokenizer.model`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from meap_jax.data.tokenizers.interface import decode_ids, encode_texts, refusal, round_up
 
 _MASK_NAMES = ("[MASK]", "<mask>")
-_PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported, unseen by mypy
 
 
 class SentencePieceTokenizer:
@@ -32,26 +29,21 @@ class SentencePieceTokenizer:
           ConfigError: it is no such model, or one without bos or eos.
         """
         self._model = model
-        try:
-            proto = _PROTO.ModelProto.FromString(model)
-            self._opens = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:  # protobuf's DecodeError, which two implementations define, and RuntimeError
-            raise refusal(where, "is not a SentencePiece model") from error
-        if not proto.pieces:
+        if not model:  # A protocol buffer all the same, in which nothing is set.
             raise refusal(where, "is a SentencePiece model without pieces")
-        normalizer = proto.normalizer_spec
-        self._squeezes: bool = normalizer.remove_extra_whitespaces
+        try:
+            self._opens = sentencepiece.SentencePieceProcessor()
+            self._opens.load_from_serialized_proto(model)
+        except RuntimeError as error:
+            raise refusal(where, "is not a SentencePiece model") from error
         # Three more readings of the same pieces. In mid-document no space is put in front of the text. A model that
         # removes extra spaces would remove one that is there, so it reads such text as if it opened a document, with
         # the space that it puts in front. And what is decoded in mid-document keeps its first space.
-        normalizer.add_dummy_prefix = False
-        self._continues = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self._spaced = self._decodes = self._continues
-        if self._squeezes:
-            normalizer.add_dummy_prefix = True
-            self._spaced = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-            normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
-            self._decodes = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._continues = _read_as(model, add_dummy_prefix=False)
+        self._decodes = _read_as(model, add_dummy_prefix=False, remove_extra_whitespaces=False)
+        extra = "  a  b  "
+        self._squeezes = self._continues.normalize(extra) != self._decodes.normalize(extra)
+        self._spaced = _read_as(model, add_dummy_prefix=True) if self._squeezes else self._continues
 
         self.bos_id: int = self._opens.bos_id()
         self.eos_id: int = self._opens.eos_id()
@@ -59,8 +51,8 @@ class SentencePieceTokenizer:
             if token < 0:
                 raise refusal(where, f"is a SentencePiece model without {kind}: train it with one (--{kind}_id)")
         self.num_tokens: int = self._opens.vocab_size()
-        control = _PROTO.ModelProto.SentencePiece.CONTROL
-        self._specials = {index: piece.piece for index, piece in enumerate(proto.pieces) if piece.type == control}
+        pieces = range(self.num_tokens)
+        self._specials = {piece: self._opens.id_to_piece(piece) for piece in pieces if self._opens.is_control(piece)}
         # User-defined symbols are found in text; only a control symbol can be the [MASK] that text never gives.
         own = [index for index, piece in self._specials.items() if piece in _MASK_NAMES]
         self.mask_id = own[0] if own else self.num_tokens
@@ -96,3 +88,17 @@ class SentencePieceTokenizer:
     def files(self) -> dict[str, bytes]:
         """The SentencePiece model."""
         return {"tokenizer.model": self._model}
+
+
+def _read_as(model: bytes, **normalizer: bool) -> sentencepiece.SentencePieceProcessor:
+    """A model with other fields in its NormalizerSpec.
+
+    Where a protocol buffer has a message twice, the later one's fields count: the new ones are put behind the rest.
+    (sentencepiece_model_pb2 could change them too, but is for the newest protobuf alone, and Beam needs an older one.)
+    """
+    # Numbers of sentencepiece_model.proto: ModelProto.normalizer_spec is 3, and in it
+    numbers = {"add_dummy_prefix": 3, "remove_extra_whitespaces": 4}
+    spec = bytes(byte for name, value in normalizer.items() for byte in (numbers[name] << 3, value))
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(model + bytes([3 << 3 | 2, len(spec)]) + spec)
+    return processor
