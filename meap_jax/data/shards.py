@@ -94,17 +94,19 @@ def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
         _log.info("%s: %d of %d shards are there, going on", name, len(summaries), len(planned))
     sizes = {job.shard: _num_bytes(job) for job in planned}
     done = sum(sizes[shard] for shard in summaries)
-    skipped: Counter[str] = Counter()
+    tokens, skipped = 0, Counter[str]()
     for summary in summaries.values():
+        tokens += summary["tokens"]
         skipped.update(summary["skipped"])
     total = sum(sizes.values()) or None
     bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
     with bar, run(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
+            tokens += summary["tokens"]
             skipped.update(summary["skipped"])
             bar.update(sizes[job.shard])
-            bar.set_postfix_str(f"{sum(s['tokens'] for s in summaries.values()):,} tokens", refresh=False)
+            bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             if skipped.total() > job.max_skipped:
                 raise DataError(
                     f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = "
