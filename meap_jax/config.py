@@ -143,7 +143,7 @@ def text_source(path: Any = None) -> ml_collections.ConfigDict:
     """Fields of a source of text, with their defaults; `add_source` gives a config one more of them."""
     s = ml_collections.ConfigDict()
     # A file, a folder or a glob of .txt, .jsonl or .parquet (.jsonl also with .gz or .zst), local or a bucket's; a
-    # dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as prepared:/data/frozen/c4.
+    # dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as prepared:/data/frozen/c4/text.
     s.path = placeholder(str) if path is None else path
     s.validation = ""  # The like for documents to hold out, half of them for test; empty: data.holdout of `path`.
     s.field = "text"  # Where a record has its text; dots go deeper.
@@ -157,6 +157,8 @@ def text_source(path: Any = None) -> ml_collections.ConfigDict:
 
 def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fields: Any) -> None:
     """Gives a config one more source of text, whose name the mixture can then use; `path` may be a reference."""
+    if unknown := ", ".join(sorted(fields.keys() - text_source().keys())):
+        raise ConfigError(f"add_source of {name} was given {unknown}, but sources have {', '.join(text_source())}.")
     with c.unlocked():
         c.data.sources[name] = text_source(path)
     c.data.sources[name].update(fields)
@@ -390,6 +392,7 @@ def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool
         ("max_tokens", source.max_tokens >= 0, "0 or more"),
         ("long_from", source.long_from >= 0, "0 or more"),
         ("keep_shorter", 0 <= source.keep_shorter <= 1, "in [0, 1]"),
+        ("keep_shorter", source.keep_shorter == 1 or source.long_from > 0, "1 unless long_from says below what length"),
         ("where", not source.where or "=" in source.where, "empty or field=value"),
     ):
         if not valid:

@@ -141,6 +141,7 @@ AT_LEAST_1 = """
             "llama",
             "one of bpe, mistral, tekken, or a path with a / or the ending .model or .json",
         ),
+        ("data.sources.text.keep_shorter", 0.1, "1 unless long_from says below what length"),
         ("data.retrieval.max_fillers", -1, "0 or more"),
         ("data.retrieval.questions_per_fact", 0.0, "positive"),
         ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),

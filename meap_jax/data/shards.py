@@ -99,17 +99,23 @@ def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
         skipped.update(summary["skipped"])
     total = sum(sizes.values()) or None
     bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
+
+    def check_skipped() -> None:
+        limit = planned[0].max_skipped
+        if skipped.total() > limit:
+            raise DataError(
+                f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = {limit}: "
+                f"{told(skipped, (summaries[k] for k in sorted(summaries)))}"
+            )
+
+    check_skipped()  # Of shards that are there already, made before this limit or before it was passed.
     with bar, run(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
             skipped.update(summary["skipped"])
             bar.update(sizes[job.shard])
             bar.set_postfix_str(f"{sum(s['tokens'] for s in summaries.values()):,} tokens", refresh=False)
-            if skipped.total() > job.max_skipped:
-                raise DataError(
-                    f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = "
-                    f"{job.max_skipped}: {told(skipped, (summaries[k] for k in sorted(summaries)))}"
-                )
+            check_skipped()
     return [summaries[job.shard] for job in planned]
 
 
@@ -180,6 +186,10 @@ def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise DataError(
+                "a worker was killed, as happens when memory runs out: start again for the shards that are missing."
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -60,6 +60,12 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
     if path is None:
         raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
     if path.startswith(PREPARED):
+        for field, unset in (("validation", ""), ("field", "text"), ("where", "")):
+            if options[field] != unset:
+                raise ConfigError(
+                    f"data.sources.{name}.{field} is {options[field]!r}, but its path is {path!r}, whose splits and "
+                    "documents stay what they are: leave it out."
+                )
         return TokenIds(path.removeprefix(PREPARED))
     corpora = [open_corpus(path, field=options["field"], where=options["where"])]
     if options["validation"]:
@@ -150,7 +156,13 @@ class TokenIds:
         manifest = Path(self.folder, "manifest.json")
         if not manifest.is_file():
             raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
-        if self._manifest["options"]["kind"] == "retrieval":
+        kind = self._manifest.get("options", {}).get("kind")
+        if kind is None or "shards" not in self._manifest:
+            raise ConfigError(
+                f"{PREPARED}{self.folder} names no prepared source: name the folder of one in it, such as "
+                f"{PREPARED}{self.folder.rstrip('/')}/text."
+            )
+        if kind == "retrieval":
             raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property

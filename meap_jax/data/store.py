@@ -23,6 +23,7 @@ from meap_jax.config import UserError
 from meap_jax.data.documents import DataError, EncodedDocument
 
 SPLITS = ("train", "validation", "test")  # A document's split is its place here.
+MAX_DOCUMENTS = 2**32  # Of a store: plans and answers number them so.
 INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
 # One record an answer: ids[start : start + length] of its document; `distance` counts the tokens from the first one of
 # the value where its fact states it to the first one of the answer.
