@@ -21,14 +21,14 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import ml_collections
 import numpy as np
 
-from meap_jax.config import ConfigError, data_options
+from meap_jax.config import ConfigError, data_options, is_path
 from meap_jax.data import tokenizers
 from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document
@@ -71,7 +71,7 @@ def prepare(
         again goes on with what is complete.
     """
     folder = _local(folder)
-    _check_paths(folder, options["sources"])
+    _check_paths(folder, options)
     run = run or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,17 +84,27 @@ def prepare(
         raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
         with _alone(folder):
+            before = os.listdir(folder)
             try:
                 return _prepare(folder, options, run)
-            finally:
-                _remove_if_empty(folder)
+            except BaseException:
+                _remove_what_came(folder, before)
+                raise
     except OSError as error:
         raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
 
 
-def _check_paths(folder: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in."""
-    for name, source in sources.items():
+def _check_paths(folder: Path, options: Mapping[str, Any]) -> None:
+    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
+
+    And one whose own tokenizer lies in the folder, which would be written over.
+    """
+    tokenizer = options["tokenizer"]
+    if is_path(tokenizer) and Path(tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be another folder than that of data.tokenizer ({tokenizer})."
+        )
+    for name, source in options["sources"].items():
         if source["kind"] != "text" or (folder / name).exists():
             continue
         if source["path"] is None:
@@ -111,9 +121,13 @@ def _check_paths(folder: Path, sources: Mapping[str, Mapping[str, Any]]) -> None
                 )
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Removes a folder that holds nothing but its lock, if it may be removed."""
+def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
+    """Removes the tokenizer where no source was begun, so that other options can be tried at once; then the folder."""
     with contextlib.suppress(OSError):  # It may be a mount, or in a folder of somebody else.
+        came = [folder / name for name in set(os.listdir(folder)) - set(before)]
+        if not any(path.is_dir() for path in came):
+            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # It says that the rest is there.
+                path.unlink()
         if os.listdir(folder) == [".lock"]:
             (folder / ".lock").unlink()
             folder.rmdir()

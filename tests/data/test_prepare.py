@@ -423,3 +423,20 @@ def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
     with pytest.raises(DataError, match="has 41 documents, more than 40"):
         prepare(tmp_path, tiny_data.text_options(books))
+
+
+def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
+    bpe = {"tokenizer": "bpe", "vocab_size": 512}
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(tmp_path / "data", tiny_data.text_options(path, sources__where="a=b") | bpe)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    prepare(tmp_path / "data", tiny_data.text_options(path) | bpe)
+
+
+def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books, prepared):
+    shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
+            prepare(tmp_path, tiny_data.text_options(books) | {"tokenizer": str(path)})
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
