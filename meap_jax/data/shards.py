@@ -221,8 +221,10 @@ def summary_file(job: Job) -> Path:
 
 def read_summary(job: Job) -> Summary | None:
     """The summary of a shard that is complete."""
-    path = summary_file(job)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(summary_file(job).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: the power failed before the disk had it.
+        return None
 
 
 def _num_bytes(job: Job) -> int:

@@ -248,3 +248,12 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeyp
 
 def _end():
     os._exit(1)
+
+
+def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(tmp_path / "data", tiny_data.text_options(corpus))
+    [summary] = (tmp_path / "data").glob(".text.partial/?????.json")
+    summary.write_text("")
+    assert prepare(tmp_path / "data", tiny_data.text_options(corpus)).fingerprint == alone.fingerprint
