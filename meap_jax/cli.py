@@ -45,10 +45,14 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
     except ConfigError:
         raise
     except (flags.Error, OSError) as error:
+        if "Traceback (most recent call last)" in str(error):  # How a ValueError in the file comes.
+            raise ConfigError(f"the file of --config can't be used: {str(error).strip().splitlines()[-1]}") from error
         raise ConfigError(" ".join(str(error).split())) from error
     except AttributeError as error:
         raise ConfigError(_no_such_field(error, argv)) from error
     except Exception as error:  # A config file is a program: anything can go wrong in it.
+        if isinstance(error, KeyError) and any(_field_of(error) in path.split(".") for path in _typed(argv)):
+            raise ConfigError(_no_such_field(error, argv)) from error  # --config.data.sources.NAME of no source.
         reason = " ".join(str(error).split("\n")[0].split())
         raise ConfigError(f"the file of --config can't be used: {type(error).__name__}: {reason}") from error
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
@@ -56,15 +60,27 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
     return config, workdir if "://" in str(workdir) else workdir.expanduser().resolve()
 
 
-def _no_such_field(error: AttributeError, argv: list[str]) -> str:
+def _no_such_field(error: AttributeError | KeyError, argv: list[str]) -> str:
     """One sentence from ml_collections' message: the field alone, and on a second line perhaps the nearest one."""
     if "get_config" in str(error):
         return "the file of --config has no function get_config(), which must return the config."
-    field, *hint = str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
-    field = field.strip("'")
-    typed = (word.partition("=")[0].partition("config.")[2] for word in argv)
-    path = next((path for path in typed if path.split(".")[-1] == field), field)
+    field, hint = _field_of(error), _lines_of(error)[1:]
+    groups = next((path.split(".") for path in _typed(argv) if field in path.split(".")), [field])
+    path = ".".join(groups[: groups.index(field) + 1])
     return f"the config has no field {path!r}. {' '.join(hint)}".strip()
+
+
+def _lines_of(error: AttributeError | KeyError) -> list[str]:
+    return str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
+
+
+def _field_of(error: AttributeError | KeyError) -> str:
+    return _lines_of(error)[0].strip("'")
+
+
+def _typed(argv: list[str]) -> list[str]:
+    """The fields that were set on the command line."""
+    return [word.partition("=")[0].partition("config.")[2] for word in argv]
 
 
 def use_compile_cache() -> None:

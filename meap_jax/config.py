@@ -5,6 +5,7 @@ Fields that a user may set but need not are typed placeholders; nothing is a lis
 neither.
 """
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable
@@ -23,7 +24,11 @@ REMATS = ("none", "dots", "full", "offload")
 SEEDS = ("init", "data", "mask", "noise")
 
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
-MAY_CHANGE_ON_RESUME = ("num_steps", "log", "eval", "checkpoint", "mesh", "profile")
+# Where data lies may change, since a fingerprint tells whether it is the same.
+MAY_CHANGE_ON_RESUME = (
+    "num_steps", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
+    "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
+)  # fmt: skip
 
 # Sizes of the paper: Table 12 with the swap of layers and heads undone, and the official code's lit_gpt/config.py.
 # Steps of 256 x 4,096 tokens, and the parameters they come to with a vocabulary of 32,064 and 2 kv heads.
@@ -143,7 +148,7 @@ def text_source(path: Any = None) -> ml_collections.ConfigDict:
     """Fields of a source of text, with their defaults; `add_source` gives a config one more of them."""
     s = ml_collections.ConfigDict()
     # A file, a folder or a glob of .txt, .jsonl or .parquet (.jsonl also with .gz or .zst), local or a bucket's; a
-    # dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as prepared:/data/frozen/c4.
+    # dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as prepared:/data/frozen/c4/text.
     s.path = placeholder(str) if path is None else path
     s.validation = ""  # The like for documents to hold out, half of them for test; empty: data.holdout of `path`.
     s.field = "text"  # Where a record has its text; dots go deeper.
@@ -157,6 +162,8 @@ def text_source(path: Any = None) -> ml_collections.ConfigDict:
 
 def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fields: Any) -> None:
     """Gives a config one more source of text, whose name the mixture can then use; `path` may be a reference."""
+    if unknown := ", ".join(sorted(fields.keys() - text_source().keys())):
+        raise ConfigError(f"add_source of {name} was given {unknown}, but sources have {', '.join(text_source())}.")
     with c.unlocked():
         c.data.sources[name] = text_source(path)
     c.data.sources[name].update(fields)
@@ -264,7 +271,7 @@ def changed_on_resume(old: dict, new: ml_collections.ConfigDict) -> dict[str, tu
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())
-        if name.split(".")[0] not in MAY_CHANGE_ON_RESUME and a.get(name) != b.get(name)
+        if a.get(name) != b.get(name) and not any(fnmatch.fnmatchcase(name, free) for free in MAY_CHANGE_ON_RESUME)
     }
 
 
@@ -372,8 +379,8 @@ def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool
     """One group of data.sources."""
     source, group = config.data.sources[name], f"data.sources.{name}"
     path = "data.path" if _is_data_path(config, name) else f"{group}.path"
-    if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "tokenizer":
-        raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ . -, and not taken.")
+    if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "tokenizer":
+        raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ and -, and not taken.")
     is_read = name in mixture(config)
     readers = [other for other in mixture(config) if other in config.data.sources and _is_data_path(config, other)]
     if not is_read and source.path is not None and not (path == "data.path" and readers):
@@ -390,6 +397,7 @@ def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool
         ("max_tokens", source.max_tokens >= 0, "0 or more"),
         ("long_from", source.long_from >= 0, "0 or more"),
         ("keep_shorter", 0 <= source.keep_shorter <= 1, "in [0, 1]"),
+        ("keep_shorter", source.keep_shorter == 1 or source.long_from > 0, "1 unless long_from says below what length"),
         ("where", not source.where or "=" in source.where, "empty or field=value"),
     ):
         if not valid:

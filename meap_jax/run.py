@@ -105,10 +105,11 @@ def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
         blocks_a_step = config.global_batch_size * weight / sum(weights.values())
         epochs = config.num_steps * blocks_a_step / num_blocks
         if limit and epochs > limit:
+            most = int(limit * num_blocks / blocks_a_step)
+            way = f"num_steps to {most}" if most else "global_batch_size"
             raise ConfigError(
                 f"data.sources.{name}.epochs is {limit:g}, but {config.num_steps} steps would take {epochs:.3g} passes "
-                f"over its {num_blocks} blocks: lower num_steps to {int(limit * num_blocks / blocks_a_step)}, or its "
-                "weight in data.mixture."
+                f"over its {num_blocks} blocks: lower {way}, or its weight in data.mixture."
             )
 
 

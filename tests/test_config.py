@@ -141,6 +141,7 @@ AT_LEAST_1 = """
             "llama",
             "one of bpe, mistral, tekken, or a path with a / or the ending .model or .json",
         ),
+        ("data.sources.text.keep_shorter", 0.1, "1 unless long_from says below what length"),
         ("data.retrieval.max_fillers", -1, "0 or more"),
         ("data.retrieval.questions_per_fact", 0.0, "positive"),
         ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),
@@ -219,6 +220,8 @@ def test_the_seed_of_a_use_is_its_own_if_set_else_the_runs():
         ("checkpoint.every", 7),
         ("checkpoint.keep", 7),
         ("mesh.data", 2),
+        ("data.prepared", "/moved"),
+        ("data.max_skipped", 7),
     ],
 )
 def test_what_does_not_change_the_experiment_may_change_on_resume(name, value):

@@ -152,6 +152,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
     ("overrides", "expected"),
     [
         ({"objective.mask_ratoi": 0.1}, "no field 'objective.mask_ratoi'. Did you mean \"mask_ratio\""),
+        ({"data.sources.txt.path": "/a"}, "no field 'data.sources.txt'. Did you mean \"text\""),
         ({"objective.mask_ratio": 1.5}, "objective.mask_ratio is 1.5, but must be in [0, 1]"),
         ({"model.num_heads": 0}, "model.num_heads is 0, but must be at least 1"),
         ({"num_steps": "many"}, "--config.num_steps=many"),
@@ -186,6 +187,22 @@ def test_a_command_that_is_not_one_says_why(words, expected, monkeypatch, capsys
     monkeypatch.chdir(ROOT)
     code, text = said(monkeypatch, capsys, words)
     assert code == 1 and expected in text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("config.add_source(c, 'code', file='x')", "add_source of code was given file, but sources have epochs, field"),
+        ("c.seq_len = {}['k']", "the file of --config can't be used: KeyError: 'k'"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_told_in_a_sentence(line, expected, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"from meap_jax import config\ndef get_config():\n    c = config.base()\n    {line}\n    return c\n"
+    )
+    code, text = said(monkeypatch, capsys, [f"--config={file}"])
+    assert code == 1 and expected in text and "Traceback" not in text
 
 
 def test_an_empty_data_folder_is_said_in_a_process_of_its_own_without_a_traceback(tmp_path):
@@ -308,6 +325,8 @@ def test_a_run_that_would_take_more_passes_than_a_source_may_is_refused_with_the
     assert found, text
     blocks, steps = map(int, found.groups())
     assert steps == int(1.5 * blocks / 6)  # Three quarters of 8 rows are its.
+    code, text = said(monkeypatch, capsys, [*words, "--config.data.sources.text.epochs=0.001"])
+    assert code == 1 and "lower global_batch_size, or its weight" in text  # Not to 0 steps, which are no run.
     main.command(["main", *words, f"--config.num_steps={steps}"])
     assert records(tmp_path / "run")[-1]["step"] == steps
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from meap_jax.config import ConfigError
 from meap_jax.data.documents import DataError
+from meap_jax.data.store import put_in_place
 
-LAYOUT_VERSION = 2  # Raise when a folder's files change their meaning.
+LAYOUT_VERSION = 3  # Raise when a folder's files change their meaning.
 MANIFEST = "manifest.json"
 
 
@@ -17,7 +18,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes a manifest, which marks its folder as complete."""
     partial = folder / f".{MANIFEST}"
     partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    put_in_place(partial, folder / MANIFEST)
 
 
 def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -28,9 +29,11 @@ def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
     """
     frozen = _flatten(read_manifest(folder)["options"])
     new = _flatten(json.loads(json.dumps(wanted)))
-    for name, value in new.items():  # Without a path the config takes what was prepared, wherever it came from.
-        if value is None and name.rpartition(".")[2] == "path":
-            new[name] = frozen.get(name)
+    for name in [name for name, value in new.items() if value is None and name.rpartition(".")[2] == "path"]:
+        # Without a path the config takes what was prepared, wherever it came from, and what was held out beside it.
+        new[name] = frozen.get(name)
+        validation = name.removesuffix("path") + "validation"
+        new[validation] = new.get(validation) or frozen.get(validation)
     changed = [
         f"{_field(group, name)} = {frozen.get(name)!r}, but the config wants {new.get(name)!r}"
         for name in sorted(frozen.keys() | new.keys())
@@ -83,6 +86,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
         )
     return manifest
+
+
+def hash_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files that may be large."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def hash_of(files: Mapping[str, bytes]) -> str:

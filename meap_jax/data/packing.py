@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from meap_jax.data import plans
 from meap_jax.data.documents import DataError
-from meap_jax.data.manifest import write_manifest
+from meap_jax.data.manifest import hash_of_files, write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
 from meap_jax.data.store import SPLITS, Store
 
@@ -62,19 +62,46 @@ def make_plans(source: Path, name: str, options: Mapping[str, Any], source_optio
             "num_keys, num_values or num_facts."
         )
     if empty:
+        _check_may_be_cut(store, name, options, source_options, empty)
         split_by = "block"
         # Documents that were to be held out come last: they fill the end that is cut off.
         ranges = chain.from_iterable(_ranges(store, split, options) for split in SPLITS)
         plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
-        for split, part in _cut_by_blocks(plans.load(partial, "all"), name, block_len, source_options):
+        for split, part in _cut_by_blocks(plans.load(partial, "all"), name, source, block_len, source_options):
             counts[split] = plans.save(partial, split, [part], lengths, block_len)
         for kind in ("pieces", "bounds"):
             (partial / f"all.{kind}").unlink()
     for split in SPLITS:
         counts[split]["mean_document_tokens"] = _mean_length(store, split)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
-    write_manifest(partial, {"options": dict(options), "split_by": split_by, "splits": counts})
+    # Not all that decides on blocks is among the options: the holdout of a cut by blocks, or the version of grain.
+    digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("pieces", "bounds"))
+    manifest = {"options": dict(options), "sha256": digest, "split_by": split_by, "splits": counts}
+    write_manifest(partial, manifest)
     partial.rename(place)
+
+
+def _check_may_be_cut(
+    store: Store, name: str, options: Mapping[str, Any], source_options: Mapping[str, Any], empty: Sequence[str]
+) -> None:
+    """Stops where a cut by blocks would train on what was held out, or more than was asked for."""
+    block = f"a block of {options['seq_len'] + 1} ids (seq_len + 1)"
+    group = f"data.sources.{name}"
+    if source_options.get("validation") and empty != ["train"]:
+        held_out = [split for split in empty if split != "train"]
+        raise DataError(
+            f"{group}.validation is {source_options['validation']!r}, but its text doesn't fill {block} in "
+            f"{' and '.join(held_out)}, which get half of it each: give more of it, or lower seq_len."
+        )
+    if "train" in empty and (options["max_tokens"] or options["long_from"]):
+        left = sum(int(pieces["length"].sum(dtype=np.int64)) for pieces in _ranges(store, "train", options))
+        raise DataError(
+            f"The source {name} has {left:,} tokens for training, less than {block}: raise {group}.max_tokens "
+            f"({options['max_tokens']}) or keep_shorter ({options['keep_shorter']:g}), or lower long_from "
+            f"({options['long_from']}) or seq_len."
+        )
+    if "train" in empty and source_options.get("validation"):
+        raise DataError(f"The source {name} is too small: without its validation text it doesn't fill {block}.")
 
 
 def _ranges(store: Store, split: str, options: Mapping[str, Any]) -> Iterable[np.ndarray]:
@@ -102,12 +129,12 @@ def _mean_length(store: Store, split: str) -> float:
 
 
 def _cut_by_blocks(
-    plan: plans.Plan, name: str, block_len: int, source_options: Mapping[str, Any]
+    plan: plans.Plan, name: str, folder: Path, block_len: int, source_options: Mapping[str, Any]
 ) -> Iterator[tuple[str, plans.Plan]]:
     if len(plan) < len(SPLITS):
         raise DataError(
             f"The source {name} is too small: its text makes {len(plan)} full blocks of {block_len} ids (seq_len + 1), "
-            f"and each of {', '.join(SPLITS)} needs one. Give more text or lower seq_len."
+            f"and each of {', '.join(SPLITS)} needs one. Lower seq_len, or give more text and delete {folder}."
         )
     held = max(1, int(source_options.get("holdout", 0) * len(plan)))
     cuts = (0, len(plan) - 2 * held, len(plan) - held, len(plan))

@@ -19,24 +19,25 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 import numpy as np
 
-from meap_jax.config import ConfigError, data_options
+from meap_jax.config import ConfigError, data_options, is_path
 from meap_jax.data import tokenizers
 from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.packing import make_plans
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
-from meap_jax.data.shards import Run, jobs, run_here, run_jobs, told
+from meap_jax.data.shards import Run, jobs, read_summary, run_here, run_jobs, told
 from meap_jax.data.sources import TRAIN, Source, TokenIds, open_source
-from meap_jax.data.store import SPLITS, merge_indices
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, merge_indices
 
 # Enough for merges that no longer change, whatever the size of the corpus.
 # Generated text repeats itself, so it gets about as much as the standard library has.
@@ -70,6 +71,7 @@ def prepare(
         again goes on with what is complete.
     """
     folder = _local(folder)
+    _check_paths(folder, options)
     run = run or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +84,51 @@ def prepare(
         raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
         with _alone(folder):
-            return _prepare(folder, options, run)
+            before = os.listdir(folder)
+            try:
+                return _prepare(folder, options, run)
+            except BaseException:
+                _remove_what_came(folder, before)
+                raise
     except OSError as error:
         raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
-    finally:
-        if os.listdir(folder) == [".lock"]:  # It came to nothing.
+
+
+def _check_paths(folder: Path, options: Mapping[str, Any]) -> None:
+    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
+
+    And one whose own tokenizer lies in the folder, which would be written over.
+    """
+    tokenizer = options["tokenizer"]
+    if is_path(tokenizer) and Path(tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be another folder than that of data.tokenizer ({tokenizer})."
+        )
+    for name, source in options["sources"].items():
+        if source["kind"] != "text" or (folder / name).exists():
+            continue
+        if source["path"] is None:
+            raise ConfigError(
+                f"data.sources.{name}.path is not set, and {folder} holds no {name} that was prepared: name a folder "
+                "of .txt or .jsonl files, or another data.prepared."
+            )
+        for field in ("path", "validation"):
+            place = Path(source[field]).expanduser()
+            if source[field] and place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+                raise ConfigError(
+                    f"data.prepared is {folder}, which lies in data.sources.{name}.{field} ({source[field]}) and would "
+                    "be read as text: name a folder outside of it."
+                )
+
+
+def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
+    """Removes the tokenizer where no source was begun, so that other options can be tried at once; then the folder."""
+    with contextlib.suppress(OSError):  # It may be a mount, or in a folder of somebody else.
+        came = [folder / name for name in set(os.listdir(folder)) - set(before)]
+        if not any(path.is_dir() for path in came):
+            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # It says that the rest is there.
+                path.unlink()
+        if os.listdir(folder) == [".lock"]:
             (folder / ".lock").unlink()
             folder.rmdir()
 
@@ -98,6 +140,7 @@ def _prepare(folder: Path, options: Mapping[str, Any], run: Run) -> Prepared:
         if not (folder / name).exists():
             _make_store(folder, name, source_options, options, tokenizer_hash, run)
         check_options(f"data.sources.{name}", folder / name, source_options)
+        _check_tokenizer(folder / name, tokenizer_hash)
         if not plan_folder(folder / name, options["plans"][name]).exists():
             make_plans(folder / name, name, options["plans"][name], source_options)
     return Prepared(folder, tokenizer, tokenizer_hash, dict(options["plans"]))
@@ -114,20 +157,33 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time makes things in a folder; the others find them made."""
-    try:
-        lock = (folder / ".lock").open("a")
-    except OSError:  # Read-only, and so complete, or what is missing can't be made.
-        yield
-        return
-    with lock:
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that prepares %s", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # A file system without locks.
-            pass
-        yield
+            lock = (folder / ".lock").open("a")
+        except OSError:  # Read-only, and so complete, or what is missing can't be made.
+            yield
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("waiting for another process that prepares %s", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # A file system without locks.
+                pass
+            if _is_at(folder / ".lock", lock):
+                yield
+                return
+        # The one that had it came to nothing, and removed the folder with it.
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file still stands under its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -212,12 +268,23 @@ def _make_store(
         raise DataError(f"The source {name} has nothing to read in {source_options['path']}.")
     partial.mkdir(exist_ok=True)
     begun = {"options": dict(source_options), "tokenizer": tokenizer_hash}
-    if (partial / MANIFEST).exists():
+    if any(read_summary(job) for job in planned):
         check_options(f"data.sources.{name}", partial, source_options)
+        _check_tokenizer(partial, tokenizer_hash)
     else:
         write_manifest(partial, begun)
     summaries = run_jobs(planned, run, name)
     _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
+
+
+def _check_tokenizer(source: Path, tokenizer_hash: str) -> None:
+    """Stops where a source was made with another tokenizer than that of its folder."""
+    made_with = read_manifest(source)["tokenizer"]
+    if made_with != tokenizer_hash:
+        raise DataError(
+            f"{source} was made with another tokenizer ({made_with[:12]}) than that of {source.parent} "
+            f"({tokenizer_hash[:12]}): delete it to make it again."
+        )
 
 
 def _finish_store(
@@ -232,13 +299,19 @@ def _finish_store(
     num_tokens = read_manifest(place.parent)["tokenizer"]["num_tokens"]
     largest = max(summary["largest_id"] for summary in summaries)
     assert largest < num_tokens, "tokenizers give ids of their own, and sources of ids are checked"
+    num_documents = sum(summary["documents"] for summary in summaries)
+    if num_documents > MAX_DOCUMENTS:
+        raise DataError(f"The source {name} has {num_documents:,} documents, more than {MAX_DOCUMENTS:,}: divide it.")
     merge_indices(partial, len(summaries))
     index = np.load(partial / "index.npy", mmap_mode="r")
     skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
     if skipped:
         _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
     if not len(index):
-        raise DataError(f"The source {name} holds no text, only blank space or nothing at all.")
+        shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
+        where = f" in records with {source_options['where']}" if source_options.get("where") else ""
+        reason = f": {told(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
+        raise DataError(f"The source {name} holds no text{where}{reason}")
     by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
     shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
     manifest = {

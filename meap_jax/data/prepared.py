@@ -119,11 +119,14 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer, every document and the way they are packed; not of paths, dates or the Python version."""
+        """Of the tokenizer, every document and every block's place; not of paths, dates or the Python version."""
         content = {
             "layout_version": LAYOUT_VERSION,
             "tokenizer": self.tokenizer_hash,
-            "sources": {s: [self.manifest(s)["fingerprint"], dict(plan)] for s, plan in sorted(self.plans.items())},
+            "sources": {
+                source: [self.manifest(source)["fingerprint"], self.plan_manifest(source)["sha256"], dict(plan)]
+                for source, plan in sorted(self.plans.items())
+            },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -202,4 +205,7 @@ def open_store(source: Path) -> Store:
         if file.stat().st_size != size:
             raise DataError(f"{file} is damaged: delete {source} to prepare it again.")
     shards = [shard["documents"] for shard in manifest["shards"]]
-    return Store(source, shards, ids_dtype(manifest["num_tokens"]))
+    try:
+        return Store(source, shards, ids_dtype(manifest["num_tokens"]))
+    except (ValueError, EOFError) as error:  # What numpy raises for an index that isn't one.
+        raise DataError(f"{source / 'index.npy'} is damaged: delete {source} to prepare it again.") from error

@@ -26,7 +26,7 @@ from meap_jax.data import tokenizers
 from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document, EncodedDocument, encode_documents
 from meap_jax.data.sources import Source, SourcePart, TokenIds
-from meap_jax.data.store import ids_dtype, shard_file, unfinished, write_shard
+from meap_jax.data.store import ids_dtype, put_in_place, shard_file, unfinished, write_shard
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
@@ -100,6 +100,16 @@ def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
         skipped.update(summary["skipped"])
     total = sum(sizes.values()) or None
     bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
+
+    def check_skipped() -> None:
+        limit = planned[0].max_skipped
+        if skipped.total() > limit:
+            raise DataError(
+                f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = {limit}: "
+                f"{told(skipped, (summaries[k] for k in sorted(summaries)))}"
+            )
+
+    check_skipped()  # Of shards that are there already, made before this limit or before it was passed.
     with bar, run(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
@@ -107,11 +117,7 @@ def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
             skipped.update(summary["skipped"])
             bar.update(sizes[job.shard])
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-            if skipped.total() > job.max_skipped:
-                raise DataError(
-                    f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = "
-                    f"{job.max_skipped}: {told(skipped, (summaries[k] for k in sorted(summaries)))}"
-                )
+            check_skipped()
     return [summaries[job.shard] for job in planned]
 
 
@@ -148,7 +154,7 @@ def make_shard(job: Job) -> Summary:
     path = summary_file(job)
     partial = unfinished(path)
     partial.write_text(json.dumps(summary), encoding="utf-8")
-    partial.replace(path)
+    put_in_place(partial, path)
     return summary
 
 
@@ -182,6 +188,10 @@ def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise DataError(
+                "a worker was killed, as happens when memory runs out: start again for the shards that are missing."
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -213,8 +223,10 @@ def summary_file(job: Job) -> Path:
 
 def read_summary(job: Job) -> Summary | None:
     """The summary of a shard that is complete."""
-    path = summary_file(job)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(summary_file(job).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: the power failed before the disk had it.
+        return None
 
 
 def _num_bytes(job: Job) -> int:

@@ -1,5 +1,6 @@
 """Where documents come from: each source in parts that can be read on their own, each document with its split."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -60,11 +61,17 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
     if path is None:
         raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
     if path.startswith(PREPARED):
+        for field, unset in (("validation", ""), ("field", "text"), ("where", "")):
+            if options[field] != unset:
+                raise ConfigError(
+                    f"data.sources.{name}.{field} is {options[field]!r}, but its path is {path!r}, whose splits and "
+                    "documents stay what they are: leave it out."
+                )
         return TokenIds(path.removeprefix(PREPARED))
-    corpora = [open_corpus(path, field=options["field"], where=options["where"])]
-    if options["validation"]:
-        corpora.append(open_corpus(options["validation"], field=options["field"], where=options["where"]))
-    return Text(tuple(corpora), options["holdout"])
+    paths = [path, options["validation"]] if options["validation"] else [path]
+    with _naming(name):
+        corpora = tuple(open_corpus(path, field=options["field"], where=options["where"]) for path in paths)
+    return Text(name, corpora, options["holdout"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +82,15 @@ class Text:
     none.
     """
 
+    name: str
     corpora: tuple[Corpus, ...]
     holdout: float  # Share in each of validation and test, if there is no second corpus.
     is_whole = False
 
     def parts(self) -> list[SourcePart]:
         """Those of the first corpus, then those of the second."""
-        return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
+        with _naming(self.name):
+            return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
 
     def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
@@ -150,7 +159,13 @@ class TokenIds:
         manifest = Path(self.folder, "manifest.json")
         if not manifest.is_file():
             raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
-        if self._manifest["options"]["kind"] == "retrieval":
+        kind = self._manifest.get("options", {}).get("kind")
+        if kind is None or "shards" not in self._manifest:
+            raise ConfigError(
+                f"{PREPARED}{self.folder} names no prepared source: name the folder of one in it, such as "
+                f"{PREPARED}{self.folder.rstrip('/')}/text."
+            )
+        if kind == "retrieval":
             raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property
@@ -200,6 +215,15 @@ def _retrieval(counts: dict[str, Any]) -> Retrieval:
         raise ConfigError(f"data.retrieval.num_eval_facts is {num_eval_facts}, but must be from 1 to {most}.")
     held_out = dataclasses.replace(train, min_facts=None, num_facts=num_eval_facts, questions_per_fact=None)
     return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, seed)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the source in front of what corpora say of its path, field or where."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.sources.{name}: {error}") from error
 
 
 def _split(text: str, holdout: float) -> int:

@@ -23,6 +23,7 @@ from meap_jax.config import UserError
 from meap_jax.data.documents import DataError, EncodedDocument
 
 SPLITS = ("train", "validation", "test")  # A document's split is its place here.
+MAX_DOCUMENTS = 2**32  # Of a store: plans and answers number them so.
 INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
 # One record an answer: ids[start : start + length] of its document; `distance` counts the tokens from the first one of
 # the value where its fact states it to the first one of the answer.
@@ -102,7 +103,7 @@ def write_shard(
     except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
-    partial.replace(path)
+    put_in_place(partial, path)
     index = np.empty(len(lengths), INDEX_DTYPE)
     index["length"], index["split"] = lengths, splits
     save_array(path.with_suffix(".index.npy"), index)
@@ -111,12 +112,19 @@ def write_shard(
     return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a file that is complete its name, once it is on the disk: after a power cut a name stands for all of it."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """`np.save` under another name, then renamed."""
     partial = unfinished(path)
     with partial.open("wb") as file:
         np.save(file, array)
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def merge_indices(folder: Path, num_shards: int) -> None:

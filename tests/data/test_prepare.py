@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -316,3 +318,125 @@ def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path
     assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
     assert kept["tokens"] > 0.9 * every["tokens"]
     assert 5000 - 97 <= first["tokens"] <= 5000 + 410
+
+
+def test_a_run_that_names_no_path_takes_what_was_held_out_beside_it_too(tmp_path, books):
+    made = prepare(tmp_path / "data", tiny_data.text_options(books / "0*.txt", sources__validation=str(books)))
+    again = prepare(tmp_path / "data", tiny_data.text_options(None))
+    assert again.fingerprint == made.fingerprint
+    with pytest.raises(ConfigError, match=r"validation = '.*', but the config wants '/elsewhere'"):
+        prepare(tmp_path / "data", tiny_data.text_options(None, sources__validation="/elsewhere"))
+
+
+def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path, books):
+    book = books / "00.txt"
+    made = [
+        prepare(tmp_path / str(holdout), tiny_data.text_options(book, plans__seq_len=16, sources__holdout=holdout))
+        for holdout in (0.1, 0.2)
+    ]
+    assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
+    assert len(made[0].blocks("text", "train")) != len(made[1].blocks("text", "train"))
+    assert made[0].fingerprint != made[1].fingerprint
+
+
+def test_text_that_was_given_to_be_held_out_is_never_trained_on(tmp_path, books):
+    little = tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
+    with pytest.raises(DataError, match=r"data\.sources\.text\.validation is '.*little.jsonl', but .* a block of 97"):
+        prepare(tmp_path / "data", tiny_data.text_options(books, sources__validation=str(little)))
+    with pytest.raises(DataError, match="too small: without its validation text"):
+        prepare(tmp_path / "other", tiny_data.text_options(little, sources__validation=str(books)))
+
+
+@pytest.mark.parametrize("limit", [{"plans__max_tokens": 10}, {"plans__long_from": 9_999, "plans__keep_shorter": 0.0}])
+def test_too_few_documents_left_for_training_are_not_made_up_with_held_out_ones(tmp_path, books, limit):
+    options = tiny_data.text_options(books, plans__seq_len=400, **limit)
+    with pytest.raises(DataError, match=r"tokens for training, less than a block of 401 ids .*text\.max_tokens"):
+        prepare(tmp_path, options)
+
+
+def test_a_folder_of_prepared_sources_is_none_itself(tmp_path, books):
+    first = tmp_path / "first"
+    prepare(first, tiny_data.text_options(books))
+    with pytest.raises(ConfigError, match=rf"names no prepared source: .* such as prepared:{first}/text"):
+        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}"))
+    with pytest.raises(ConfigError, match=r"text\.where is 'a=b', but its path is 'prepared:.*leave it out"):
+        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}/text", sources__where="a=b"))
+
+
+def test_a_damaged_index_is_named(copy, books):
+    path = copy / "text" / "index.npy"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"index\.npy is damaged: delete"):
+        prepare(copy, options_of(books)).blocks("text", "train")
+
+
+def test_after_a_misspelt_field_the_right_one_can_be_used_at_once(tmp_path, books):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
+    for wrong in ({"sources__field": "txt", "max_skipped": 100}, {"sources__field": "txt"}, {"sources__where": "a=b"}):
+        with pytest.raises(DataError, match="has no field `txt`|holds no text in records with a=b"):
+            prepare(tmp_path / "data", tiny_data.text_options(path, **wrong))
+    assert prepare(tmp_path / "data", tiny_data.text_options(path)).counts("text")["skipped"] == {}
+
+
+def test_what_another_tokenizer_made_is_not_joined(tmp_path, books):
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    vocabulary = {"tokenizer": "tekken", "vocab_size": 131_136}
+    prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+    shutil.rmtree(tmp_path / "second" / "text")
+    shutil.copytree(first.folder / "text", tmp_path / "second" / "text")
+    with pytest.raises(DataError, match=rf"another tokenizer \({first.tokenizer_hash[:12]}\) than that of .*second"):
+        prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+
+
+def test_a_folder_within_the_text_is_refused(tmp_path):
+    tiny_data.write_jsonl(tmp_path / "a.jsonl", ["text " * 60 for _ in range(60)])
+    with pytest.raises(ConfigError, match=r"data\.prepared is .*/frozen, which lies in data\.sources\.text\.path"):
+        prepare(tmp_path / "frozen", tiny_data.text_options(tmp_path))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, books, monkeypatch):
+    folder, begun, waits, real = tmp_path / "data", threading.Event(), threading.Event(), prepare_module._prepare
+
+    def failing(*_):
+        begun.set()
+        assert waits.wait(60)
+        time.sleep(0.2)  # The other one is in flock by then.
+        raise ConfigError("no")
+
+    def first():
+        with pytest.raises(ConfigError):
+            prepare(folder, tiny_data.text_options(books))
+
+    monkeypatch.setattr(prepare_module, "_prepare", failing)
+    monkeypatch.setattr(prepare_module._log, "info", lambda text, *_: waits.set() if "waiting" in text else None)
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(prepare_module, "_prepare", real)
+    prepare(folder, tiny_data.text_options(books))
+    thread.join()
+    assert (folder / "text").is_dir()
+
+
+def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
+    monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
+    with pytest.raises(DataError, match="has 41 documents, more than 40"):
+        prepare(tmp_path, tiny_data.text_options(books))
+
+
+def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
+    bpe = {"tokenizer": "bpe", "vocab_size": 512}
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(tmp_path / "data", tiny_data.text_options(path, sources__where="a=b") | bpe)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    prepare(tmp_path / "data", tiny_data.text_options(path) | bpe)
+
+
+def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books, prepared):
+    shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
+            prepare(tmp_path, tiny_data.text_options(books) | {"tokenizer": str(path)})
+    assert os.listdir(tmp_path) == ["tokenizer.json"]

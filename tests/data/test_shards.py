@@ -226,3 +226,34 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     process = start(folder, corpus, workers=1)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert documents_of(prepare(folder, tiny_data.text_options(corpus))) == documents_of(alone)
+
+
+def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
+    for i in range(2):
+        (tmp_path / f"{i}.jsonl").write_text('{"text": "a text of many words"}\n' * 300 + "no JSON\n" * 6)
+    options = tiny_data.text_options(tmp_path / "*.jsonl", max_skipped=10)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"12 records of text can't be used, more than data\.max_skipped = 10"):
+            prepare(tmp_path / "data", options)
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(shards_module, "_start_worker", _end)
+    with pytest.raises(DataError, match="a worker was killed"):
+        prepare(tmp_path / "data", tiny_data.text_options(corpus), workers=2)
+
+
+def _end():
+    os._exit(1)
+
+
+def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(tmp_path / "data", tiny_data.text_options(corpus))
+    [summary] = (tmp_path / "data").glob(".text.partial/?????.json")
+    summary.write_text("")
+    assert prepare(tmp_path / "data", tiny_data.text_options(corpus)).fingerprint == alone.fingerprint

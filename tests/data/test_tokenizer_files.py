@@ -7,6 +7,7 @@ import tokenizers as package
 
 from meap_jax.config import ConfigError
 from meap_jax.data import tokenizers
+from meap_jax.data.manifest import hash_of
 from meap_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from tokenizer_kinds import byte_level, hugging_face, kind, llama, sentencepiece_model, unigram
 
@@ -168,9 +169,9 @@ def test_tokenizer_config_beside_it_names_the_special_tokens(tmp_path):
     assert roles == (free, free + 1, free + 2, free + 3) and tokenizer.num_tokens == free + 4
     # The hash tells tokenizers apart by what ids mean, not by what else their folders say.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "new"}), encoding="utf-8")
-    assert tokenizers.fingerprint(tokenizers.make(str(tmp_path))) == tokenizers.fingerprint(tokenizer)
+    assert hash_of(tokenizers.make(str(tmp_path)).files()) == hash_of(tokenizer.files())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}), encoding="utf-8")
-    assert tokenizers.fingerprint(tokenizers.make(str(tmp_path))) != tokenizers.fingerprint(tokenizer)
+    assert hash_of(tokenizers.make(str(tmp_path)).files()) != hash_of(tokenizer.files())
 
 
 @pytest.mark.parametrize("pad", ["<s>", "</s>", None])

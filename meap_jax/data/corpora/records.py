@@ -41,9 +41,9 @@ class Selection(NamedTuple):
         """
         name, equals, value = where.partition("=")
         if not all(field.split(".")):
-            raise ConfigError(f"data.field is {field!r}, but must be a field's name, such as text or meta.text.")
+            raise ConfigError(f"field is {field!r}, but must be a field's name, such as text or meta.text.")
         if where and not (equals and all(name.split("."))):
-            raise ConfigError(f"data.where is {where!r}, but must be FIELD=VALUE, such as meta.language=en.")
+            raise ConfigError(f"where is {where!r}, but must be FIELD=VALUE, such as meta.language=en.")
         return cls(tuple(field.split(".")), tuple(name.split(".")) if where else (), value)
 
     @property

@@ -36,7 +36,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[File]:
     try:
         found = _find_in_bucket(path) if "://" in path else _find_here(os.path.expanduser(path))
         if found is None:
-            raise ConfigError(f"data.path is {path!r}, which does not exist: give a file, a folder or a pattern.")
+            raise ConfigError(f"the path is {path!r}, which does not exist: give a file, a folder or a pattern.")
         files = [
             File(name, os.path.getsize(name) if size is None else size)
             for name, size in found.items()
@@ -46,7 +46,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[File]:
         raise DataError(f"{error.filename or path} can't be read: {error.strerror or error}.") from error
     kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
     if not files and [os.path.basename(name) for name in found] == [os.path.basename(path)]:
-        raise ConfigError(f"data.path is {path!r}, but must be a file that ends in {kinds}.")
+        raise ConfigError(f"the path is {path!r}, but must be a file that ends in {kinds}.")
     if not files:
         raise DataError(f"{path} holds no file that ends in {kinds}.")
     return sorted(files, key=lambda file: file.path.split("/"))
@@ -131,6 +131,6 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         kind = url.partition("://")[0]
         package = _PACKAGES.get(kind)
         command = f"pip install {package}" if package else " ".join(str(error).split())
-        raise ConfigError(f"data.path is {url!r}, and {kind}:// needs a package that isn't there: {command}") from error
+        raise ConfigError(f"the path is {url!r}, and {kind}:// needs a package that isn't there: {command}") from error
     except ValueError as error:
-        raise ConfigError(f"data.path is {url!r}, and fsspec does not know its kind: {error}.") from error
+        raise ConfigError(f"the path is {url!r}, and fsspec does not know its kind: {error}.") from error

@@ -85,12 +85,12 @@ def _open(path: str) -> _Data:
     name, _, query = path.removeprefix("tfds:").partition("?")
     split = query.removeprefix("split=") if query else "train"
     if not split or (query and not query.startswith("split=")):
-        raise ConfigError(f"data.path is {path!r}, but behind the ? must be split=SPLIT, such as split=validation.")
+        raise ConfigError(f"the path is {path!r}, but behind the ? must be split=SPLIT, such as split=validation.")
     try:
         import tensorflow_datasets as tfds  # here, since it takes a second and few runs need it
     except ImportError as error:
         raise ConfigError(
-            f"data.path is {path!r}, which needs a package: pip install tensorflow-datasets ({error})."
+            f"the path is {path!r}, which needs a package: pip install tensorflow-datasets ({error})."
         ) from error
 
     folder, full_name = _folder(path, name)
@@ -101,7 +101,7 @@ def _open(path: str) -> _Data:
         raise DataError(f"{folder} has a dataset_info.json or features.json that can't be used: {reason}") from error
     if "array_record" not in {kind.value for kind in builder.info.available_file_formats()}:
         raise ConfigError(
-            f"data.path is {path!r}, but {folder} isn't there as ArrayRecord: prepare it again, into another folder, "
+            f"the path is {path!r}, but {folder} isn't there as ArrayRecord: prepare it again, into another folder, "
             "with tfds build --file_format=array_record."
         )
     try:
@@ -109,7 +109,7 @@ def _open(path: str) -> _Data:
         instructions = builder.info.splits[split].file_instructions
     except ValueError as error:
         splits = ", ".join(builder.info.splits)
-        raise ConfigError(f"data.path is {path!r}, but the split must be of {splits}, and hold records.") from error
+        raise ConfigError(f"the path is {path!r}, but the split must be of {splits}, and hold records.") from error
     starts = itertools.accumulate((each.take for each in instructions), initial=0)
     files = [(str(each.filename), first, each.skip) for each, first in zip(instructions, starts, strict=False)]
     # A split such as train[:10%] doesn't know its bytes: all splits together do.
@@ -125,16 +125,16 @@ def _folder(path: str, name: str) -> tuple[str, str]:
     else:
         match = _NAME.fullmatch(name)
         if not match:
-            raise ConfigError(f"data.path is {path!r}, but must be like tfds:c4/en:3.1.0?split=train or tfds:/folder.")
+            raise ConfigError(f"the path is {path!r}, but must be like tfds:c4/en:3.1.0?split=train or tfds:/folder.")
         root = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
         folder = os.path.join(root, match["builder"])
         version = match["version"] or _newest(folder)
         folder, full_name = os.path.join(folder, version), f"{match['builder']}:{version}"
     if "://" in folder:
-        raise ConfigError(f"data.path is {path!r}, but ArrayRecord is read from disks alone: copy or mount {folder}.")
+        raise ConfigError(f"the path is {path!r}, but ArrayRecord is read from disks alone: copy or mount {folder}.")
     if not os.path.exists(os.path.join(folder, "dataset_info.json")):
         raise ConfigError(
-            f"data.path is {path!r}, but there is no such data set in {folder}: prepare it with "
+            f"the path is {path!r}, but there is no such data set in {folder}: prepare it with "
             "tfds build NAME --file_format=array_record, or set TFDS_DATA_DIR to where it is."
         )
     return folder, full_name

@@ -6,7 +6,6 @@
 - a path: a `tokenizer.model` (SentencePiece), `tokenizer.json` (Hugging Face) or `tekken.json`, or a folder of one
 """
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +14,7 @@ from meap_jax.config import TOKENIZERS, ConfigError, is_path
 from meap_jax.data.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
 from meap_jax.data.tokenizers.interface import Tokenizer, refusal, round_up
 
-__all__ = ["BPETokenizer", "Tokenizer", "fingerprint", "load", "make", "mistral", "round_up", "tekken", "train_bpe"]
+__all__ = ["BPETokenizer", "Tokenizer", "load", "make", "mistral", "round_up", "tekken", "train_bpe"]
 
 # Where a folder holds several, the first: what others read in a folder of the Hugging Face hub, so that ids are those
 # of the weights beside it.
@@ -78,14 +77,6 @@ def load(folder: str | Path) -> Tokenizer:
         if Path(folder, name).is_file():
             return _read(Path(folder, name))
     raise FileNotFoundError(f"{folder} holds none of {', '.join(_FILES)}.")
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of a tokenizer's files, names and contents: equal hashes, equal meaning of every id."""
-    digest = hashlib.sha256()
-    for name, content in sorted(tokenizer.files().items()):
-        digest.update(f"{name} {len(content)} ".encode() + content)
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> Tokenizer:

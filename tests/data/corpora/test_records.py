@@ -76,11 +76,11 @@ def test_whole_surrogate_pairs_and_marks_are_no_damage():
 @pytest.mark.parametrize(
     ("field", "where", "sentence"),
     [
-        ("", "", "data.field is ''"),
-        ("a..b", "", "data.field is 'a..b'"),
-        ("text", "x", "data.where is 'x'"),
-        ("text", "=x", "data.where is '=x'"),
-        ("text", "a.=x", "data.where is 'a.=x'"),
+        ("", "", "field is ''"),
+        ("a..b", "", "field is 'a..b'"),
+        ("text", "x", "where is 'x'"),
+        ("text", "=x", "where is '=x'"),
+        ("text", "a.=x", "where is 'a.=x'"),
     ],
 )
 def test_what_names_no_field_is_refused(field, where, sentence):

@@ -85,7 +85,7 @@ def test_files_in_a_bucket_are_found_and_opened(tmp_path):
 @pytest.mark.parametrize(("kind", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
 def test_a_missing_package_is_named_with_the_command(kind, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # as if it weren't there, where it is
-    with pytest.raises(ConfigError, match=rf"data.path is '{kind}://bucket/x'.*: pip install {package}\.?$"):
+    with pytest.raises(ConfigError, match=rf"the path is '{kind}://bucket/x'.*: pip install {package}\.?$"):
         find_files(f"{kind}://bucket/x", SUFFIXES)
 
 
