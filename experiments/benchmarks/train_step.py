@@ -4,10 +4,11 @@ python -m experiments.benchmarks.train_step [--no-torch] [--sizes=1M,10M,50M] [-
 pip install -r requirements-bench.txt   # torch and transformers, before the first comparison
 
 On a CPU: decoders of about 1, 10 and 50 million parameters at T = 256 and 512, in float32. Ours is `train.compile_step`
-under NTP with all its metrics; theirs is transformers' LlamaForCausalLM of the same sizes, eager and under
-torch.compile. Both clip by the global norm and update with AdamW, of the same settings. The share of the peak is the
-model's FLOP/s (`metrics.model_flops`, attention counted causal) over a [2048, 2048] float32 product, torch's or JAX's,
-whichever was faster in that round.
+under NTP with all its metrics and its layers unrolled (`model.unroll`, which changes the program and never the state);
+the scanned program, every config's default, takes turns with it. Theirs is transformers' LlamaForCausalLM of the same
+sizes, eager and under torch.compile, whose layers are a Python loop and so unrolled too. Both clip by the global norm
+and update with AdamW, of the same settings. The share of the peak is the model's FLOP/s (`metrics.model_flops`,
+attention counted causal) over a [2048, 2048] float32 product, torch's or JAX's, whichever was faster in that round.
 
 Engines are processes that take turns. In one process they would share an allocator, whose state one engine leaves to
 the other, and the threads of one would still spin (OpenMP's do for some milliseconds after their work) when the other
@@ -80,10 +81,12 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
 
 def on_cpu(size: str, seq_len: int, engines: list[str], repeats: int, *, quick: bool) -> dict[str, Any]:
     """One row: engines in turns on one decoder."""
-    config = config_of(size, seq_len=seq_len, batch_size=BATCH_SIZES[size])
+    shape: dict[str, Any] = dict(seq_len=seq_len, batch_size=BATCH_SIZES[size])
+    config = config_of(size, unroll=SIZES[size]["num_layers"], **shape)
     matmul = 256 if quick else MATMUL
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(_start(name, config)) for name in engines}
+        workers["scanned"] = stack.enter_context(_start("ours", config_of(size, **shape)))
         check_same_work({name: worker.about for name, worker in workers.items()}, config.model.vocab_size)
         slowest = max(worker.ask("steps", 1) for worker in workers.values())
         num = 1 if quick else max(1, math.ceil(TURN_SECONDS / slowest))
@@ -98,6 +101,7 @@ def on_cpu(size: str, seq_len: int, engines: list[str], repeats: int, *, quick: 
         "T": seq_len,
         "B": config.global_batch_size,
         **_against_torch(timings, engines),
+        "ours, unrolled / scanned": timings.ratio("scanned", "ours"),
         "ours, share of the matmul peak": _share_of_peak(timings, about["flops"], 2 * matmul**3),
         "ours, tokens/s": config.global_batch_size * seq_len / timings.median("ours"),
     }

@@ -5,14 +5,16 @@ kernels of TPU and GPU don't express.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32
 
 from meap_jax.model.visibility import Visibility
 
-SMALLEST_BLOCK = 128  # Queries a block: fewer would leave the matrix units idle.
+SMALLEST_BLOCK = 64  # Queries a block: what is alive of it fits into a core's cache, and fewer gain nothing.
 MOST_BLOCKS = 32  # Blocks are unrolled: more would take longer to compile than they save.
 
 
@@ -39,61 +41,158 @@ def attend(
     B, Q, H, d = q.shape
     K = k.shape[2]
     q_BKGQd = q.reshape(B, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
-    k_BKTd, v_BKTd = k.swapaxes(1, 2), v.swapaxes(1, 2)
-
     # A window is no array: it goes around the maps, not through them.
-    attend_head = functools.partial(_attend_head, window=queries.window, start=start)
-
-    # Row by row and kv head by kv head: what is alive fits into caches.
-    def row(item: tuple) -> Float[Array, "K G Q d"]:
-        q_KGQd, k_KTd, v_KTd, *sides = item
-        return jax.lax.map(lambda head: attend_head(*head, *sides), (q_KGQd, k_KTd, v_KTd))
-
     sides = (side._replace(window=None) for side in (queries, keys))
-    out_BKGQd = jax.lax.map(row, (q_BKGQd, k_BKTd, v_BKTd, *sides))
+    out_BKGQd = _attend(q_BKGQd, k.swapaxes(1, 2), v.swapaxes(1, 2), *sides, queries.window, start)
     return out_BKGQd.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, d)
 
 
-def _attend_head(
-    q_GQd: jax.Array,
-    k_Td: jax.Array,
-    v_Td: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    q_BKGQd: jax.Array,
+    k_BKTd: jax.Array,
+    v_BKTd: jax.Array,
     queries: Visibility,
     keys: Visibility,
-    *,
     window: int | None,
     start: int | None,
-) -> jax.Array:
-    """G query heads of one row that share one kv head; the visibility has no axis B."""
-    Q, T = q_GQd.shape[1], k_Td.shape[0]
+) -> Float[Array, "B K G Q d"]:
+    """The gradient is written out: it computes the weights again, block by block, and nothing else.
+
+    Left to JAX it multiplies the values again, too, to learn how the sum of the weights moves. That is known from the
+    output (FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2).
+    """
+    return _attend_fwd(q_BKGQd, k_BKTd, v_BKTd, queries, keys, window, start)[0]
+
+
+def _attend_fwd(
+    q_BKGQd: jax.Array,
+    k_BKTd: jax.Array,
+    v_BKTd: jax.Array,
+    queries: Visibility,
+    keys: Visibility,
+    window: int | None,
+    start: int | None,
+) -> tuple[jax.Array, tuple]:
+    def head(
+        q_GQd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, queries: Visibility, keys: Visibility
+    ) -> tuple[jax.Array, jax.Array]:
+        done = [
+            _block(q_GQd[:, block], k_Td[:reach], v_Td[:reach], _mask(queries, keys, block, reach, window))
+            for block, reach in _blocks(q_GQd.shape[1], k_Td.shape[0], start)
+        ]
+        out, inverse = zip(*done, strict=True)
+        return jnp.concatenate(out, axis=1), jnp.concatenate(inverse, axis=1)
+
+    out_BKGQd, inverse_BKGQ = _by_head(head, (q_BKGQd, k_BKTd, v_BKTd), (queries, keys))
+    # Both bear the name of attention's output, so that what is kept of a layer (`decoder.remat`) is all of it.
+    out_BKGQd, inverse_BKGQ = (checkpoint_name(x, "attention") for x in (out_BKGQd, inverse_BKGQ))
+    return out_BKGQd, (q_BKGQd, k_BKTd, v_BKTd, queries, keys, out_BKGQd, inverse_BKGQ)
+
+
+def _attend_bwd(window: int | None, start: int | None, residuals: tuple, d_out_BKGQd: jax.Array) -> tuple:
+    q_BKGQd, k_BKTd, v_BKTd, queries, keys, out_BKGQd, inverse_BKGQ = residuals
+    # The gradient in the output before it was divided by the sum of the weights, and in that sum.
+    d_weighted_BKGQd = d_out_BKGQd * inverse_BKGQ[..., None]
+    d_sum_BKGQ = -jnp.sum(out_BKGQd * d_weighted_BKGQd, axis=-1)
+
+    def head(
+        q_GQd: jax.Array,
+        k_Td: jax.Array,
+        v_Td: jax.Array,
+        d_weighted_GQd: jax.Array,
+        d_sum_GQ: jax.Array,
+        queries: Visibility,
+        keys: Visibility,
+    ) -> tuple[jax.Array, ...]:
+        d_q, d_k, d_v = [], jnp.zeros(k_Td.shape, jnp.float32), jnp.zeros(v_Td.shape, jnp.float32)
+        for block, reach in _blocks(q_GQd.shape[1], k_Td.shape[0], start):
+            sees_qT = _mask(queries, keys, block, reach, window)
+            d_q_block, d_k_block, d_v_block = _block_gradients(
+                q_GQd[:, block], k_Td[:reach], v_Td[:reach], d_weighted_GQd[:, block], d_sum_GQ[:, block], sees_qT
+            )
+            d_q.append(d_q_block)
+            d_k, d_v = d_k.at[:reach].add(d_k_block), d_v.at[:reach].add(d_v_block)
+        return jnp.concatenate(d_q, axis=1), d_k.astype(k_Td.dtype), d_v.astype(v_Td.dtype)
+
+    arrays = (q_BKGQd, k_BKTd, v_BKTd, d_weighted_BKGQd.astype(v_BKTd.dtype), d_sum_BKGQ)
+    return (*_by_head(head, arrays, (queries, keys)), None, None)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _by_head(
+    function: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], sides: tuple[Visibility, Visibility]
+) -> tuple[jax.Array, ...]:
+    """Row by row [B, ...] and kv head by kv head [K, ...]: what is alive fits into caches."""
+
+    def row(item: tuple) -> tuple[jax.Array, ...]:
+        arrays, sides = item
+        return jax.lax.map(lambda head: function(*head, *sides), arrays)
+
+    return jax.lax.map(row, (arrays, sides))
+
+
+def _blocks(Q: int, T: int, start: int | None) -> list[tuple[slice, int]]:
+    """Blocks of queries; with each, how many keys it reaches to."""
     size = max(SMALLEST_BLOCK, -(-Q // MOST_BLOCKS))
-    out = []
-    for first in range(0, Q, size):
-        last = min(first + size, Q)
-        reach = T if start is None else start + last
-        ours, theirs = _row(queries, first, last), _row(keys, 0, reach)
-        out.append(_attend_block(q_GQd[:, first:last], k_Td[:reach], v_Td[:reach], ours, theirs, window))
-    return jnp.concatenate(out, axis=1)
+    blocks = [slice(first, min(first + size, Q)) for first in range(0, Q, size)]
+    return [(block, T if start is None else start + block.stop) for block in blocks]
 
 
-@functools.partial(jax.checkpoint, static_argnums=5)
-def _attend_block(
-    q_Gqd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, queries: Visibility, keys: Visibility, window: int | None
-) -> jax.Array:
-    """Q queries of G heads over T keys; its weights are computed again in the backward pass, block by block."""
-    G, Q, d = q_Gqd.shape
-    sees_qT = queries._replace(window=window).mask(keys)[0]
-    scores = jnp.einsum("gd,td->gt", q_Gqd.reshape(-1, d), k_Td, preferred_element_type=jnp.float32)
-    scores = jnp.where(sees_qT, scores.reshape(G, Q, -1) * d**-0.5, -jnp.inf)
-    # Softmax times values. The sum of the weights comes in last, where a query has d numbers and not T, and as a
-    # factor: XLA turns a quotient into one in the program for one device, but not everywhere in that for several.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    inverse = 1 / weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(v_Td.dtype).reshape(G * Q, -1)
-    weighted = jnp.matmul(weights, v_Td, preferred_element_type=jnp.float32).reshape(q_Gqd.shape)
-    return (weighted * inverse).astype(v_Td.dtype)
+def _mask(queries: Visibility, keys: Visibility, block: slice, reach: int, window: int | None) -> Bool[Array, "q T"]:
+    """Which of the first `reach` keys the queries of a block see, in a visibility without an axis B."""
+    ours = jax.tree.map(lambda x: x[None, block], queries)
+    theirs = jax.tree.map(lambda x: x[None, :reach], keys)
+    return ours._replace(window=window).mask(theirs)[0]
 
 
-def _row(side: Visibility, first: int, last: int) -> Visibility:
-    """Positions first ... last - 1 of a visibility without an axis B, as one of a single row."""
-    return jax.tree.map(lambda x: x[None, first:last], side)
+def _block(
+    q_Gqd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, sees_qT: jax.Array
+) -> tuple[Float[Array, "G q d"], Float32[Array, "G q"]]:
+    """Of q queries of G heads over T keys: their output, and 1 over the sum of their weights."""
+    weights_GqT = _weights(q_Gqd, k_Td, sees_qT)
+    # The sum comes in last, where a query has d numbers and not T, and as a factor: XLA turns a quotient into one in
+    # the program for one device, but not everywhere in that for several.
+    inverse_Gq = 1 / weights_GqT.sum(axis=-1)
+    weighted = _product(_flat(weights_GqT).astype(v_Td.dtype), v_Td).reshape(q_Gqd.shape)
+    return (weighted * inverse_Gq[..., None]).astype(v_Td.dtype), inverse_Gq
+
+
+def _block_gradients(
+    q_Gqd: jax.Array,
+    k_Td: jax.Array,
+    v_Td: jax.Array,
+    d_weighted_Gqd: jax.Array,
+    d_sum_Gq: jax.Array,
+    sees_qT: jax.Array,
+) -> tuple[Float[Array, "G q d"], Float32[Array, "T d"], Float32[Array, "T d"]]:
+    """Gradients in q, k and v."""
+    q_nd, d_weighted_nd = _flat(q_Gqd), _flat(d_weighted_Gqd)
+    weights_GqT = _weights(q_Gqd, k_Td, sees_qT)
+    d_weights_GqT = _product(d_weighted_nd, v_Td.T).reshape(weights_GqT.shape) + d_sum_Gq[..., None]
+    d_scores_nT = _flat(weights_GqT * d_weights_GqT * _scale(q_Gqd)).astype(q_Gqd.dtype)
+    d_q = _product(d_scores_nT, k_Td).reshape(q_Gqd.shape).astype(q_Gqd.dtype)
+    d_v = _product(_flat(weights_GqT).astype(v_Td.dtype).T, d_weighted_nd)
+    return d_q, _product(d_scores_nT.T, q_nd), d_v
+
+
+def _weights(q_Gqd: jax.Array, k_Td: jax.Array, sees_qT: jax.Array) -> Float32[Array, "G q T"]:
+    """exp(score - the query's largest): the softmax but for its sum."""
+    scores_nT = _product(_flat(q_Gqd), k_Td.T)
+    scores_GqT = jnp.where(sees_qT, scores_nT.reshape(-1, *sees_qT.shape) * _scale(q_Gqd), -jnp.inf)
+    return jnp.exp(scores_GqT - scores_GqT.max(axis=-1, keepdims=True))
+
+
+def _scale(q_Gqd: jax.Array) -> float:
+    return q_Gqd.shape[-1] ** -0.5
+
+
+def _flat(x: Float[Array, "G q x"]) -> Float[Array, "G*q x"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _product(a: Float[Array, "n m"], b: Float[Array, "m k"]) -> Float32[Array, "n k"]:
+    """As one 2-D matmul, XLA's fastest form on CPU; summed in float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
