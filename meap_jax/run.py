@@ -101,10 +101,12 @@ def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
     weights = mixture(config)
     for name, weight in weights.items():
         limit = config.data.sources[name].epochs if name in config.data.sources else 0
+        if not limit:
+            continue
         num_blocks = len(prepared.blocks(name, "train"))
         blocks_a_step = config.global_batch_size * weight / sum(weights.values())
         epochs = config.num_steps * blocks_a_step / num_blocks
-        if limit and epochs > limit:
+        if epochs > limit:
             most = int(limit * num_blocks / blocks_a_step)
             way = f"num_steps to {most}" if most else "global_batch_size"
             raise ConfigError(

@@ -33,12 +33,16 @@ import numpy as np
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, interleave, timed
 from meap_jax.config import ConfigError
-from meap_jax.data import shards, tokenizers
+from meap_jax.data import packing, plans, shards, tokenizers
+from meap_jax.data.corpora import Part, Skips
+from meap_jax.data.documents import Document
+from meap_jax.data.manifest import write_manifest
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.data.prepare import prepare
-from meap_jax.data.prepared import Prepared
-from meap_jax.data.sources import open_source
+from meap_jax.data.prepared import Blocks, Prepared, open_store, plan_folder
+from meap_jax.data.sources import SourcePart, open_source
 from meap_jax.data.stdlib import read_stdlib
+from meap_jax.data.store import merge_indices
 
 SEQ_LEN, BATCH_SIZE, BUFFER = 4096, 8, 1_000
 COPIES = 12  # Of the standard library's two million characters.
@@ -194,8 +198,7 @@ class _Datasets:
 
     def write_documents(self, prepared: Prepared) -> None:
         """The training documents of a prepared source, and the blocks that they make, as datasets on disk."""
-        blocks = prepared.blocks("text", "train")
-        store = blocks._store
+        store = open_store(prepared.folder / "text")
         documents = [{"input_ids": ids.astype(np.int32)} for ids in store.read(store.documents("train"))]
         data = self._datasets.Dataset.from_list(documents)
         data.to_parquet(str(self._folder / "documents.parquet"))
@@ -236,19 +239,14 @@ class Simulated:
     def __init__(self, num_documents: int):
         self._num_documents = num_documents
 
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[SourcePart]:
         """See `meap_jax.data.sources.Source`."""
-        from meap_jax.data.corpora import Part
-        from meap_jax.data.sources import SourcePart
-
         starts = range(0, self._num_documents, self.PART)
         return [SourcePart(Part("simulated", i, min(i + self.PART, self._num_documents), 2**30)) for i in starts]
 
-    def read(self, part: Any, skips: Any) -> Iterator[tuple[int, Any]]:
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `meap_jax.data.sources.Source`."""
-        from meap_jax.data.documents import Document
-
-        for i in range(part.part.start, part.part.stop):
+        for i in range(part.part.start, part.part.stop or 0):
             yield int(i % 1000 == 0), Document((f"Number {i} is followed by {i + 1} and has {len(str(i))} digits.",))
 
 
@@ -261,17 +259,13 @@ def memory(num_documents: int) -> harness.Table:
 
 def simulate(num_documents: int) -> list[dict[str, Any]]:
     """Tokenizes and packs it here; a row a stage."""
-    from meap_jax.data import packing, plans, prepared
-    from meap_jax.data.manifest import write_manifest
-    from meap_jax.data.store import merge_indices
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for filename, content in tokenizers.mistral().files().items():
             (folder / filename).write_bytes(content)
         store = folder / "simulated"
         store.mkdir()
-        planned = shards.jobs(Simulated(num_documents), store, folder, 0)  # type: ignore[arg-type]
+        planned = shards.jobs(Simulated(num_documents), store, folder, 0)
         sizes, summaries = [], []
         for job in planned:
             summaries.append(shards.make_shard(job))
@@ -281,13 +275,8 @@ def simulate(num_documents: int) -> list[dict[str, Any]]:
         write_manifest(store, {"num_tokens": 32_001, "shards": kept, "files": {}})
         packing.make_plans(store, "simulated", _PLAN, {"kind": "text", "holdout": 0.001})
         packed = _resident()
-        blocks = prepared.Blocks(
-            prepared.open_store(store),
-            plans.load(prepared.plan_folder(store, _PLAN), "train"),
-            SEQ_LEN + 1,
-            0,
-            is_one_segment=True,
-        )
+        plan = plans.load(plan_folder(store, _PLAN), "train")
+        blocks = Blocks(open_store(store), plan, SEQ_LEN + 1, 0, is_one_segment=True)
         for i in np.random.default_rng(0).integers(0, len(blocks), 2_000):
             blocks[int(i)]
         tenth = max(1, len(planned) // 10)

@@ -32,7 +32,7 @@ ANSWER_DTYPE = np.dtype([
 ])  # fmt: skip
 
 # Blocks take runs of documents, so that neighbours lie together; compressed (zstd:1) they would take two thirds of the
-# disk and several times the time to read.
+# disk and blocks twice the time to read.
 _WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.
 _OPEN_FILES = 256  # Of a thread; many systems allow 1,024 a process.

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 import tiny_data
 from meap_jax.data import shards as shards_module
 from meap_jax.data.prepare import prepare
 from meap_jax.data.store import SPLITS
-
-tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 
 SIZES = {"train": 300, "validation": 40}
 

@@ -8,16 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from meap_jax.config import ConfigError
 from meap_jax.data.corpora import Part, Skips, open_corpus
 from meap_jax.data.corpora.records import Selection
 from meap_jax.data.corpora.tfds import TfdsCorpus
 from meap_jax.data.documents import DataError
-
-tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
-import numpy as np  # noqa: E402  # below the line that skips this module
 
 SIZES = {"train": 600, "validation": 7}
 
