@@ -1,8 +1,11 @@
 """How the splits of a source are packed, as its options say; the packing itself is in `plans`."""
 
+import contextlib
+import functools
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import hash_of_files, write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
 from meap_jax.data.store import SPLITS, Store
+from meap_jax.data.workers import map_ahead, worker_pool
 
 _RANGE = 1 << 17  # Documents that are planned at a time.
 
@@ -38,39 +42,19 @@ def make_plans(source: Path, name: str, options: Mapping[str, Any], source_optio
     store = open_store(source)
     lengths = store.index["length"]
     block_len = options["seq_len"] + 1
-    is_whole = source_options["kind"] == "retrieval"
-    if is_whole and lengths.max() > block_len:
+    if source_options["kind"] == "retrieval" and lengths.max() > block_len:
         raise DataError(
             f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {block_len} of a "
             "block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
             "training) or num_eval_facts (held out) of data.retrieval."
         )
-    pack = plans.best_fit if options["packing"] == "best_fit" else plans.concat
     place = plan_folder(source, options)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    counts = {}
-    for split in SPLITS:
-        counts[split] = plans.save(partial, split, pack(_ranges(store, split, options), block_len), lengths, block_len)
-    split_by = "document"
-    empty = [split for split in SPLITS if not counts[split]["blocks"]]
-    if empty and is_whole:
-        raise DataError(
-            f"The source {name} has no document left for {empty[0]}: all of them stand in another split; raise "
-            "num_keys, num_values or num_facts."
-        )
-    if empty:
-        _check_may_be_cut(store, name, options, source_options, empty)
-        split_by = "block"
-        # Documents that were to be held out come last: they fill the end that is cut off.
-        ranges = chain.from_iterable(_ranges(store, split, options) for split in SPLITS)
-        plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
-        for split, part in _cut_by_blocks(plans.load(partial, "all"), name, source, block_len, source_options):
-            counts[split] = plans.save(partial, split, [part], lengths, block_len)
-        for kind in ("pieces", "bounds"):
-            (partial / f"all.{kind}").unlink()
+    with _packer(options["packing"], len(store)) as pack:
+        split_by, counts = _pack(pack, partial, store, name, options, source_options)
     for split in SPLITS:
         counts[split]["mean_document_tokens"] = _mean_length(store, split)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
@@ -79,6 +63,51 @@ def make_plans(source: Path, name: str, options: Mapping[str, Any], source_optio
     manifest = {"options": dict(options), "sha256": digest, "split_by": split_by, "splits": counts}
     write_manifest(partial, manifest)
     partial.rename(place)
+
+
+@contextlib.contextmanager
+def _packer(packing: str, num_documents: int) -> Iterator[Callable[..., Iterator[plans.Plan]]]:
+    """What plans ranges of documents; best fit on all cores where there are ranges for them."""
+    workers = min(len(os.sched_getaffinity(0)), num_documents // _RANGE)
+    if packing != "best_fit":
+        yield plans.concat
+    elif workers < 2:
+        yield plans.best_fit
+    else:
+        with worker_pool(workers) as pool:
+            yield functools.partial(plans.best_fit, each=functools.partial(map_ahead, pool, 2 * workers))
+
+
+def _pack(
+    pack: Callable[..., Iterator[plans.Plan]],
+    partial: Path,
+    store: Store,
+    name: str,
+    options: Mapping[str, Any],
+    source_options: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """Saves the plans of all splits; returns what splits are made of, document or block, and what is told of each."""
+    lengths, block_len = store.index["length"], options["seq_len"] + 1
+    counts = {}
+    for split in SPLITS:
+        counts[split] = plans.save(partial, split, pack(_ranges(store, split, options), block_len), lengths, block_len)
+    empty = [split for split in SPLITS if not counts[split]["blocks"]]
+    if not empty:
+        return "document", counts
+    if source_options["kind"] == "retrieval":
+        raise DataError(
+            f"The source {name} has no document left for {empty[0]}: all of them stand in another split; raise "
+            "num_keys, num_values or num_facts."
+        )
+    _check_may_be_cut(store, name, options, source_options, empty)
+    # Documents that were to be held out come last: they fill the end that is cut off.
+    ranges = chain.from_iterable(_ranges(store, split, options) for split in SPLITS)
+    plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
+    for split, part in _cut_by_blocks(plans.load(partial, "all"), name, store.folder, block_len, source_options):
+        counts[split] = plans.save(partial, split, [part], lengths, block_len)
+    for kind in ("pieces", "bounds"):
+        (partial / f"all.{kind}").unlink()
+    return "block", counts
 
 
 def _check_may_be_cut(

@@ -7,7 +7,8 @@ of numbers: shuffled, mixed, and shared out over any number of hosts.
 Documents come in ranges, and a plan leaves in as many parts, so that memory doesn't grow with the corpus.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def _merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return both[np.diff(both, prepend=-1) != 0]
 
 
-def best_fit(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
+def best_fit(ranges: Iterable[np.ndarray], block_len: int, each: Callable[..., Iterator[Plan]] = map) -> Iterator[Plan]:
     """Puts each document whole into the fullest block that has room for it, by grain's best-fit packing.
 
     A document longer than a block is cut into blocks and a rest. What stays empty is padding. Ranges are packed by
@@ -91,15 +92,19 @@ def best_fit(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
     Args:
       ranges: pieces of documents, in order.
       block_len: ids in a block, seq_len + 1.
+      each: maps a function over the ranges, in order; it may do so in other processes.
 
-    Yields:
+    Returns:
       A plan a range.
     """
-    for documents in ranges:
-        pieces = _cut(documents, block_len)
-        blocks = list(_packed(pieces["length"], block_len))
-        order = np.concatenate([np.zeros(0, np.int64), *blocks])
-        yield Plan(pieces[order], np.cumsum([0, *map(len, blocks)], dtype=np.int64))
+    return each(functools.partial(_fit, block_len), ranges)
+
+
+def _fit(block_len: int, documents: np.ndarray) -> Plan:
+    pieces = _cut(documents, block_len)
+    blocks = list(_packed(pieces["length"], block_len))
+    order = np.concatenate([np.zeros(0, np.int64), *blocks])
+    return Plan(pieces[order], np.cumsum([0, *map(len, blocks)], dtype=np.int64))
 
 
 def _cut(documents: np.ndarray, block_len: int) -> np.ndarray:

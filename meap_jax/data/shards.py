@@ -10,10 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -27,6 +23,7 @@ from meap_jax.data.corpora import Skips
 from meap_jax.data.documents import DataError, Document, EncodedDocument, encode_documents
 from meap_jax.data.sources import Source, SourcePart, TokenIds
 from meap_jax.data.store import ids_dtype, put_in_place, shard_file, unfinished, write_shard
+from meap_jax.data.workers import worker_pool
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
@@ -179,36 +176,9 @@ def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, 
     if workers <= 1 or sum(map(_num_bytes, todo)) < _ONE_PROCESS:
         yield ((job, make_shard(job)) for job in todo)
         return
-    # Spawned: a process in which JAX's threads run can't be forked safely.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        # Held back from workers until they know what to do with it: one that still imports would tell what it was at.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with worker_pool(workers) as pool:
         futures = {pool.submit(make_shard, job): job for job in todo}
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise DataError(
-                "a worker was killed, as happens when memory runs out: start again for the shards that are missing."
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """A worker keeps to its core, ends at once with Ctrl-C, and doesn't outlive the process that started it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers are spawned"
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+        yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ import pytest
 import tiny_data
 import tiny_runs
 from meap_jax.config import ConfigError
+from meap_jax.data import packing
 from meap_jax.data import prepare as prepare_module
 from meap_jax.data.documents import DataError
 from meap_jax.data.prepare import prepare
@@ -440,3 +441,15 @@ def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books,
         with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
             prepare(tmp_path, tiny_data.text_options(books) | {"tokenizer": str(path)})
     assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_best_fit_on_several_cores_gives_the_plan_that_one_gives(tmp_path, monkeypatch):
+    lengths = np.random.default_rng(0).integers(5, 200, 300)
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
+    monkeypatch.setattr(packing, "_RANGE", 50)
+    found = []
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr(packing.os, "sched_getaffinity", lambda _, cores=cores: cores)
+        made = prepare(tmp_path / str(len(cores)), tiny_data.text_options(path, plans__packing="best_fit"), workers=1)
+        found.append(made.fingerprint)
+    assert found[0] == found[1]

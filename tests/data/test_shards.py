@@ -17,6 +17,7 @@ import tiny_data
 import tiny_runs
 from meap_jax.data import prepare as prepare_module
 from meap_jax.data import shards as shards_module
+from meap_jax.data import workers
 from meap_jax.data.documents import DataError
 from meap_jax.data.prepare import prepare
 
@@ -241,7 +242,7 @@ def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, 
 def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
-    monkeypatch.setattr(shards_module, "_start_worker", _end)
+    monkeypatch.setattr(workers, "_start", _end)
     with pytest.raises(DataError, match="a worker was killed"):
         prepare(tmp_path / "data", tiny_data.text_options(corpus), workers=2)
 
