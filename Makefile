@@ -39,13 +39,13 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers
 
 test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	@cd "$(ROOT)"
 	.beam/bin/python -c 'import apache_beam, tensorflow_datasets'
-	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/data/test_beam.py \
-	    tests/data/test_prepare_tfds.py tests/data/corpora/test_tfds.py tests/data/test_tokenizers.py
+	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/corpus/test_beam.py \
+	    tests/corpus/test_prepare_tfds.py tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
 
 # The compilers stand beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
 # last, is what .venv/stamp is for .venv.
@@ -59,7 +59,7 @@ test-aot: .venv ## compile for TPUs and GPUs that are not here, and check what c
 	        -r requirements-tpu-aot.txt -r requirements-gpu-aot.txt
 	    printf '%s\n' "$$wanted" > .aot/stamp
 	fi
-	PYTHONPATH="$$PWD/.aot$${PYTHONPATH:+:$$PYTHONPATH}" JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/aot
+	PYTHONPATH="$$PWD/.aot$${PYTHONPATH:+:$$PYTHONPATH}" JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/aot/compilers
 
 # SkyPilot has an environment of its own, since it shares nothing with ours but the files that it reads.
 test-cloud: .cloud ## let SkyPilot read the task files of experiments/cloud

@@ -15,8 +15,9 @@ import ml_collections
 
 from configs import long_context_64k
 from meap_jax import cli
-from meap_jax.aot import compile_for
-from meap_jax.config import ConfigError, paper
+from meap_jax.aot.report import compile_for
+from meap_jax.config import paper
+from meap_jax.errors import ConfigError
 
 TOPOLOGIES = {
     "100m": ("v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8"),

@@ -22,7 +22,7 @@ from etils import epath
 
 from experiments import report
 from meap_jax import cli
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from meap_jax.evaluate import evaluate
 from meap_jax.metrics import METRICS_FILE, read_metrics
 from meap_jax.run import make_folder, open_data, versions

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments import population
 from meap_jax import cli, sharding
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from meap_jax.evals import make_evaluators
 from meap_jax.evals.statistics import paired_t_interval
 from meap_jax.model.decoder import Params

@@ -33,8 +33,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meap_jax import sharding
-from meap_jax.config import ConfigError, mixture, seed_of
+from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
+from meap_jax.errors import ConfigError
 from meap_jax.run import Run, imported_params
 from meap_jax.train import Batch, Diverged, TrainState, init_state, state_of_params, step_function
 

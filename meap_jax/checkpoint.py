@@ -17,7 +17,7 @@ from etils import epath
 from flax import serialization
 from jax.experimental import multihost_utils
 
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 

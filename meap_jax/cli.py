@@ -16,8 +16,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from meap_jax import config as config_lib
-from meap_jax.config import ConfigError, UserError
+from meap_jax.errors import ConfigError, UserError
 from meap_jax.hosts import join_hosts
+from meap_jax.paths import absolute, is_url
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
         raise ConfigError(f"the file of --config can't be used: {type(error).__name__}: {reason}") from error
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
-    return config, workdir if "://" in str(workdir) else workdir.expanduser().resolve()
+    return config, absolute(workdir)
 
 
 def _no_such_field(error: AttributeError | KeyError, argv: list[str]) -> str:
@@ -95,7 +96,7 @@ def use_compile_cache() -> None:
     if folder is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(base, "meap_jax", "xla")
-    if folder and "://" not in folder:
+    if folder and not is_url(folder):
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

@@ -14,6 +14,8 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from meap_jax.errors import ConfigError
+
 OBJECTIVES = ("ntp", "meap", "random_tokens", "token_dropout")
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others stand in data.sources.
@@ -38,14 +40,6 @@ PAPER_SIZES = {
     "500m": dict(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=4864, num_steps=10_000),  # 481M
     "1b": dict(num_layers=24, num_heads=32, embed_dim=2048, mlp_dim=5632, num_steps=190_000),  # 1,176M
 }
-
-
-class UserError(Exception):
-    """What its user can mend; the text is one sentence, and all that the user is told."""
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that cannot work: one sentence that names the field, its value and what would be valid."""
 
 
 def is_path(tokenizer: str) -> bool:
@@ -225,7 +219,7 @@ def has_segments(config: ml_collections.ConfigDict) -> bool:
 
 
 def data_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What the data of a run depends on, as plain values: what `meap_jax.data.prepare.prepare` is given.
+    """What the data of a run depends on, as plain values: what `meap_jax.corpus.prepare.prepare` is given.
 
     `sources` holds what documents come from, `plans` how they are packed, by the name of the source.
     """

@@ -15,7 +15,8 @@ from meap_jax import cli
 from meap_jax.evals import make_evaluators
 from meap_jax.evals.retrieval import Retrieval
 from meap_jax.evals.statistics import binomial_interval
-from meap_jax.run import absolute, check_data, load_params, open_run, read_config
+from meap_jax.paths import absolute
+from meap_jax.run import check_data, load_params, open_run, read_config
 
 
 def evaluate(workdir: epath.Path, split: str = "test") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 # What srun sets in each process of a step; `jax.distributed` looks for the same five. A shell that was opened on the
 # node some other way has a part of them at most.

@@ -16,6 +16,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from meap_jax.model.config import ModelConfig
+from meap_jax.paths import is_url
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class MetricsWriter:
         self._local = local_folder(workdir)
         self._local.mkdir(parents=True, exist_ok=True)
         self._num_steps, self._work = num_steps, work
-        if self._is_remote() and (workdir / METRICS_FILE).exists():
+        if is_url(self._workdir) and (workdir / METRICS_FILE).exists():
             (self._local / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
         cut_back(self._local / METRICS_FILE, start)
         self._file = (self._local / METRICS_FILE).open("a", encoding="utf-8")
@@ -145,7 +146,7 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
-        if self._is_remote():
+        if is_url(self._workdir):
             self._upload()
 
     def _upload(self) -> None:
@@ -169,9 +170,6 @@ class MetricsWriter:
         self._file.close()
         self._tensorboard.close()
 
-    def _is_remote(self) -> bool:
-        return is_remote(self._workdir)
-
 
 class NoWriter:
     """For processes other than the first."""
@@ -189,14 +187,9 @@ class NoWriter:
         """Does nothing."""
 
 
-def is_remote(workdir: epath.Path) -> bool:
-    """Whether this is a bucket rather than a folder."""
-    return "://" in str(workdir)
-
-
 def local_folder(workdir: epath.Path) -> pathlib.Path:
     """Where files that grow by appending are written: the workdir itself, or a local stand-in for a bucket."""
-    if not is_remote(workdir):
+    if not is_url(workdir):
         return pathlib.Path(workdir)
     name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
     return pathlib.Path(tempfile.gettempdir()) / f"meap_jax-{os.getuid()}" / name

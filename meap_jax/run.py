@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
 from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import ConfigError, base, changed_on_resume, data_options, flatten, mixture
-from meap_jax.data.prepare import prepare
+from meap_jax.config import base, changed_on_resume, data_options, flatten, mixture
+from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
+from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
+from meap_jax.paths import absolute
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params, state_shardings
 
 _log = logging.getLogger(__name__)
@@ -217,11 +219,6 @@ def versions() -> dict[str, str]:
     """What the run runs on, for the record."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "backend": jax.default_backend(), "meap_jax": __version__}
-
-
-def absolute(path: epath.Path) -> epath.Path:
-    """A local path from the root; a bucket's as it is."""
-    return path if "://" in str(path) else path.expanduser().resolve()
 
 
 def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:

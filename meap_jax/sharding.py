@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "context")
 

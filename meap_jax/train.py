@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import sharding
-from meap_jax.config import UserError, has_segments
+from meap_jax.config import has_segments
+from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.model.visibility import causal
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys

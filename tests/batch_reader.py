@@ -12,8 +12,8 @@ import sys
 import numpy as np
 
 from meap_jax import sharding
+from meap_jax.corpus.prepare import prepare
 from meap_jax.data.pipeline import TrainBatches
-from meap_jax.data.prepare import prepare
 from meap_jax.hosts import join_hosts
 
 

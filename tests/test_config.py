@@ -10,7 +10,8 @@ import ml_collections
 import pytest
 
 from meap_jax import config as config_lib
-from meap_jax.config import PAPER_SIZES, ConfigError, changed_on_resume, check, flatten, mixture, seed_of
+from meap_jax.config import PAPER_SIZES, changed_on_resume, check, flatten, mixture, seed_of
+from meap_jax.errors import ConfigError
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.name != "__init__.py")
 

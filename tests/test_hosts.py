@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tiny_runs
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from meap_jax.hosts import connection
 
 SLURM = {

@@ -8,7 +8,7 @@ import zstandard
 
 from configs import long_context_64k
 from meap_jax import main
-from meap_jax.data import prepare
+from meap_jax.corpus import prepare
 from tiny_runs import ROOT, records
 
 SMALL = {

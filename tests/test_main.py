@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from meap_jax import cli, evaluate, main
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from tiny_runs import ROOT, TIMES, TINY, environment, flags, losses, records, run
 
 

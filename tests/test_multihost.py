@@ -11,7 +11,7 @@ import pytest
 
 import tiny_data
 import tiny_runs
-from meap_jax.data.prepare import prepare
+from meap_jax.corpus.prepare import prepare
 
 
 def free_port():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from meap_jax.sharding import (
     AXES,
     batch_sharding,

@@ -5,9 +5,8 @@ import json
 import numpy as np
 
 from meap_jax.data import plans
-from meap_jax.data.documents import AnswerSpan, EncodedDocument
 from meap_jax.data.prepared import Blocks
-from meap_jax.data.store import Store, ids_dtype, merge_indices, write_shard
+from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, merge_indices, write_shard
 
 PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
 

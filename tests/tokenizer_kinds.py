@@ -5,10 +5,10 @@ import json
 from functools import cache
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from meap_jax.data import tokenizers
-from meap_jax.data.retrieval import RetrievalSpec, generate
+from meap_jax import tokenizers
+from meap_jax.corpus.retrieval import RetrievalSpec, generate
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [document.text for document in generate(RetrievalSpec(16, 16, 4, 1, 3), 0, 300)]
 # Names of specials, as often as it takes for a trainer to learn them, were it not told otherwise.
@@ -95,7 +95,7 @@ def unigram() -> str:
 
 
 def hugging_face(serialized: str, config: dict | None = None):
-    from meap_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
+    from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer(serialized, config or {})
 
@@ -103,7 +103,7 @@ def hugging_face(serialized: str, config: dict | None = None):
 @cache
 def kind(name: str):
     """The tokenizer of a name in `KINDS`."""
-    from meap_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
+    from meap_jax.tokenizers.sentence_piece import SentencePieceTokenizer
 
     made = {
         "bpe": lambda: tokenizers.train_bpe(CORPUS, 600),

@@ -4,7 +4,7 @@ python -m experiments.benchmarks.corpus [--no-datasets] [--documents=N] [--repea
 pip install -r requirements-bench.txt   # datasets among others, before the first comparison
 
 All on one core. Tokenizing goes from a .jsonl of the standard library's text to ids on disk, with one BPE for both:
-ours is a shard as `meap_jax.data.prepare` makes it, theirs `load_dataset("json")` and a batched `map`.
+ours is a shard as `meap_jax.corpus.prepare` makes it, theirs `load_dataset("json")` and a batched `map`.
 
 Reading goes from tokenized documents on disk to shuffled blocks of 4,097 ids as numpy arrays, in batches of 8. Ours is
 the sequence that training reads, which puts blocks together as they are asked for. Theirs is twice: streaming, where a
@@ -32,17 +32,19 @@ import numpy as np
 
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, interleave, timed
-from meap_jax.config import ConfigError
-from meap_jax.data import packing, plans, shards, tokenizers
-from meap_jax.data.corpora import Part, Skips
-from meap_jax.data.documents import Document
+from meap_jax import tokenizers
+from meap_jax.corpus import packing, shards
+from meap_jax.corpus.documents import Document
+from meap_jax.corpus.prepare import prepare
+from meap_jax.corpus.sources import SourcePart, open_source
+from meap_jax.corpus.stdlib import read_stdlib
+from meap_jax.data import plans
 from meap_jax.data.manifest import write_manifest
 from meap_jax.data.pipeline import global_sequence
-from meap_jax.data.prepare import prepare
 from meap_jax.data.prepared import Blocks, Prepared, open_store, plan_folder
-from meap_jax.data.sources import SourcePart, open_source
-from meap_jax.data.stdlib import read_stdlib
 from meap_jax.data.store import merge_indices
+from meap_jax.errors import ConfigError
+from meap_jax.readers import Part, Skips
 
 SEQ_LEN, BATCH_SIZE, BUFFER = 4096, 8, 1_000
 COPIES = 12  # Of the standard library's two million characters.
@@ -240,12 +242,12 @@ class Simulated:
         self._num_documents = num_documents
 
     def parts(self) -> list[SourcePart]:
-        """See `meap_jax.data.sources.Source`."""
+        """See `meap_jax.corpus.sources.Source`."""
         starts = range(0, self._num_documents, self.PART)
         return [SourcePart(Part("simulated", i, min(i + self.PART, self._num_documents), 2**30)) for i in starts]
 
     def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
-        """See `meap_jax.data.sources.Source`."""
+        """See `meap_jax.corpus.sources.Source`."""
         for i in range(part.part.start, part.part.stop or 0):
             yield int(i % 1000 == 0), Document((f"Number {i} is followed by {i + 1} and has {len(str(i))} digits.",))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from experiments.benchmarks.timing import Ratio
 from meap_jax import cli
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 
 class Table(NamedTuple):

@@ -30,7 +30,8 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, interleave
 from experiments.benchmarks.workload import Workload, config_of
 from meap_jax.checkpoint import Checkpointer
-from meap_jax.config import ConfigError, flatten
+from meap_jax.config import flatten
+from meap_jax.errors import ConfigError
 from meap_jax.metrics import METRICS_FILE
 from meap_jax.run import open_data
 

@@ -38,7 +38,8 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, Timings, interleave
 from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
 from experiments.benchmarks.workload import SIZES, config_of
-from meap_jax.config import ConfigError, paper
+from meap_jax.config import paper
+from meap_jax.errors import ConfigError
 
 OURS, THEIRS = "experiments.benchmarks.jax_engine", "experiments.benchmarks.torch_engine"
 ENGINES = {"ours": (OURS, {}), "eager": (THEIRS, {"compiled": False}), "compiled": (THEIRS, {"compiled": True})}

@@ -28,7 +28,7 @@ from etils import epath
 
 from experiments.mask_ratio import parse_ratios
 from meap_jax import cli
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 from meap_jax.run import make_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # What SkyPilot copies to the hosts.

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meap_jax.config import ConfigError
-from meap_jax.data.documents import DataError
+from meap_jax.config import flatten
 from meap_jax.data.store import put_in_place
+from meap_jax.errors import ConfigError, DataError
 
 LAYOUT_VERSION = 3  # Raise when a folder's files change their meaning.
 MANIFEST = "manifest.json"
@@ -27,8 +27,8 @@ def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: naming the fields that differ, with both values.
     """
-    frozen = _flatten(read_manifest(folder)["options"])
-    new = _flatten(json.loads(json.dumps(wanted)))
+    frozen = flatten(read_manifest(folder)["options"])
+    new = flatten(json.loads(json.dumps(wanted)))
     for name in [name for name, value in new.items() if value is None and name.rpartition(".")[2] == "path"]:
         # Without a path the config takes what was prepared, wherever it came from, and what was held out beside it.
         new[name] = frozen.get(name)
@@ -58,13 +58,6 @@ def _field(group: str, name: str) -> str:
     ):
         field = field.replace(long, short)
     return "data.holdout" if field.endswith(".holdout") else field
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

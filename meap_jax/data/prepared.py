@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from meap_jax import tokenizers
 from meap_jax.data import plans as plans_lib
-from meap_jax.data import tokenizers
-from meap_jax.data.documents import DataError
 from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
-from meap_jax.data.tokenizers import Tokenizer
+from meap_jax.errors import DataError
+from meap_jax.tokenizers import Tokenizer
 
 # One record an answer: block[row, start : start + length] are its ids; see `store.ANSWER_DTYPE`.
 ROW_ANSWER_DTYPE = np.dtype([

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from meap_jax.config import UserError
-from meap_jax.data.documents import DataError, EncodedDocument
+from meap_jax.errors import DataError, UserError
 
 SPLITS = ("train", "validation", "test")  # A document's split is its place here.
 MAX_DOCUMENTS = 2**32  # Of a store: plans and answers number them so.
@@ -36,6 +35,22 @@ ANSWER_DTYPE = np.dtype([
 _WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.
 _OPEN_FILES = 256  # Of a thread; many systems allow 1,024 a process.
+
+
+class AnswerSpan(NamedTuple):
+    """An answer in tokens: `ids[start : start + length]`, stated first at `fact_start`."""
+
+    start: int
+    length: int
+    fact_start: int
+    depth: float
+
+
+class EncodedDocument(NamedTuple):
+    """Token ids of a document, bos and eos included, and the spans of its answers."""
+
+    ids: list[int]
+    answers: tuple[AnswerSpan, ...] = ()
 
 
 class ShardSummary(NamedTuple):

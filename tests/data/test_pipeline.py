@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import tiny_data
 from meap_jax import sharding
+from meap_jax.corpus.prepare import prepare
 from meap_jax.data import pipeline
 from meap_jax.data.pipeline import TrainBatches, global_sequence
-from meap_jax.data.prepare import prepare
 
 RETRIEVAL = dict(
     num_keys=16,

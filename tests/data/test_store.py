@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tiny_data
 from meap_jax.data import store as store_module
-from meap_jax.data.documents import AnswerSpan, DataError, EncodedDocument
-from meap_jax.data.store import Store, ids_dtype, shard_file, write_shard
+from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, shard_file, write_shard
+from meap_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_flipped_byte_is_named_with_file_record_and_byte(tmp_path, shards):
 def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path):
     program = (
         "import pathlib, resource, signal, numpy as np\n"
-        "from meap_jax.data.documents import EncodedDocument\n"
+        "from meap_jax.corpus.documents import EncodedDocument\n"
         "from meap_jax.data.store import write_shard\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"

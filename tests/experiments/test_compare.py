@@ -6,7 +6,7 @@ import pytest
 
 import tiny_runs
 from experiments import compare
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 
 @pytest.fixture

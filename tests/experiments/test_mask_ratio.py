@@ -7,7 +7,7 @@ import pytest
 
 import tiny_runs
 from experiments import mask_ratio
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 
 def test_the_command_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):

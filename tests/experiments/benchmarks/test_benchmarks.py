@@ -14,7 +14,7 @@ from experiments.benchmarks import harness, train_step
 from experiments.benchmarks.timing import Ratio
 from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
 from experiments.benchmarks.workload import config_of
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers: requirements-bench.txt")

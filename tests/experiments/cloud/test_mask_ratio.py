@@ -13,7 +13,7 @@ import pytest
 import tiny_runs
 from experiments.cloud import mask_ratio
 from meap_jax import cli
-from meap_jax.config import ConfigError
+from meap_jax.errors import ConfigError
 
 BUCKET = "gs://my-bucket/sweep"
 FLAGS = (f"--bucket={BUCKET}", "--accelerator=tpu-v5litepod-16")

@@ -1,0 +1,59 @@
+"""Compiles the training step for hardware that isn't there, and says what it would take and how fast it could be.
+
+python -m meap_jax.aot --config=configs/meap_1b.py --topology=v5e:8x8 [--mesh=fsdp=64,tensor=1] [--slices=2]
+    [--config.field=value ...]
+
+The last line of stdout is one JSON object. Memory, collectives and bytes are those of one device, FLOPs of the whole
+step on all devices, times in seconds. The bounds are rooflines: a step can't be faster than its arithmetic at the
+chip's peak, its memory traffic at full bandwidth or its collectives over all links, whichever takes longest.
+"""
+
+import json
+import re
+import sys
+
+import ml_collections
+from absl import flags
+
+from meap_jax import cli, sharding
+from meap_jax import config as config_lib
+from meap_jax.aot.report import compile_for
+from meap_jax.aot.targets import KNOWN
+from meap_jax.errors import ConfigError
+
+
+def _override_mesh(config: ml_collections.ConfigDict, text: str) -> None:
+    """Sets the axes that `--mesh=fsdp=64,tensor=1` names."""
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in config.mesh or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ConfigError(
+                f"--mesh is {text!r}, but must be axis=size,... with axes among {', '.join(sharding.AXES)} and sizes "
+                "of 1 or more, or -1 for the devices that are left."
+            )
+        config.mesh[axis] = int(size)
+
+
+def command(argv: list[str]) -> None:
+    """The door."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "Hardware to compile for.", flag_values=values)
+    flags.DEFINE_string("mesh", None, "axis=size,...: replaces those axes of the config's mesh.", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "TPU slices, joined by the data-centre network.", flag_values=values)
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    config, _ = cli.parse_config(rest, needs_data=False)
+    if values.mesh is not None:
+        _override_mesh(config, values.mesh)
+        config_lib.check(config, needs_data=False)
+    if values.topology is None:
+        raise ConfigError(f"--topology is not set: name one of {KNOWN}.")
+    report = compile_for(config, values.topology, values.slices)
+    sys.stdout.flush()
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run_command(command)

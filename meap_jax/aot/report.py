@@ -1,0 +1,153 @@
+"""Compiles the training step of a config for a target and reports what it would take and how fast it could be."""
+
+import importlib.metadata
+import logging
+import re
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from meap_jax import sharding
+from meap_jax.aot import hlo
+from meap_jax.aot.targets import Target, find_target, usable_bytes
+from meap_jax.hardware import Chip
+from meap_jax.metrics import model_flops
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import define
+from meap_jax.run import versions
+from meap_jax.train import abstract_inputs, compile_step
+
+_log = logging.getLogger("meap_jax.aot")
+
+COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
+
+
+def compile_for(config: ml_collections.ConfigDict, topology: str, slices: int = 1) -> dict[str, Any]:
+    """`compile_report` for a topology by name, such as v5e:8x8 or h100:8, with its name in front."""
+    jax.config.update("jax_platforms", "cpu")  # Before a device is touched: a TPU or GPU that is here is not used.
+    target = find_target(topology, slices)
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds are to be those of compiling.
+    _log.info("compiling for %d %s; this takes a minute or more", len(target.devices), target.chip.name)
+    report = compile_report(config, target)
+    _log.info("compiled in %.0f s", report["compile_seconds"])
+    return {"topology": topology, "slices": slices} | report
+
+
+def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
+    """Compiles the step of a config for a target and reports on it.
+
+    Args:
+      config: checked by `meap_jax.config.check`; its data is not read.
+      target: from `find_target`.
+
+    Returns:
+      What the command prints; see docs/performance.md. Of a program that a TPU's compiler refuses for want of memory,
+      `hbm_bytes` has the total alone, as its compiler says it, and what depends on the program is None.
+
+    Raises:
+      ConfigError: if mesh and batch don't fit the devices.
+    """
+    chip = target.chip
+    mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
+    sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
+    definition = define(ModelConfig.of(config.model, target.platform))
+    wanted = model_flops(definition.config, config.seq_len, config.global_batch_size * config.seq_len)
+    report: dict[str, Any] = {
+        "devices": mesh.size,
+        "chip": chip.name,
+        "mesh": dict(mesh.shape),
+        "parameters": definition.config.num_parameters,
+        "hbm_bytes": None,
+        "hbm_capacity": usable_bytes(target),
+        "fits": False,
+        "model_flops": wanted,
+        "compiled_flops": None,
+        "compiled_over_model_flops": None,
+        "bytes_accessed": None,
+        "collectives": None,
+        "attention_kernels": None,
+        "uncounted": None,
+        "roofline": None,
+        "step_seconds": None,
+        "mfu_bound": None,
+    }
+    step: Any = compile_step(config, definition, mesh)  # Any: typed as a function, it is one of jax.jit.
+    inputs = abstract_inputs(config, definition, mesh)
+    begin = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = step.lower(*inputs).compile()
+    except jax.errors.JaxRuntimeError as error:
+        report["hbm_bytes"] = {"total": _bytes_asked_for(error)}
+        return report | {"compile_seconds": time.monotonic() - begin, "versions": _versions()}
+    seconds = time.monotonic() - begin
+
+    memory = _memory(compiled.memory_analysis())
+    # On TPUs memory space 1 is on the chip; on GPUs it is the part of main memory that collectives use.
+    costs = hlo.analyze(compiled.as_text(), mesh.size, hbm_spaces=(0,) if target.platform == "tpu" else (0, 1))
+    roofline = _roofline(costs, chip)
+    bound = max(roofline.values())
+    return report | {
+        "hbm_bytes": memory,
+        "fits": memory["total"] <= report["hbm_capacity"],
+        "compiled_flops": costs.flops * mesh.size,
+        "compiled_over_model_flops": costs.flops * mesh.size / wanted,
+        "bytes_accessed": costs.bytes,
+        "collectives": {
+            kind: {"count": traffic.count, "bytes": traffic.bytes}
+            for kind, traffic in sorted(costs.collectives.items())
+        },
+        "attention_kernels": dict(costs.kernels),
+        "uncounted": {"kernels": dict(costs.unknown_kernels), "loops": sorted(costs.unknown_loops)},
+        "roofline": roofline,
+        "step_seconds": bound,
+        "mfu_bound": wanted / (bound * chip.peak_flops * mesh.size),
+        "compile_seconds": seconds,
+        "versions": _versions(),
+    }
+
+
+def _memory(stats: Any) -> dict[str, int]:
+    """Bytes of one device. What is donated is an argument and an output, but there once."""
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
+
+
+def _roofline(costs: hlo.Costs, chip: Chip) -> dict[str, float]:
+    """Seconds of each resource, were it the only one."""
+    sent = sum(traffic.bytes for traffic in costs.collectives.values())
+    return {
+        "compute": costs.flops / chip.peak_flops,
+        "memory": costs.bytes / chip.hbm_bandwidth,
+        "communication": sent / chip.ici_bandwidth,
+    }
+
+
+def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
+    """What a TPU's compiler says that a program would take that does not fit; any other error is raised again.
+
+    Either "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm", or before it comes so far "the total
+    memory required for HLO temporaries (43.72G) exceeds available HBM (15.75G)".
+    """
+    match = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMG])\b", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+        raise error
+    return int(float(match.group(1)) * 1024 ** ("KMG".index(match.group(2)) + 1))
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    for name in COMPILERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found

@@ -1,0 +1,1 @@
+"""All that writes data: sources of documents, their tokenization into stores, and the plans that pack them."""

@@ -1,0 +1,368 @@
+"""Freezes corpora as token ids, once, in a folder that many runs share.
+
+    python -m meap_jax.corpus.prepare --config=configs/meap_1b.py --config.data.path=/c4 --config.data.prepared=/frozen
+
+`meap_jax.main` does the same by itself where the folder isn't there yet. A folder holds
+
+- tokenizer.json or the like, and manifest.json, which names it and its hash;
+- a folder a source: shards of documents (`meap_jax.data.store`), manifest.json with options, counts and hashes;
+- in it plans/, one for each way of packing that was asked for (`meap_jax.data.plans`).
+
+A source that isn't there is added, a plan that isn't there too; what is there is never written again. Everything is
+made beside its place and renamed when it is complete, and an interrupted source goes on at the shard it was at.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import logging
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import ml_collections
+import numpy as np
+
+from meap_jax import tokenizers
+from meap_jax.config import data_options, is_path
+from meap_jax.corpus.documents import Document
+from meap_jax.corpus.packing import make_plans
+from meap_jax.corpus.shards import Run, jobs, read_summary, run_here, run_jobs, told
+from meap_jax.corpus.sources import TRAIN, Source, TokenIds, open_source
+from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
+from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, merge_indices
+from meap_jax.errors import ConfigError, DataError
+from meap_jax.paths import is_url
+from meap_jax.readers import Skips
+
+# Enough for merges that no longer change, whatever the size of the corpus.
+# Generated text repeats itself, so it gets about as much as the standard library has.
+_BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.is_whole
+
+_log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ at the door.
+
+
+def prepare(
+    folder: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    *,
+    workers: int | None = None,
+    run: Run | None = None,
+) -> Prepared:
+    """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
+
+    Text is split by document, by a hash of it (see `sources`). Where that leaves a split without one full block, as a
+    single book does, the whole source is packed and the share `holdout` of its blocks, at least one, is cut off the end
+    for test and again for validation; the plan's manifest says `split_by: block`.
+
+    Args:
+      folder: a local folder, or one that is mounted; made with its parents.
+      options: `config.data_options` of the run's config.
+      workers: processes of this machine that tokenize; default: one a core.
+      run: what makes the shards instead of them, such as `meap_jax.corpus.beam.run_on_beam`.
+
+    Raises:
+      ConfigError: impossible options, or a folder that was prepared with others.
+      DataError: the sources cannot be read or give too little, the folder is damaged or the disk is full; starting
+        again goes on with what is complete.
+    """
+    folder = _local(folder)
+    _check_paths(folder, options)
+    run = run or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = [name for name in os.listdir(folder) if not name.startswith((".", "tokenizer", "tekken"))]
+    except OSError as error:
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be a folder that can be made: {error.strerror}."
+        ) from error
+    if foreign and not (folder / MANIFEST).exists():
+        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
+    try:
+        with _alone(folder):
+            before = os.listdir(folder)
+            try:
+                return _prepare(folder, options, run)
+            except BaseException:
+                _remove_what_came(folder, before)
+                raise
+    except OSError as error:
+        raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
+
+
+def _check_paths(folder: Path, options: Mapping[str, Any]) -> None:
+    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
+
+    And one whose own tokenizer lies in the folder, which would be written over.
+    """
+    tokenizer = options["tokenizer"]
+    if is_path(tokenizer) and Path(tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be another folder than that of data.tokenizer ({tokenizer})."
+        )
+    for name, source in options["sources"].items():
+        if source["kind"] != "text" or (folder / name).exists():
+            continue
+        if source["path"] is None:
+            raise ConfigError(
+                f"data.sources.{name}.path is not set, and {folder} holds no {name} that was prepared: name a folder "
+                "of .txt or .jsonl files, or another data.prepared."
+            )
+        for field in ("path", "validation"):
+            place = Path(source[field]).expanduser()
+            if source[field] and place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+                raise ConfigError(
+                    f"data.prepared is {folder}, which lies in data.sources.{name}.{field} ({source[field]}) and would "
+                    "be read as text: name a folder outside of it."
+                )
+
+
+def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
+    """Removes the tokenizer where no source was begun, so that other options can be tried at once; then the folder."""
+    with contextlib.suppress(OSError):  # It may be a mount, or in a folder of somebody else.
+        came = [folder / name for name in set(os.listdir(folder)) - set(before)]
+        if not any(path.is_dir() for path in came):
+            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # It says that the rest is there.
+                path.unlink()
+        if os.listdir(folder) == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+
+
+def _prepare(folder: Path, options: Mapping[str, Any], run: Run) -> Prepared:
+    _make_tokenizer(folder, options)
+    tokenizer, tokenizer_hash = open_tokenizer(folder)
+    for name, source_options in options["sources"].items():
+        if not (folder / name).exists():
+            _make_store(folder, name, source_options, options, tokenizer_hash, run)
+        check_options(f"data.sources.{name}", folder / name, source_options)
+        _check_tokenizer(folder / name, tokenizer_hash)
+        if not plan_folder(folder / name, options["plans"][name]).exists():
+            make_plans(folder / name, name, options["plans"][name], source_options)
+    return Prepared(folder, tokenizer, tokenizer_hash, dict(options["plans"]))
+
+
+def _local(folder: str | os.PathLike[str]) -> Path:
+    if is_url(folder) or os.fspath(folder).startswith("gs:/"):
+        raise ConfigError(
+            f"data.prepared is {folder}, but must be a local folder, or a bucket that is mounted as one (docs/data.md)."
+        )
+    return Path(folder).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time makes things in a folder; the others find them made."""
+    while True:
+        try:
+            lock = (folder / ".lock").open("a")
+        except OSError:  # Read-only, and so complete, or what is missing can't be made.
+            yield
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("waiting for another process that prepares %s", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # A file system without locks.
+                pass
+            if _is_at(folder / ".lock", lock):
+                yield
+                return
+        # The one that had it came to nothing, and removed the folder with it.
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file still stands under its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
+    """Writes the tokenizer's files and the manifest, unless they are there."""
+    wanted: dict[str, Any] = {"tokenizer": options["tokenizer"]}
+    if options["tokenizer"] == "bpe":  # It depends on what it is trained on.
+        wanted |= {"vocab_size": options["vocab_size"], "sources": options["sources"]}
+    if (folder / MANIFEST).exists():
+        check_options("data", folder, wanted)
+        return
+    tokenizer: tokenizers.Tokenizer
+    if options["tokenizer"] == "bpe":
+        sources = [open_source(name, source) for name, source in options["sources"].items()]
+        tokenizer = tokenizers.train_bpe(_training_texts(sources), options["vocab_size"])
+    else:
+        tokenizer = tokenizers.make(options["tokenizer"])
+    _check_vocabulary(tokenizer, options)
+    files = tokenizer.files()
+    for name, content in files.items():
+        (folder / f".{name}").write_bytes(content)
+        (folder / f".{name}").replace(folder / name)
+    ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
+    write_manifest(
+        folder,
+        {
+            "options": wanted,
+            "python": platform.python_version(),
+            "tokenizer": {field: getattr(tokenizer, field) for field in ids},
+            "tokenizer_hash": hash_of(files),
+            "files": sorted(files),
+        },
+    )
+
+
+def _check_vocabulary(tokenizer: tokenizers.Tokenizer, options: Mapping[str, Any]) -> None:
+    if options["vocab_size"] < tokenizer.num_tokens:
+        raise ConfigError(
+            f"model.vocab_size is {options['vocab_size']}, but the tokenizer {options['tokenizer']} has "
+            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
+        )
+
+
+def _training_texts(sources: list[Source]) -> Iterator[str]:
+    skips = Skips(2**62)  # They are counted when the documents are tokenized.
+    for source in sources:
+        if isinstance(source, TokenIds):
+            raise ConfigError("data.tokenizer is 'bpe', which is trained on text, but a source holds token ids alone.")
+        room = _BPE_CHARACTERS[source.is_whole]
+        for part in source.parts():
+            for split, document in source.read(part, skips):
+                if split == TRAIN and isinstance(document, Document) and room > 0:
+                    yield document.text[:room]
+                    room -= len(document.text)
+            if room <= 0:
+                break
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def _make_store(
+    folder: Path,
+    name: str,
+    source_options: Mapping[str, Any],
+    options: Mapping[str, Any],
+    tokenizer_hash: str,
+    run: Run,
+) -> None:
+    """Tokenizes a source into `folder / name`, by way of `.NAME.partial`."""
+    partial = folder / f".{name}.partial"
+    source = open_source(name, source_options)
+    if isinstance(source, TokenIds) and source.tokenizer_hash != tokenizer_hash:
+        raise ConfigError(
+            f"data.sources.{name}.path is {source_options['path']!r}, whose tokenizer ({source.tokenizer_hash[:12]}) "
+            f"is not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
+        )
+    planned = jobs(source, partial, folder, options["max_skipped"])
+    if not planned:
+        raise DataError(f"The source {name} has nothing to read in {source_options['path']}.")
+    partial.mkdir(exist_ok=True)
+    begun = {"options": dict(source_options), "tokenizer": tokenizer_hash}
+    if any(read_summary(job) for job in planned):
+        check_options(f"data.sources.{name}", partial, source_options)
+        _check_tokenizer(partial, tokenizer_hash)
+    else:
+        write_manifest(partial, begun)
+    summaries = run_jobs(planned, run, name)
+    _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
+
+
+def _check_tokenizer(source: Path, tokenizer_hash: str) -> None:
+    """Stops where a source was made with another tokenizer than that of its folder."""
+    made_with = read_manifest(source)["tokenizer"]
+    if made_with != tokenizer_hash:
+        raise DataError(
+            f"{source} was made with another tokenizer ({made_with[:12]}) than that of {source.parent} "
+            f"({tokenizer_hash[:12]}): delete it to make it again."
+        )
+
+
+def _finish_store(
+    partial: Path,
+    place: Path,
+    name: str,
+    source_options: Mapping[str, Any],
+    tokenizer_hash: str,
+    summaries: list[dict[str, Any]],
+) -> None:
+    """Joins the shards' indices, counts, and puts the store in its place."""
+    num_tokens = read_manifest(place.parent)["tokenizer"]["num_tokens"]
+    largest = max(summary["largest_id"] for summary in summaries)
+    assert largest < num_tokens, "tokenizers give ids of their own, and sources of ids are checked"
+    num_documents = sum(summary["documents"] for summary in summaries)
+    if num_documents > MAX_DOCUMENTS:
+        raise DataError(f"The source {name} has {num_documents:,} documents, more than {MAX_DOCUMENTS:,}: divide it.")
+    merge_indices(partial, len(summaries))
+    index = np.load(partial / "index.npy", mmap_mode="r")
+    skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
+    if skipped:
+        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
+    if not len(index):
+        shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
+        where = f" in records with {source_options['where']}" if source_options.get("where") else ""
+        reason = f": {told(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
+        raise DataError(f"The source {name} holds no text{where}{reason}")
+    by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
+    shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
+    manifest = {
+        "options": dict(source_options),
+        "tokenizer": tokenizer_hash,
+        "num_tokens": num_tokens,
+        "fingerprint": hash_of({str(i): shard["sha256"].encode() for i, shard in enumerate(shards)}),
+        "documents": by_split,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "skipped": dict(skipped),
+        "files": {
+            path.name: path.stat().st_size for path in (partial / "index.npy", partial / "answers.npy") if path.exists()
+        },
+        "shards": shards,
+    }
+    write_manifest(partial, manifest)
+    partial.rename(place)
+    # Only now, since it all has to be there for a process that is killed up to here and starts again.
+    for pattern in ("?????.json", "?????.index.npy", "?????.answers.npy", "*.partial"):
+        for path in place.glob(pattern):
+            path.unlink(missing_ok=True)
+    _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- door
+
+
+def command(argv: list[str]) -> None:
+    """The door."""
+    from meap_jax import cli  # Here, since workers import this module and need no JAX.
+
+    config, _ = cli.parse_config(argv)
+    prepare_and_tell(config)
+
+
+def prepare_and_tell(config: ml_collections.ConfigDict, run: Run | None = None) -> None:
+    """What the doors do with a config: `prepare` with this `run`, and a line of JSON a source, on stdout.
+
+    Raises:
+      ConfigError, DataError: as `prepare`, and without `data.prepared`.
+    """
+    if config.data.prepared is None:
+        raise ConfigError("data.prepared is not set: name the folder to make, such as --config.data.prepared=/data/c4.")
+    prepared = prepare(config.data.prepared, data_options(config), run=run)
+    for name in prepared.sources:
+        print(json.dumps({"source": name, **prepared.counts(name)}))
+
+
+if __name__ == "__main__":
+    from meap_jax import cli
+
+    cli.run_command(command)

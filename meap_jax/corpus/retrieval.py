@@ -1,0 +1,189 @@
+"""Generated English documents that state facts and ask for them later.
+
+    The access code of the harbor is falcon. The access code of the museum is otter. It was late.
+    Tell the museum otter. Tell the harbor falcon. Tell the museum otter.
+
+How deep a fact lies and how far its question is away are known for every answer.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from meap_jax.corpus.documents import Answer, Document
+from meap_jax.errors import ConfigError
+
+# All wording. The value follows a fact or a question after one space, and _END follows the value. A question ends in
+# its key, so that the token which must find the value is the key itself. Two small layers learn to look that up within
+# a million tokens; with "What is the access code of the harbor?" they had not after three.
+FACT = "The access code of the {key} is"
+QUESTION = "Tell the {key}"
+_END = "."
+
+FILLERS = (
+    "It was late.",
+    "The sky was grey.",
+    "Nobody said a word.",
+    "The rain had stopped.",
+    "A light was still on.",
+    "The road was quiet.",
+    "Somebody closed a door.",
+    "The wind came from the north.",
+    "There was time to wait.",
+    "The clock had just struck.",
+    "We took notes on paper.",
+    "A letter lay on the table.",
+    "The coffee was cold by then.",
+    "They had walked all day.",
+    "The list was long and dull.",
+    "He read it once again.",
+)
+
+# Places and animals: single words, no word in both, so that a small BPE makes each one token.
+KEYS = tuple(
+    "harbor museum castle library station market temple bridge tower school office hotel church "
+    "palace farm mill garden mine barn cabin studio gallery theater stadium airport factory bakery "
+    "clinic prison court bank shop cafe inn lodge fort dock port pier ranch cellar attic kitchen "
+    "chapel archive vault hangar depot shed stable yard arena college ferry tunnel dam plaza park "
+    "camp villa tavern forge lab abbey".split()
+)
+VALUES = tuple(
+    "falcon otter tiger eagle raven wolf bear lion horse camel zebra panda shark whale salmon "
+    "trout rabbit lobster spider beetle moth cobra viper lizard turtle frog toad duck goose swan "
+    "heron stork crow robin sparrow parrot finch hawk owl badger ferret weasel moose bison goat "
+    "sheep donkey monkey gorilla lemur sloth beaver mouse hamster dolphin seal walrus penguin "
+    "pigeon koala llama gecko crab lynx".split()
+)
+
+_LIMITS = {"num_keys": len(KEYS), "num_values": len(VALUES)}
+
+
+@dataclass(frozen=True)
+class RetrievalSpec:
+    """What documents are made of; the first num_keys keys and num_values values are used.
+
+    A document has min_facts to num_facts facts (min_facts None: always num_facts); the number f has a probability
+    proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one
+    up is learned early, and then carries over. Each of the questions, questions_per_fact * f of them and at least
+    one, asks a fact drawn anew; with None, every fact is asked once, in an order that is drawn.
+    """
+
+    num_keys: int = 16
+    num_values: int = 16
+    num_facts: int = 8
+    questions_per_fact: float | None = 2.5
+    max_fillers: int = 2
+    min_facts: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+          ConfigError: a count is out of range; names the field, its value and the range.
+        """
+        if self.questions_per_fact is not None and not 0 < self.questions_per_fact < math.inf:
+            raise ConfigError(
+                f"data.retrieval.questions_per_fact is {self.questions_per_fact}, but must be a positive number."
+            )
+        words = min(self.num_keys, self.num_values)
+        for name, value in asdict(self).items():
+            if value is None or name == "questions_per_fact":
+                continue
+            low, high = 1, _LIMITS.get(name)
+            if name == "num_facts":
+                high = words  # the keys and the values of a document are distinct
+            elif name == "min_facts":
+                high = self.num_facts
+            elif name == "max_fillers":
+                low = 0
+            if value < low or (high is not None and value > high):
+                valid = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"data.retrieval.{name} is {value}, but must be {valid}.")
+
+
+def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int) -> Iterator[Document]:
+    """Generates documents, the same ones for the same arguments on every machine.
+
+    Args:
+      spec: the counts.
+      seed: a seed, or several numbers that make one seed together.
+      num_documents: how many.
+
+    Yields:
+      Documents with a uniformly chosen number of fillers between facts and questions.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for _ in range(num_documents):
+        yield document(rng, spec)
+
+
+def document(
+    rng: np.random.Generator,
+    spec: RetrievalSpec,
+    *,
+    asked: Sequence[int] | None = None,
+    num_fillers: int | None = None,
+) -> Document:
+    """Generates one document: facts, then fillers, then questions with their answers.
+
+    Args:
+      rng: where the draws come from.
+      spec: the counts.
+      asked: which of num_facts facts (0 is the first stated) the questions ask, in their order; both drawn if None.
+      num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
+
+    Returns:
+      The document; its pieces from the second on begin with a space or are punctuation, so that their tokens are
+      those of the whole text. Its answers are those that ask a fact for the first time: asked again, it could be read
+      off the answer before.
+
+    Raises:
+      ValueError: `asked` names a fact that isn't there.
+    """
+    num_facts = spec.num_facts
+    if asked is None:
+        num_facts = _num_facts(rng, spec)
+        asked = _asked(rng, spec, num_facts)
+    elif not set(asked) <= set(range(num_facts)):
+        raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
+    keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
+    values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
+    if num_fillers is None:
+        num_fillers = int(rng.random() * (spec.max_fillers + 1))
+
+    pieces: list[str] = []
+    for key, value in zip(keys, values, strict=True):
+        pieces += [f" {FACT.format(key=key)}", f" {value}", _END]
+    pieces += [f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers)]
+    answers = []
+    for i, fact in enumerate(asked):
+        if fact not in asked[:i]:
+            depth = fact / max(num_facts - 1, 1)
+            answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
+        pieces += [f" {QUESTION.format(key=keys[fact])}", f" {values[fact]}", _END]
+    pieces[0] = pieces[0].lstrip()
+    return Document(tuple(pieces), tuple(answers))
+
+
+def _num_facts(rng: np.random.Generator, spec: RetrievalSpec) -> int:
+    """From min_facts to num_facts, with probability proportional to 1 / f^2."""
+    counts = np.arange(spec.min_facts or spec.num_facts, spec.num_facts + 1)
+    cumulative = np.cumsum(1 / counts**2)
+    return int(counts[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def _asked(rng: np.random.Generator, spec: RetrievalSpec, num_facts: int) -> list[int]:
+    if spec.questions_per_fact is None:
+        return _choose(rng, num_facts, num_facts)
+    num_questions = max(1, int(spec.questions_per_fact * num_facts))
+    return [int(draw * num_facts) for draw in rng.random(num_questions)]
+
+
+def _choose(rng: np.random.Generator, num: int, count: int) -> list[int]:
+    """`count` distinct indices below `num`, from uniform doubles alone.
+
+    NumPy may change the streams of choice and permutation between releases.
+    """
+    return np.argsort(rng.random(num), kind="stable")[:count].tolist()

@@ -1,0 +1,236 @@
+"""Where documents come from: each source in parts that can be read on their own, each document with its split."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from meap_jax.corpus.documents import Document
+from meap_jax.corpus.retrieval import RetrievalSpec, generate
+from meap_jax.corpus.stdlib import read_stdlib
+from meap_jax.data.store import SPLITS, EncodedDocument, Store, ids_dtype
+from meap_jax.errors import ConfigError, DataError
+from meap_jax.readers import Corpus, Part, Skips, open_corpus
+
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+PREPARED = "prepared:"  # How the path of a source of token ids begins.
+
+
+class SourcePart(NamedTuple):
+    """A part of a source."""
+
+    part: Part
+    is_held_out: bool = False  # Of a text source: from its own held-out corpus.
+
+
+class Source(Protocol):
+    """Documents of one kind. Sources are handed to worker processes, and so are small and picklable."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Documents are packed whole, never cut, and have answers."""
+
+    def parts(self) -> Sequence[SourcePart]:
+        """What it consists of, in an order that doesn't depend on the machine."""
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
+        """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
+
+
+def open_source(name: str, options: Mapping[str, Any]) -> Source:
+    """Opens a source.
+
+    Args:
+      name: of the source, for messages.
+      options: its entry in `config.data_options(...)["sources"]`.
+
+    Raises:
+      ConfigError: a path that names nothing, or impossible retrieval counts.
+      DataError: there is no text.
+    """
+    if options["kind"] == "retrieval":
+        return _retrieval({field: value for field, value in options.items() if field != "kind"})
+    if options["kind"] == "stdlib":
+        return StandardLibrary(options["holdout"])
+    path = options["path"]
+    if path is None:
+        raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
+    if path.startswith(PREPARED):
+        for field, unset in (("validation", ""), ("field", "text"), ("where", "")):
+            if options[field] != unset:
+                raise ConfigError(
+                    f"data.sources.{name}.{field} is {options[field]!r}, but its path is {path!r}, whose splits and "
+                    "documents stay what they are: leave it out."
+                )
+        return TokenIds(path.removeprefix(PREPARED))
+    paths = [path, options["validation"]] if options["validation"] else [path]
+    with _naming(name):
+        corpora = tuple(open_corpus(path, field=options["field"], where=options["where"]) for path in paths)
+    return Text(name, corpora, options["holdout"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus of texts, and perhaps a second one that is held out.
+
+    A text's split depends on a hash of it alone, so that equal texts never stand on both sides, and adding texts moves
+    none.
+    """
+
+    name: str
+    corpora: tuple[Corpus, ...]
+    holdout: float  # Share in each of validation and test, if there is no second corpus.
+    is_whole = False
+
+    def parts(self) -> list[SourcePart]:
+        """Those of the first corpus, then those of the second."""
+        with _naming(self.name):
+            return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        for text in self.corpora[part.is_held_out].read(part.part, skips):
+            if part.is_held_out:
+                split = VALIDATION if _fraction(text) < 0.5 else TEST
+            else:
+                split = TRAIN if len(self.corpora) > 1 else _split(text, self.holdout)
+            yield split, Document((text,))
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary:
+    """The documentation of the running Python, `meap_jax.corpus.stdlib`."""
+
+    holdout: float
+    is_whole = False
+
+    def parts(self) -> list[SourcePart]:
+        """One."""
+        return [SourcePart(Part("stdlib"))]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        return ((_split(text, self.holdout), Document((text,))) for text in read_stdlib())
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Generated documents that state facts and ask for them, `meap_jax.corpus.retrieval`."""
+
+    specs: Mapping[str, RetrievalSpec]
+    sizes: Mapping[str, int]
+    seed: int
+    is_whole = True
+
+    def parts(self) -> list[SourcePart]:
+        """One a split."""
+        return [SourcePart(Part(f"retrieval:{split}")) for split in SPLITS]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+        """See `Source`."""
+        # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
+        order = ("test", "validation", "train")
+        split = part.part.path.partition(":")[2]
+        earlier = {document.text for other in order[: order.index(split)] for document in self._generate(other)}
+        for document in self._generate(split):
+            if document.text not in earlier:
+                yield SPLITS.index(split), document
+
+    def _generate(self, split: str) -> Iterator[Document]:
+        return generate(self.specs[split], (self.seed, SPLITS.index(split)), self.sizes[split])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """A source that was prepared elsewhere: its folder in a prepared folder. Splits stay what they are there.
+
+    Documents with ids beyond the vocabulary are bad records, and so are those that can't be read.
+    """
+
+    folder: str
+    is_whole = False
+
+    def __post_init__(self) -> None:
+        manifest = Path(self.folder, "manifest.json")
+        if not manifest.is_file():
+            raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
+        kind = self._manifest.get("options", {}).get("kind")
+        if kind is None or "shards" not in self._manifest:
+            raise ConfigError(
+                f"{PREPARED}{self.folder} names no prepared source: name the folder of one in it, such as "
+                f"{PREPARED}{self.folder.rstrip('/')}/text."
+            )
+        if kind == "retrieval":
+            raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        return json.loads(Path(self.folder, "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Of the tokenizer that made the ids."""
+        return self._manifest["tokenizer"]
+
+    def parts(self) -> list[SourcePart]:
+        """Its shards."""
+        shards = self._manifest["shards"]
+        starts = np.cumsum([0] + [shard["documents"] for shard in shards]).tolist()
+        return [
+            SourcePart(Part(self.folder, start, stop, shard["bytes"]))
+            for start, stop, shard in zip(starts[:-1], starts[1:], shards, strict=True)
+        ]
+
+    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
+        """See `Source`."""
+        manifest = self._manifest
+        num_tokens = manifest["num_tokens"]
+        store = Store(Path(self.folder), [s["documents"] for s in manifest["shards"]], ids_dtype(num_tokens))
+        for document in range(part.part.start, len(store) if part.part.stop is None else part.part.stop):
+            try:
+                ids = store[document]
+            except DataError as error:
+                skips.add("can't be read", str(error).partition(" (")[0])
+                continue
+            if ids.max(initial=0) >= num_tokens:
+                place = f"{self.folder}, document {document}"
+                skips.add(f"has an id beyond the vocabulary of {num_tokens}", place)
+                continue
+            yield int(store.index["split"][document]), EncodedDocument(ids.tolist())
+
+
+def _retrieval(counts: dict[str, Any]) -> Retrieval:
+    seed = counts.pop("seed")
+    sizes = {"train": counts.pop("num_documents")}
+    sizes["validation"] = sizes["test"] = counts.pop("num_eval_documents")
+    num_eval_facts = counts.pop("num_eval_facts")
+    train = RetrievalSpec(**counts)
+    most = min(train.num_keys, train.num_values)
+    if not 1 <= num_eval_facts <= most:
+        raise ConfigError(f"data.retrieval.num_eval_facts is {num_eval_facts}, but must be from 1 to {most}.")
+    held_out = dataclasses.replace(train, min_facts=None, num_facts=num_eval_facts, questions_per_fact=None)
+    return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, seed)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the source in front of what corpora say of its path, field or where."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.sources.{name}: {error}") from error
+
+
+def _split(text: str, holdout: float) -> int:
+    fraction = _fraction(text)
+    return VALIDATION if fraction < holdout else TEST if fraction < 2 * holdout else TRAIN
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that looks random and depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7], "big") / 2**56

@@ -1,0 +1,86 @@
+"""Lines of files that may be compressed, with memory for one chunk and one line at a time."""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
+
+import zstandard
+
+from meap_jax.readers.records import BadRecord
+
+_CHUNK = 2**20
+_COMPRESSED_CHUNK = 2**14  # small, since what comes out of it is held at once: of gzip at most a thousand times as much
+_ERRORS = (zlib.error, zstandard.ZstdError)
+
+
+def line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+    """The lines whose first byte is in `start <= byte < stop`, each with the position of that byte.
+
+    So ranges that follow each other give each line once, wherever they were cut: in a line, in a character or just
+    behind a newline. Lines come without their newline.
+    """
+    file.seek(max(0, start - 1))
+    lines = split_lines(iter(lambda: file.read(_CHUNK), b""))
+    # The line that byte start - 1 is in, or ends, began before this range.
+    position = start + len(next(lines, b"")) if start else 0
+    while stop is None or position < stop:
+        line = next(lines, None)
+        if line is None:
+            return
+        yield position, line
+        position += len(line) + 1
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    r"""The lines of a stream, without their "\n"."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            begun = [others.pop()]
+            yield from others
+    last = b"".join(begun)
+    if last:
+        yield last
+
+
+def gunzipped(file: IO[bytes]) -> Iterator[bytes]:
+    """What a .gz file holds; see `_decompressed`."""
+    return _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
+
+
+def unzstandardized(file: IO[bytes]) -> Iterator[bytes]:
+    """What a .zst file holds, of any window size; see `_decompressed`."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    return _decompressed(file, decompressor.decompressobj)
+
+
+def _decompressed(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+    """Chunks of what a file of one or more compressed streams holds.
+
+    Raises:
+      BadRecord: the file is cut off, or corrupt; with the byte of the compressed file that was reached. What came
+        before has been given. A checksum is at the end of a stream: what it finds to be wrong has been given too.
+    """
+    stream, position = None, 0
+    while data := file.read(_COMPRESSED_CHUNK):
+        length = len(data)
+        while data:
+            if stream is None:
+                data = data.lstrip(b"\0")  # tapes and the like pad .gz files
+                if not data:
+                    break
+                stream = new()
+            try:
+                text = stream.decompress(data)
+            except _ERRORS as error:
+                raise BadRecord("is corrupt", f"byte {position}") from error
+            if text:
+                yield text
+            data = stream.unused_data if stream.eof else b""
+            stream = None if stream.eof else stream
+        position += length
+    if stream is not None:
+        raise BadRecord("ends too early", f"byte {position}")

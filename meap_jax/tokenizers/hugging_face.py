@@ -1,0 +1,206 @@
+"""Any `tokenizer.json` of the Hugging Face hub, by the `tokenizers` package."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from meap_jax.tokenizers.interface import decode_ids, encode_texts, refusal, round_up
+
+# What a tokenizer_config.json beside it doesn't say is looked for among the added tokens, the first name first.
+_NAMES = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "[BOS]", "[CLS]"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]"),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>"),
+    "mask_token": ("[MASK]", "<mask>", "<|mask|>"),
+}
+_UNKNOWN_NAMES = ("<unk>", "[UNK]")
+# Pre-tokenizers that drop the spaces between words: the mark that they are given instead must stay in mid-document.
+_SPLITS_WORDS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json with its own ids, plus [MASK] at the next free id unless it has a mask token.
+
+    The begin and end of documents are what its tokenizer_config.json says, else added tokens with usual names; a
+    tokenizer with an end alone, as GPT-2's, begins documents with it too. Padding is its own token for it, else its
+    unknown token, else one more free id; never bos or eos, though many a tokenizer_config.json says so.
+
+    `decode(encode(text)) == text` for byte-level BPE without a normalizer, and, but for texts with U+2581, for BPE
+    with byte fallback as Llama's; of newer files of that kind (Metaspace) a text loses one space at its very beginning.
+    Truncation and padding that the file asks for are turned off.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, serialized: str, config: Mapping[str, Any], where: str = "tokenizer.json"):
+        """Rebuilds a tokenizer from its JSON.
+
+        Args:
+          serialized: the content of a tokenizer.json.
+          config: of the tokenizer_config.json beside it; empty if there is none.
+          where: the path, for the errors.
+
+        Raises:
+          ConfigError: it is no such file, or one in which no end of text is to be found.
+        """
+        self._serialized = serialized
+        try:
+            content = json.loads(tokenizers.Tokenizer.from_str(serialized).to_str())  # in its newest spelling
+        except Exception as error:  # the package raises nothing narrower
+            raise refusal(where, f"is not a tokenizer.json that the package tokenizers can read ({error})") from error
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self._names = _resolve(config, added, where)
+        roles = {role: added[name] for role, name in self._names.items()}
+        self.bos_id, self.eos_id = roles["bos_token"], roles["eos_token"]
+        free = 1 + max([*added.values(), *_vocab(content["model"]).values()])
+        self.mask_id = roles.get("mask_token", free)
+        free = max(free, self.mask_id + 1)
+        unknown = _unknown(content["model"], added)
+        self.pad_id = roles.get("pad_token", unknown)
+        if self.pad_id in (-1, self.bos_id, self.eos_id, self.mask_id):
+            self.pad_id = free
+        self.num_tokens = max(free, self.pad_id + 1)
+        self.vocab_size = round_up(self.num_tokens)
+
+        for token in content["added_tokens"]:
+            token["special"] |= token["id"] in (self.bos_id, self.eos_id, self.mask_id, self.pad_id)
+        self._specials = {token["id"]: token["content"] for token in content["added_tokens"] if token["special"]}
+        self._specials.setdefault(self.mask_id, "[MASK]")
+        self._specials.setdefault(self.pad_id, "<pad>")
+        _hide_specials(content)
+        self._opens = _build(content)
+        middle = _middle(content)
+        self._continues = self._opens if middle == content else _build(middle)
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Ids of a text; where the tokenizer puts a space in front, it does only where a document begins."""
+        return self.encode_batch([text], continues)[0]
+
+    def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
+        """Ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false is in the environment."""
+        return encode_texts(texts, continues, self._encode)
+
+    def _encode(self, texts: list[str], continues: bool) -> list[list[int]]:
+        tokenizer = self._continues if continues else self._opens
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return decode_ids(ids, self._specials, self.bos_id, self.num_tokens, self._decode)
+
+    def _decode(self, ids: list[int], continues: bool) -> str:
+        return (self._continues if continues else self._opens).decode(ids, skip_special_tokens=False)
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer.json as it was, and a tokenizer_config.json of the special tokens' names alone."""
+        config = json.dumps(self._names, ensure_ascii=False, indent=2, sort_keys=True)
+        return {"tokenizer.json": self._serialized.encode("utf-8"), "tokenizer_config.json": config.encode("utf-8")}
+
+
+def _resolve(config: Mapping[str, Any], added: Mapping[str, int], where: str) -> dict[str, str]:
+    """The name of the added token for each role of `_NAMES` that has one."""
+    names: dict[str, str] = {}
+    for role, usual in _NAMES.items():
+        said = config.get(role)
+        said = said.get("content") if isinstance(said, dict) else said  # an AddedToken, spelt out
+        if said is not None and not (isinstance(said, str) and said in added):
+            raise refusal(where, f"its tokenizer_config.json has {role} {said!r}, which isn't among its added_tokens")
+        taken = [names[bound] for bound in ("bos_token", "eos_token") if bound in names]
+        if role in ("pad_token", "mask_token") and said in taken:
+            said = None
+        found = said or next((name for name in usual if name in added and name not in taken), None)
+        if found is not None:
+            names[role] = found
+    if "eos_token" not in names:
+        known = ", ".join(_NAMES["eos_token"])
+        raise refusal(
+            where,
+            f"none of its added_tokens is known to end a text ({known}): name one as eos_token in a "
+            "tokenizer_config.json beside it",
+        )
+    names.setdefault("bos_token", names["eos_token"])
+    return names
+
+
+def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
+    """Pieces and their ids, without added tokens."""
+    vocab = model["vocab"]
+    return vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+
+
+def _unknown(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
+    """The id of the unknown token, -1 if there is none."""
+    if model.get("unk_id") is not None:  # Unigram's
+        return model["unk_id"]
+    known = _vocab(model) | dict(added)
+    return next((known[name] for name in (model.get("unk_token"), *_UNKNOWN_NAMES) if name in known), -1)
+
+
+def _hide_specials(content: dict[str, Any]) -> None:
+    """Makes special tokens unreachable from text, in place.
+
+    The package doesn't look for them in text once it is told not to; but where they stand in the model's own
+    vocabulary, a Unigram model takes them for pieces, and merges may lead there. So they are given names that no text
+    has: U+FFFF is no character.
+    """
+    model, added = content["model"], content["added_tokens"]
+    secret = {token["content"]: f"\uffff{token['id']}\uffff" for token in added if token["special"]}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {secret.get(piece, piece): index for piece, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[secret.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
+    if model["type"] == "BPE":
+        model["merges"] = [pair for pair in model["merges"] if secret.keys().isdisjoint((*pair, "".join(pair)))]
+    for token in added:
+        token["content"] = secret.get(token["content"], token["content"])
+
+
+def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    content = content | {"truncation": None, "padding": None, "post_processor": None}
+    if content["model"].get("dropout"):  # would give other ids each time
+        content["model"] = content["model"] | {"dropout": None}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.encode_special_tokens = True  # special tokens in text are text
+    return tokenizer
+
+
+def _middle(content: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer for text that continues a document.
+
+    No space is put in front of what it encodes, and what it decodes keeps its first space.
+    """
+
+    def normalizer(step: dict[str, Any]) -> dict[str, Any] | None:
+        if step["type"] == "Prepend":
+            return None
+        return step | {"strip_left": False} if step["type"] == "Strip" else step
+
+    def splitter(step: dict[str, Any]) -> dict[str, Any]:
+        if step["type"] == "Metaspace" and not splits_words:
+            return step | {"prepend_scheme": "never"}
+        return step | {"add_prefix_space": False} if step["type"] == "ByteLevel" else step
+
+    def decoder(step: dict[str, Any]) -> dict[str, Any] | None:
+        if step["type"] == "Strip" and step["content"] == " ":
+            return None
+        return step | {"prepend_scheme": "never"} if step["type"] == "Metaspace" else step
+
+    splits = content["pre_tokenizer"] or {}
+    splits_words = any(step["type"] in _SPLITS_WORDS for step in (splits, *splits.get("pretokenizers", ())) if step)
+    return content | {
+        "normalizer": _edit(content["normalizer"], normalizer),
+        "pre_tokenizer": _edit(content["pre_tokenizer"], splitter),
+        "decoder": _edit(content["decoder"], decoder),
+    }
+
+
+def _edit(part: dict[str, Any] | None, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Any:
+    """Changes each step of a normalizer, pre-tokenizer or decoder; None takes it out."""
+    if part is None or part["type"] != "Sequence":
+        return part and change(part)
+    [name] = part.keys() - {"type"}  # normalizers, pretokenizers or decoders
+    steps = (_edit(step, change) for step in part[name])
+    return part | {name: [step for step in steps if step is not None]}

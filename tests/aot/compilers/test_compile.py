@@ -1,0 +1,167 @@
+"""The real training step, compiled for TPUs and GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meap_jax import config as config_lib
+from meap_jax.aot.report import compile_for
+from meap_jax.aot.targets import find_target
+from meap_jax.errors import ConfigError
+from meap_jax.hardware import CHIPS
+from meap_jax.sharding import make_mesh
+
+KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
+
+
+def command(*arguments):
+    """Types the command in a shell that knows nothing of these tests; returns its last line."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    typed = [sys.executable, "-m", "meap_jax.aot", *arguments]
+    result = subprocess.run(typed, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check(report, *, devices, parameters):
+    """What is true of the step of any paper config whose parameters are sharded over all devices."""
+    assert (report["devices"], report["parameters"]) == (devices, parameters)
+    assert report["mesh"] == {"data": 1, "fsdp": devices, "tensor": 1, "context": 1}
+
+    # Parameters and two moments in float32, of which norms alone are on every device. A TPU pads the two last axes of
+    # an array to tiles of 8 x 128, which those of the q, k and v projections, heads x 64, don't fill.
+    memory = report["hbm_bytes"]
+    assert 1 <= memory["arguments"] / (12 * parameters / devices) < 1.3
+    # The new state takes the place of the old one; what is left are metrics and the counters.
+    assert memory["outputs"] - memory["aliased"] < 10_000
+    kept = memory["arguments"] + memory["outputs"] - memory["aliased"]
+    assert memory["total"] == kept + memory["temporaries"] + memory["code"]
+    assert report["fits"] == (memory["total"] <= report["hbm_capacity"])
+
+    # Nothing is left out of the count, which has at least the model's FLOPs and at most what remat adds to them, with
+    # attention counted in full and computed three times instead of one.
+    assert report["uncounted"] == {"kernels": {}, "loops": []}
+    assert 1 < report["compiled_over_model_flops"] < 2.2
+
+    # Parameters are gathered in bfloat16 for each micro-batch, forward and backward, and gradients reduced.
+    assert set(report["collectives"]) <= KINDS
+    sent = sum(traffic["bytes"] for traffic in report["collectives"].values())
+    micro_batches = 4
+    assert 2 * 2 * parameters * micro_batches * 0.8 < sent < 2 * 8 * parameters * micro_batches
+
+    chip = CHIPS[report["chip"]]
+    assert report["roofline"]["compute"] == pytest.approx(report["compiled_flops"] / devices / chip.peak_flops)
+    assert report["step_seconds"] == max(report["roofline"].values())
+    assert 0 < report["mfu_bound"] < 1
+
+
+def test_the_smallest_paper_config_for_a_v5e_slice(tpu_compiler):
+    report = command("--config=configs/meap_100m.py", "--topology=v5e:4x4")
+    check(report, devices=16, parameters=122_407_680)
+    assert report["versions"]["libtpu"]
+
+
+def test_the_1b_paper_config_for_a_v5e_slice(tpu_compiler):
+    check(command("--config=configs/meap_1b.py", "--topology=v5e:8x8"), devices=64, parameters=1_175_816_192)
+
+
+def test_the_1b_paper_config_for_eight_h100s(gpu_compiler):
+    report = command("--config=configs/meap_1b.py", "--topology=h100:8")
+    check(report, devices=8, parameters=1_175_816_192)
+    assert report["versions"]["jax-cuda13-plugin"]
+
+
+def small(num_layers, **model):
+    """A paper config made small, whose programs compile in seconds."""
+    config = config_lib.paper("100m", "meap")
+    config.model.update(dict(num_layers=num_layers, num_heads=4, embed_dim=256, mlp_dim=512, vocab_size=32_064))
+    config.model.update(model)
+    config.seq_len, config.global_batch_size, config.grad_accum_steps = 256, 16, 2
+    return config
+
+
+def count(topology, config):
+    return compile_for(config, topology)["compiled_flops"]
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_a_tpu_program_counts_the_same_scanned_and_unrolled(tpu_compiler, num_layers):
+    scanned = count("v5e:2x2", small(num_layers))
+    unrolled = count("v5e:2x2", small(num_layers, unroll=num_layers))
+    assert scanned == pytest.approx(unrolled, rel=0.01)
+
+
+def test_a_gpu_program_counts_the_same_scanned_and_unrolled_and_as_a_tpu_program_does(tpu_compiler, gpu_compiler):
+    scanned, unrolled = count("h100:4", small(4)), count("h100:4", small(4, unroll=4))
+    assert scanned == pytest.approx(count("v5e:2x2", small(4)), rel=0.01)
+    assert scanned == pytest.approx(unrolled, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "b200"])
+def test_other_gpus_have_a_compiler_too(gpu_compiler, gpu):
+    report = compile_for(small(2), f"{gpu}:4")
+    assert (report["devices"], report["chip"], report["uncounted"]) == (4, gpu, {"kernels": {}, "loops": []})
+
+
+def test_one_chip_and_chips_of_two_cores_are_one_device_each(tpu_compiler):
+    assert len(find_target("v5e:1x1").devices) == 1
+    assert len(find_target("v4:2x2x1").devices) == 4
+    assert {device.slice_index for device in find_target("v5e:2x2", slices=2).devices} == {0, 1}
+
+
+def test_a_program_that_does_not_fit_is_an_answer_not_a_failure(tpu_compiler):
+    config = small(2, embed_dim=8192, mlp_dim=32_768)  # 2 x 0.9e9 parameters, 12 bytes each, on 16 GiB.
+    report = compile_for(config, "v5e:1x1")
+    assert report["fits"] is False
+    assert report["hbm_bytes"]["total"] > report["hbm_capacity"]
+    assert report["step_seconds"] is None
+
+
+def test_two_slices_send_gradients_alone_between_them(tpu_compiler):
+    config = small(2)
+    config.mesh.update(dict(data=2, fsdp=4))
+    report = compile_for(config, "v5e:2x2", slices=2)
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    devices = make_mesh(config.mesh, find_target("v5e:2x2", slices=2).devices).devices
+    assert [{device.slice_index for device in row.flat} for row in devices] == [{0}, {1}]
+
+
+def test_an_axis_that_would_cross_slices_is_refused(tpu_compiler):
+    devices = find_target("v5e:2x2", slices=2).devices
+    with pytest.raises(ConfigError, match="mesh.data is 1, but must be a multiple of the 2 slices"):
+        make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1), devices)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+def test_every_remat_policy_compiles_for_a_tpu_and_computes_no_less(tpu_compiler, remat):
+    report = compile_for(small(4, remat=remat), "v5e:2x2")
+    recomputed = {"none": 0, "dots": 0, "full": 1, "offload": 1}[remat]
+    # The kernel of the forward pass runs once a layer and micro-batch, or twice where it is computed again.
+    forward = sum(n for kernel, n in report["attention_kernels"].items() if "_fwd" in kernel)
+    assert forward == 4 * 2 * (1 + recomputed)
+    assert report["fits"]
+
+
+def test_a_sequence_over_context_keeps_the_kernel_on_tpus(tpu_compiler):
+    config = small(2)
+    config.seq_len = 1024
+    config.mesh.update(dict(data=1, fsdp=2, context=2))
+    alone = compile_for(small(2).copy_and_resolve_references(), "v5e:2x2")
+    report = compile_for(config, "v5e:2x2")
+    assert report["attention_kernels"].keys() == alone["attention_kernels"].keys()
+    assert report["uncounted"] == {"kernels": {}, "loops": []}
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [("one segment", "dot_product_attention"), ("segments", "dot_product_attention")]
+)
+def test_gpus_call_cudnn_with_and_without_segments(gpu_compiler, rows, kernel):
+    config = small(2)
+    if rows == "segments":
+        config.data.mixture = "retrieval=1"
+    report = compile_for(config, "h100:4")
+    assert all(name.startswith(kernel) for name in report["attention_kernels"])
+    assert sum(report["attention_kernels"].values()) >= 2 * 2 * 2  # Forward and backward, layers, micro-batches.

@@ -1,0 +1,384 @@
+"""What programs do, counted from their text: small ones compiled for the CPU, and lines as TPUs and GPUs have them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from meap_jax import hlo
+from meap_jax.aot.hlo import Traffic
+
+
+def compiled(f, *shapes, **options):
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) if isinstance(s, tuple) else s for s in shapes]
+    return hlo.analyze(jax.jit(f, **options).lower(*arguments).compile().as_text(), jax.device_count())
+
+
+def product(n, layers=1):
+    return 2 * n**3 * layers
+
+
+def test_a_matrix_product_is_two_operations_an_element_and_summand():
+    assert compiled(lambda a, b: a @ b, (32, 48), (48, 16)).flops == 2 * 32 * 48 * 16
+
+
+def test_batched_and_transposed_products_count_their_contracted_axes():
+    costs = compiled(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), (2, 8, 3, 16), (2, 24, 3, 16))
+    assert costs.flops == 2 * 2 * 3 * 8 * 24 * 16
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    assert compiled(run, (64, 64), (7, 64, 64)).flops == product(64, 7)
+
+
+def test_loops_within_loops_multiply():
+    def run(x, weights):
+        def body(x, w):
+            return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x), None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    assert compiled(run, (64, 64), (3, 64, 64)).flops == product(64, 15)
+
+
+def test_scanned_and_unrolled_layers_count_the_same_with_their_gradient():
+    def loss(weights, x, unroll):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights, unroll=unroll)[0].sum()
+
+    counts = [
+        compiled(jax.grad(functools.partial(loss, unroll=unroll)), (4, 64, 64), (64, 64)).flops for unroll in (1, 4)
+    ]
+    # Forward, and both gradients of a product; that of the first layer's input is asked for by nobody.
+    assert counts[1] == product(64, 4 * 3 - 1)
+    assert counts[0] == product(64, 4 * 3)
+
+
+def test_a_loop_whose_length_depends_on_data_counts_once_and_is_named():
+    costs = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ x), x), (64, 64))
+    assert costs.flops == product(64)
+    assert len(costs.unknown_loops) == 1
+
+
+def test_of_a_conditional_the_dearer_branch_counts():
+    def run(flag, x):
+        return jax.lax.cond(flag, lambda x: jnp.tanh(x @ x @ x), lambda x: jnp.tanh(x @ x), x)
+
+    costs = compiled(run, jax.ShapeDtypeStruct((), jnp.bool_), (64, 64))
+    assert costs.flops == product(64, 2)
+
+
+def test_a_convolution_does_not_multiply_padding():
+    def run(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME")  # 10 positions, 3 taps, 1 of padding each side.
+
+    assert compiled(run, (2, 4, 10), (5, 4, 3)).flops == 2 * 2 * 4 * 5 * (10 * 3 - 2)
+
+
+def test_memory_traffic_is_what_is_read_and_written():
+    assert compiled(lambda a: jnp.tanh(a), (256, 256)).bytes == 2 * 256 * 256 * 4
+
+
+def test_without_loops_memory_traffic_is_what_xla_counts():
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.square(x).sum()
+
+    weights = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    program = jax.jit(jax.value_and_grad(loss)).lower(weights, x).compile()
+    assert hlo.analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
+
+
+def test_a_scan_reads_a_slice_of_its_inputs_a_trip():
+    """Not all of them each time, which would be 64 times too much."""
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x, weights)[0]
+
+    inputs = 64 * 1024 * 1024 * 4
+    assert inputs < compiled(run, (1024, 1024), (64, 1024, 1024)).bytes < 8 * inputs
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def collectives(mesh, f, in_spec, out_spec, size=(64, 64)):
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    x = jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, in_spec))
+    return hlo.analyze(jax.jit(mapped).lower(x).compile().as_text(), 8).collectives
+
+
+WHOLE = 64 * 64 * 4
+
+
+def test_gathering_sends_ones_own_part_to_each_of_the_others(mesh):
+    found = collectives(mesh, lambda x: jax.lax.all_gather(x, "b", tiled=True), P("b"), P())
+    assert found == {"all-gather": Traffic(1, WHOLE // 4 * 3)}
+
+
+def test_reducing_sends_everything_nearly_twice(mesh):
+    found = collectives(mesh, lambda x: jax.lax.psum(x, "b"), P(), P())
+    assert found == {"all-reduce": Traffic(1, 2 * WHOLE * 3 // 4)}
+
+
+def test_a_permutation_sends_everything_once(mesh):
+    pairs = [(i, (i + 1) % 4) for i in range(4)]
+    found = collectives(mesh, lambda x: jax.lax.ppermute(x, "b", pairs), P("b"), P("b"))
+    assert found == {"collective-permute": Traffic(1, WHOLE // 4)}
+
+
+def test_exchanging_keeps_ones_own_part(mesh):
+    found = collectives(mesh, lambda x: jax.lax.all_to_all(x, "b", 0, 0, tiled=True), P("b"), P("b"))
+    assert found == {"all-to-all": Traffic(1, WHOLE // 4 * 3 // 4)}
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh):
+    def run(x):
+        return jax.lax.fori_loop(0, 6, lambda _, x: jnp.tanh(jax.lax.psum(x, "a")), x)
+
+    assert collectives(mesh, run, P(), P()) == {"all-reduce": Traffic(6, 6 * WHOLE)}
+
+
+# Lines of programs for TPUs and GPUs, as their compilers write them.
+
+
+def program(body, *computations):
+    return "\n".join(["HloModule m", *computations, "ENTRY %main (p: f32[]) -> f32[] {", *body, "}"])
+
+
+def test_a_loop_without_a_known_length_is_counted_by_its_constants():
+    """libtpu says no trip count; this is its collective matmul, which takes two steps of eight a trip."""
+    condition = """%cond (c: (u32[], f32[8,8])) -> pred[] {
+  %end = u32[]{:T(128)} constant(8)
+  %c = (u32[]{:T(128)}, f32[8,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}"""
+    step = """%step (i.2: u32[]) -> u32[] {
+  %i.2 = u32[] parameter(0)
+  %two = u32[] constant(2)
+  ROOT %next = u32[] add(%i.2, %two)
+}"""
+    body = """%body (b: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %b = (u32[], f32[8,8]{1,0}) parameter(0)
+  %i.3 = u32[] get-tuple-element(%b), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%b), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %fusion = u32[] fusion(%i.3), kind=kLoop, calls=%step
+  ROOT %both = (u32[], f32[8,8]{1,0}) tuple(%fusion, %y)
+}"""
+    text = program(
+        [
+            "  %p = f32[8,8]{1,0} parameter(0)",
+            "  %zero = u32[] constant(0)",
+            "  %copied = u32[] copy(%zero)",
+            "  %init = (u32[], f32[8,8]{1,0}) tuple(%copied, %p)",
+            "  ROOT %while = (u32[], f32[8,8]{1,0}) while(%init), condition=%cond, body=%body",
+        ],
+        condition,
+        step,
+        body,
+    )
+    costs = hlo.analyze(text)
+    assert costs.flops == 4 * product(8)
+    assert not costs.unknown_loops
+
+
+@pytest.mark.parametrize(
+    "shapes, attributes, flops",
+    [
+        # A plain product as TPUs write it: [4096, 768] by [768, 2048].
+        ("f32[4096,2048] f32[4096,768] f32[768,2048]", "dim_labels=bf_io->bf", 2 * 4096 * 768 * 2048),
+        # A window over two positions and a padded one on each side: of 2 x 2 pairs, one meets padding.
+        (
+            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
+            "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf",
+            2 * 16 * 32 * 8 * 3,
+        ),
+        # A batch of two products: the gaps of the dilated input keep each matrix to its own.
+        (
+            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
+            "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf",
+            2 * 16 * 32 * 8 * 2,
+        ),
+    ],
+)
+def test_products_written_as_convolutions_count_what_meets(shapes, attributes, flops):
+    out, lhs, rhs = shapes.split()
+    text = program(
+        [
+            f"  %p = {lhs}{{1,0:T(8,128)S(1)}} parameter(0)",
+            f"  %k = {rhs}{{1,0}} parameter(1)",
+            f"  ROOT %c = {out}{{1,0}} convolution(%p, %k), {attributes}",
+        ]
+    )
+    assert hlo.analyze(text).flops == flops
+
+
+def test_on_chip_memory_is_no_traffic():
+    text = program(
+        [
+            "  %p = f32[1024]{0} parameter(0)",
+            "  %start = (f32[1024]{0}, f32[1024]{0:S(1)}, u32[]{:S(2)}) copy-start(%p)",
+            "  %done = f32[1024]{0:S(1)} copy-done(%start)",
+            "  ROOT %t = f32[1024]{0:S(1)} tanh(%done)",
+        ]
+    )
+    assert hlo.analyze(text).bytes == 4096
+    assert hlo.analyze(text, hbm_spaces=(0, 1)).bytes == 4 * 4096
+
+
+def test_an_asynchronous_collective_in_pieces_counts_once():
+    """TPUs repeat the instruction in every fusion that carries it on."""
+
+    def piece(name, rest):
+        return f"""%{name} (a: bf16[8,16]) -> bf16[64,16] {{
+  %a.{name} = bf16[8,16]{{1,0}} parameter(0)
+  %g.{name} = bf16[64,16]{{1,0}} all-gather(%a.{name}), channel_id=1, replica_groups=[1,8]<=[8], dimensions={{0}}
+  {rest.format(gathered="%g." + name)}
+}}"""
+
+    start = piece(
+        "first", 'ROOT %s = (bf16[64,16]{{1,0}}) custom-call({gathered}), custom_call_target="AsyncCollectiveStart"'
+    )
+    middle = piece("async_collective_fusion.1", "ROOT %m = (bf16[64,16]{{1,0}}) tuple({gathered})")
+    end = piece(
+        "last", 'ROOT %e = bf16[64,16]{{1,0}} custom-call({gathered}), custom_call_target="AsyncCollectiveDone"'
+    )
+    text = program(
+        [
+            "  %p = bf16[8,16]{1,0} parameter(0)",
+            "  %f1 = (bf16[64,16]{1,0}) fusion(%p), kind=kCustom, calls=%first",
+            "  %f2 = (bf16[64,16]{1,0}) fusion(%p), kind=kOutput, calls=%async_collective_fusion.1",
+            "  ROOT %f3 = bf16[64,16]{1,0} fusion(%p), kind=kCustom, calls=%last",
+        ],
+        start,
+        middle,
+        end,
+    )
+    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
+
+
+def test_what_another_core_runs_asynchronously_counts_once():
+    """TPUs with SparseCores give them collectives, in computations that say so where they end."""
+    other = """%wrapped (a: f32[8,16]) -> f32[64,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %g = f32[64,16]{1,0} all-gather(%a), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}, execution_thread="sparsecore\""""
+    text = program(
+        [
+            "  %p = f32[8,16]{1,0} parameter(0)",
+            "  %s = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-start(%p), calls=%wrapped",
+            "  %u = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-update(%s)",
+            "  ROOT %d = f32[64,16]{1,0} async-done(%u)",
+        ],
+        other,
+    )
+    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_groups_of_a_collective_in_each_notation(groups, size):
+    text = program(
+        [
+            "  %p = f32[64]{0} parameter(0)",
+            f"  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add",
+        ]
+    )
+    assert hlo.analyze(text, 8).collectives == {"all-reduce": Traffic(1, 2 * 256 * (size - 1) // size)}
+
+
+CUDNN = (
+    '"cudnn_fmha_backend_config": {{"intermediate_tensor_shape": {{"element_type": "BF16", '
+    '"dimensions": ["2", "4", "1024", "1024"]}}, "mask_type": "{mask}"}}'
+)
+
+
+@pytest.mark.parametrize("mask, share", [("CAUSAL", 0.5), ("PADDING_CAUSAL", 0.5), ("NO_MASK", 1)])
+@pytest.mark.parametrize("target, products", [("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)])
+def test_cudnn_attention_counts_its_products(mask, share, target, products):
+    text = program(
+        [
+            "  %q = bf16[2,1024,4,64]{3,2,1,0} parameter(0)",
+            "  %k = bf16[2,1024,2,64]{3,2,1,0} parameter(1)",
+            f'  ROOT %attend.3 = (bf16[2,4,1024,64]{{3,1,2,0}}) custom-call(%q, %k), custom_call_target="{target}", '
+            f"backend_config={{{CUDNN.format(mask=mask)}}}",
+        ]
+    )
+    costs = hlo.analyze(text)
+    assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 * share
+    assert costs.kernels == {"attend": 1}
+
+
+@pytest.mark.parametrize(
+    "name, results, products",
+    [
+        ("splash_mqa_fwd_segmented_residuals", "f32[512,64], bf16[2,4,1024,64]", 2),
+        ("splash_mha_fwd_no_residuals", "f32[512,64], bf16[2,4,1024,64]", 2),
+        ("splash_mqa_dq_segmented_no_residuals", "f32[512,64], bf16[2,4,1024,64]", 3),
+        ("splash_mqa_dkv_segmented_no_residuals", "f32[512,64], bf16[2,1024,64], bf16[2,1024,64]", 4),
+        # With use_fused_bwd_kernel it gives the gradient of the queries as well.
+        ("splash_mqa_dkv_no_residuals", "bf16[2,2,4,1024,64], bf16[2,1024,64], bf16[2,1024,64]", 5),
+    ],
+)
+def test_splash_attention_counts_its_products_over_half_of_the_pairs(name, results, products):
+    text = program(
+        [
+            "  %mask = s8[1,2,2]{2,1,0} parameter(0)",
+            "  %q = bf16[2,4,1024,64]{3,2,1,0} parameter(1)",
+            "  %k = bf16[2,1024,64]{2,1,0} parameter(2)",
+            f'  ROOT %{name}.1 = ({results}) custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call", '
+            "frontend_attributes={kernel_metadata={",
+            '"xprof_metadata":"{}"',
+            "}}",
+        ]
+    )
+    costs = hlo.analyze(text)
+    assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 // 2
+    assert costs.kernels == {name: 1}
+
+
+def test_a_kernel_that_no_formula_covers_is_named():
+    text = program(
+        [
+            "  %p = f32[8]{0} parameter(0)",
+            '  ROOT %mine.4 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
+        ]
+    )
+    costs = hlo.analyze(text)
+    assert (costs.flops, costs.unknown_kernels) == (0, {"mine": 1})
+
+
+def test_cublas_products_count_by_their_config():
+    text = program(
+        [
+            "  %a = bf16[64,32]{1,0} parameter(0)",
+            "  %b = bf16[32,16]{1,0} parameter(1)",
+            '  ROOT %g = (bf16[64,16]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", '
+            'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+        ]
+    )
+    assert hlo.analyze(text).flops == 2 * 64 * 32 * 16
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.analyze("nothing")

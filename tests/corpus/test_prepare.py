@@ -1,0 +1,454 @@
+"""Data is frozen once, completely, and opened many times."""
+
+import json
+import os
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import tiny_data
+import tiny_runs
+from meap_jax.corpus import packing
+from meap_jax.corpus import prepare as prepare_module
+from meap_jax.corpus.prepare import prepare
+from meap_jax.data.store import SPLITS
+from meap_jax.errors import ConfigError, DataError
+
+RETRIEVAL = {
+    "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
+    "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 300, "num_eval_documents": 20,
+}  # fmt: skip
+
+
+def options_of(path, **changes):
+    """What a config with both sources gives; `changes` as "group__name" or "name"."""
+    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
+    options = {
+        "tokenizer": "bpe",
+        "vocab_size": 512,
+        "sources": {"retrieval": dict(RETRIEVAL), "text": text},
+        "plans": {"retrieval": tiny_data.PLAN | {"packing": "best_fit"}, "text": dict(tiny_data.PLAN)},
+        "max_skipped": 10,
+    }
+    for name, value in changes.items():
+        *groups, field = name.split("__")
+        target = options
+        for group in groups:
+            target = target[group]
+        target[field] = value
+    return options
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = rng.choice(["sea", "salt", "ship", "storm", "sail", "sand"], 200)
+        (folder / f"{i:02}.txt").write_text(f"Book {i}: " + " ".join(words))
+    (folder / "40.txt").write_text((folder / "00.txt").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, books):
+    return prepare(tmp_path_factory.mktemp("prepared") / "deep" / "data", options_of(books))
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return shutil.copytree(prepared.folder, tmp_path / "copy")
+
+
+def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
+    texts = {path.read_text() for path in books.glob("*.txt")}
+    seen = []
+    for split in SPLITS:
+        blocks = prepared.blocks("text", split)
+        stream = np.concatenate([blocks[i]["tokens"] for i in range(len(blocks))])
+        assert all((blocks[i]["segment_ids"] == 1).all() for i in range(len(blocks)))
+        whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
+        seen += [document.removeprefix("<bos>") for document in whole]
+    assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
+
+
+def test_every_answer_stands_where_the_blocks_say(prepared):
+    for split in ("validation", "test"):
+        blocks = prepared.blocks("retrieval", split)
+        documents = prepared.plan_manifest("retrieval")["splits"][split]["documents"]
+        assert len(blocks.answers) == 4 * documents  # Held-out documents ask each of their four facts once.
+        for answer in blocks.answers:
+            block = blocks[answer["row"]]
+            start, length, distance = answer["start"], answer["length"], answer["distance"]
+            found = block["tokens"][start : start + length]
+            assert np.array_equal(found, block["tokens"][start - distance : start - distance + length])
+            assert block["segment_ids"][start] == block["segment_ids"][start - distance] > 0
+            assert prepared.tokenizer.decode(block["tokens"][start - distance - 1 : start - distance]) == " is"
+    assert len(prepared.blocks("retrieval", "train").answers) == 0
+
+
+def test_the_manifests_count_what_is_there(prepared):
+    counts = prepared.plan_manifest("retrieval")["splits"]["train"]
+    blocks = prepared.blocks("retrieval", "train")
+    rows = blocks.rows(0, len(blocks))
+    assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
+    assert counts["blocks"] == len(rows["tokens"])
+    assert counts["tokens"] == np.count_nonzero(rows["segment_ids"])
+    assert counts["padding_share"] == pytest.approx(np.mean(rows["segment_ids"] == 0), abs=1e-4)
+    assert prepared.plan_manifest("text")["split_by"] == "document"
+    assert prepared.manifest("text")["skipped"] == {}
+
+
+def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module.platform, "python_version", lambda: "9.9.9")
+    moved = shutil.copytree(books, tmp_path / "moved")
+    assert prepare(tmp_path / "a", options_of(moved)).fingerprint == prepared.fingerprint
+    others = [options_of(books, sources__retrieval__seed=4), options_of(books, plans__text__packing="best_fit")]
+    found = {prepare(tmp_path / str(i), other).fingerprint for i, other in enumerate(others)}
+    assert len(found | {prepared.fingerprint}) == 3
+
+
+def test_what_is_there_is_opened_and_not_made_again(copy, books, monkeypatch):
+    for name in ("_make_store", "make_plans", "_training_texts"):
+        monkeypatch.setattr(prepare_module, name, None)
+    prepare(copy, options_of(books))
+
+
+def test_without_a_path_a_config_takes_what_was_prepared(copy):
+    prepare(copy, options_of(None))
+
+
+def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_make_store", None)
+    before = (copy / "text" / "manifest.json").read_text()
+    plan = tiny_data.PLAN | {"seq_len": 110, "packing": "best_fit"}
+    longer = prepare(copy, options_of(books, plans__text=plan, plans__retrieval=plan))
+    assert len(longer.blocks("text", "train")[0]["tokens"]) == 111
+    assert (copy / "text" / "manifest.json").read_text() == before
+    assert len(os.listdir(copy / "text" / "plans")) == 2
+
+
+def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
+    prepare(tmp_path, tiny_data.text_options(books))
+    both = tiny_data.text_options(books)
+    more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
+    both["sources"]["more"] = both["sources"]["text"] | {"path": str(more)}
+    both["plans"]["more"] = both["plans"]["text"]
+    made, real = [], prepare_module._make_store
+
+    def recording(folder, name, *rest):
+        made.append(name)
+        real(folder, name, *rest)
+
+    monkeypatch.setattr(prepare_module, "_make_store", recording)
+    prepared = prepare(tmp_path, both)
+    assert made == ["more"]
+    assert prepared.sources == ["text", "more"] and len(prepared.blocks("more", "train"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokenizer": "mistral", "vocab_size": 32_064}, r"data\.tokenizer = 'bpe', but the config wants 'mistral'"),
+        ({"sources__retrieval__num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
+        ({"sources__text__path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
+        ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
+    ],
+)
+def test_other_options_are_named_with_both_values(prepared, books, change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(prepared.folder, options_of(books, **change))
+
+
+def test_other_options_of_a_source_are_named_too(books, tmp_path):
+    prepare(tmp_path, tiny_data.text_options(books))
+    with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
+        prepare(tmp_path, tiny_data.text_options(books, sources__holdout=0.2))
+    with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
+        prepare(tmp_path, tiny_data.text_options("/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy",
+        "text/plans/concat-97-*/train.pieces", "text/plans/concat-97-*/train.bounds",
+    ],
+)  # fmt: skip
+def test_a_missing_or_cut_file_is_named(copy, books, name):
+    [path] = copy.glob(name)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=f"{path.name} is damaged|{path.parent.name} is damaged"):
+        prepare(copy, options_of(books)).blocks("text", "train")
+    path.unlink()
+    with pytest.raises(DataError, match=path.name):
+        prepare(copy, options_of(books)).blocks("text", "train")
+
+
+def test_a_changed_tokenizer_is_told_with_both_hashes(copy, books, prepared):
+    path = copy / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
+    with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
+        prepare(copy, options_of(books))
+
+
+def test_another_layout_is_refused(copy, books):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout_version": 0}))
+    with pytest.raises(DataError, match="layout 0"):
+        prepare(copy, options_of(books))
+
+
+def test_an_unknown_source_or_split_is_named(prepared):
+    with pytest.raises(DataError, match="stdlib-train"):
+        prepared.blocks("stdlib", "train")
+
+
+def test_an_error_before_anything_is_made_leaves_nothing_behind(tmp_path, books):
+    with pytest.raises(ConfigError):
+        prepare(tmp_path / "data", options_of(books, tokenizer="mistral"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_document_that_must_not_be_cut_is_told_with_both_lengths(tmp_path, books):
+    with pytest.raises(DataError, match=r"longest document of retrieval has \d+ ids .* the 21 of a block"):
+        prepare(tmp_path / "data", options_of(books, plans__retrieval__seq_len=20))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="not a prepared data folder"):
+        prepare(tmp_path, options_of(books))
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sources__text__path": None}, r"path is not set"),
+        ({"sources__text__path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
+        ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
+    ],
+)
+def test_impossible_options_are_one_sentence(tmp_path, books, change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(tmp_path / "data", options_of(books, **change))
+
+
+def test_a_bucket_must_be_mounted(books):
+    with pytest.raises(ConfigError, match="must be a local folder, or a bucket that is mounted"):
+        prepare("gs://bucket/data", options_of(books))
+
+
+def test_too_few_different_documents_are_an_error(tmp_path, books):
+    few = dict(RETRIEVAL, num_keys=1, num_values=1, num_facts=1, num_eval_facts=1, questions_per_fact=1.0)
+    with pytest.raises(DataError, match="no document left for"):
+        prepare(tmp_path / "data", options_of(books, sources__retrieval=few | {"max_fillers": 0}))
+
+
+def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
+    prepared = prepare(tmp_path, tiny_data.text_options(books / "00.txt", plans__seq_len=32))
+    assert prepared.plan_manifest("text")["split_by"] == "block"
+    assert prepared.tokenizer.mask_id == 32_000
+    ids = [1, *prepared.tokenizer.encode((books / "00.txt").read_text()), 2]
+    rows = [prepared.blocks("text", split) for split in SPLITS]
+    stream = np.concatenate([blocks[i]["tokens"] for blocks in rows for i in range(len(blocks))])
+    num_blocks = len(ids) // 33
+    assert stream.tolist() == ids[: 33 * num_blocks]
+    assert len(rows[1]) == len(rows[2]) == max(1, num_blocks // 10)
+
+
+def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
+    (tmp_path / "it.txt").write_text("it")
+    with pytest.raises(DataError, match=r"too small: its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"):
+        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "it.txt"))
+
+
+def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    copied = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
+    assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
+    assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
+    with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
+        options = tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}") | {
+            "tokenizer": "tekken",
+            "vocab_size": 131_136,
+        }
+        prepare(tmp_path / "third", options)
+
+
+def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    manifest = tmp_path / "first" / "text" / "manifest.json"
+    largest = max(int(ids.max()) for ids in (first.blocks("text", "train")._store[i] for i in range(41)))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"num_tokens": largest}))
+    second = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
+    skipped = second.manifest("text")["skipped"]
+    assert list(skipped) == [f"has an id beyond the vocabulary of {largest}"]
+    assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())
+
+
+def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_path, books, capsys, monkeypatch):
+    flags = [
+        f"--config={tiny_runs.ROOT / 'configs/meap_100m.py'}", f"--config.data.path={books}", "--config.seq_len=32",
+        f"--config.data.prepared={tmp_path / 'data'}", "--config.data.holdout=0.1", "--config.data.packing=best_fit",
+    ]  # fmt: skip
+    prepare_module.command(["prepare", *flags])
+    told = json.loads(capsys.readouterr().out)
+    assert told["source"] == "text" and sum(told["documents"].values()) == 41 and told["skipped"] == {}
+    assert told["splits"]["train"]["blocks"] > 100 and 0 < told["splits"]["train"]["padding_share"] < 0.5
+    assert {"cut_documents", "mean_document_tokens"} <= told["splits"]["train"].keys()
+    with pytest.raises(ConfigError, match="data.prepared is not set: name the folder to make"):
+        prepare_module.command(["prepare", *flags[:3]])
+
+
+def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path):
+    lengths = np.random.default_rng(0).choice([20, 400], 400)
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
+    prepare(tmp_path / "data", tiny_data.text_options(path))
+    every = prepare(tmp_path / "data", tiny_data.text_options(path)).plan_manifest("text")["splits"]["train"]
+    long = tiny_data.text_options(path, plans__long_from=300, plans__keep_shorter=0.1)
+    kept = prepare(tmp_path / "data", long).plan_manifest("text")["splits"]["train"]
+    few = tiny_data.text_options(path, plans__max_tokens=5000)
+    first = prepare(tmp_path / "data", few).plan_manifest("text")["splits"]["train"]
+    assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
+    assert kept["tokens"] > 0.9 * every["tokens"]
+    assert 5000 - 97 <= first["tokens"] <= 5000 + 410
+
+
+def test_a_run_that_names_no_path_takes_what_was_held_out_beside_it_too(tmp_path, books):
+    made = prepare(tmp_path / "data", tiny_data.text_options(books / "0*.txt", sources__validation=str(books)))
+    again = prepare(tmp_path / "data", tiny_data.text_options(None))
+    assert again.fingerprint == made.fingerprint
+    with pytest.raises(ConfigError, match=r"validation = '.*', but the config wants '/elsewhere'"):
+        prepare(tmp_path / "data", tiny_data.text_options(None, sources__validation="/elsewhere"))
+
+
+def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path, books):
+    book = books / "00.txt"
+    made = [
+        prepare(tmp_path / str(holdout), tiny_data.text_options(book, plans__seq_len=16, sources__holdout=holdout))
+        for holdout in (0.1, 0.2)
+    ]
+    assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
+    assert len(made[0].blocks("text", "train")) != len(made[1].blocks("text", "train"))
+    assert made[0].fingerprint != made[1].fingerprint
+
+
+def test_text_that_was_given_to_be_held_out_is_never_trained_on(tmp_path, books):
+    little = tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
+    with pytest.raises(DataError, match=r"data\.sources\.text\.validation is '.*little.jsonl', but .* a block of 97"):
+        prepare(tmp_path / "data", tiny_data.text_options(books, sources__validation=str(little)))
+    with pytest.raises(DataError, match="too small: without its validation text"):
+        prepare(tmp_path / "other", tiny_data.text_options(little, sources__validation=str(books)))
+
+
+@pytest.mark.parametrize("limit", [{"plans__max_tokens": 10}, {"plans__long_from": 9_999, "plans__keep_shorter": 0.0}])
+def test_too_few_documents_left_for_training_are_not_made_up_with_held_out_ones(tmp_path, books, limit):
+    options = tiny_data.text_options(books, plans__seq_len=400, **limit)
+    with pytest.raises(DataError, match=r"tokens for training, less than a block of 401 ids .*text\.max_tokens"):
+        prepare(tmp_path, options)
+
+
+def test_a_folder_of_prepared_sources_is_none_itself(tmp_path, books):
+    first = tmp_path / "first"
+    prepare(first, tiny_data.text_options(books))
+    with pytest.raises(ConfigError, match=rf"names no prepared source: .* such as prepared:{first}/text"):
+        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}"))
+    with pytest.raises(ConfigError, match=r"text\.where is 'a=b', but its path is 'prepared:.*leave it out"):
+        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}/text", sources__where="a=b"))
+
+
+def test_a_damaged_index_is_named(copy, books):
+    path = copy / "text" / "index.npy"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"index\.npy is damaged: delete"):
+        prepare(copy, options_of(books)).blocks("text", "train")
+
+
+def test_after_a_misspelt_field_the_right_one_can_be_used_at_once(tmp_path, books):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
+    for wrong in ({"sources__field": "txt", "max_skipped": 100}, {"sources__field": "txt"}, {"sources__where": "a=b"}):
+        with pytest.raises(DataError, match="has no field `txt`|holds no text in records with a=b"):
+            prepare(tmp_path / "data", tiny_data.text_options(path, **wrong))
+    assert prepare(tmp_path / "data", tiny_data.text_options(path)).counts("text")["skipped"] == {}
+
+
+def test_what_another_tokenizer_made_is_not_joined(tmp_path, books):
+    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    vocabulary = {"tokenizer": "tekken", "vocab_size": 131_136}
+    prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+    shutil.rmtree(tmp_path / "second" / "text")
+    shutil.copytree(first.folder / "text", tmp_path / "second" / "text")
+    with pytest.raises(DataError, match=rf"another tokenizer \({first.tokenizer_hash[:12]}\) than that of .*second"):
+        prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+
+
+def test_a_folder_within_the_text_is_refused(tmp_path):
+    tiny_data.write_jsonl(tmp_path / "a.jsonl", ["text " * 60 for _ in range(60)])
+    with pytest.raises(ConfigError, match=r"data\.prepared is .*/frozen, which lies in data\.sources\.text\.path"):
+        prepare(tmp_path / "frozen", tiny_data.text_options(tmp_path))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, books, monkeypatch):
+    folder, begun, waits, real = tmp_path / "data", threading.Event(), threading.Event(), prepare_module._prepare
+
+    def failing(*_):
+        begun.set()
+        assert waits.wait(60)
+        time.sleep(0.2)  # The other one is in flock by then.
+        raise ConfigError("no")
+
+    def first():
+        with pytest.raises(ConfigError):
+            prepare(folder, tiny_data.text_options(books))
+
+    monkeypatch.setattr(prepare_module, "_prepare", failing)
+    monkeypatch.setattr(prepare_module._log, "info", lambda text, *_: waits.set() if "waiting" in text else None)
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(prepare_module, "_prepare", real)
+    prepare(folder, tiny_data.text_options(books))
+    thread.join()
+    assert (folder / "text").is_dir()
+
+
+def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
+    monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
+    with pytest.raises(DataError, match="has 41 documents, more than 40"):
+        prepare(tmp_path, tiny_data.text_options(books))
+
+
+def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
+    bpe = {"tokenizer": "bpe", "vocab_size": 512}
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(tmp_path / "data", tiny_data.text_options(path, sources__where="a=b") | bpe)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    prepare(tmp_path / "data", tiny_data.text_options(path) | bpe)
+
+
+def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books, prepared):
+    shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
+            prepare(tmp_path, tiny_data.text_options(books) | {"tokenizer": str(path)})
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_best_fit_on_several_cores_gives_the_plan_that_one_gives(tmp_path, monkeypatch):
+    lengths = np.random.default_rng(0).integers(5, 200, 300)
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
+    monkeypatch.setattr(packing, "_RANGE", 50)
+    found = []
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr(packing.os, "sched_getaffinity", lambda _, cores=cores: cores)
+        made = prepare(tmp_path / str(len(cores)), tiny_data.text_options(path, plans__packing="best_fit"), workers=1)
+        found.append(made.fingerprint)
+    assert found[0] == found[1]

@@ -1,0 +1,128 @@
+"""Documents that state facts and ask for them later."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meap_jax.corpus import retrieval
+from meap_jax.corpus.retrieval import FACT, FILLERS, KEYS, QUESTION, VALUES, RetrievalSpec, document
+from meap_jax.errors import ConfigError
+
+
+@st.composite
+def specs(draw):
+    num_keys, num_values = draw(st.integers(1, len(KEYS))), draw(st.integers(1, len(VALUES)))
+    num_facts = draw(st.integers(1, min(num_keys, num_values, 12)))
+    min_facts = draw(st.none() | st.integers(1, num_facts))
+    questions_per_fact, max_fillers = draw(st.none() | st.floats(0.1, 4)), draw(st.integers(0, 5))
+    return RetrievalSpec(num_keys, num_values, num_facts, questions_per_fact, max_fillers, min_facts)
+
+
+def _rng(seed=0):
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _pairs(template, text):
+    pattern = re.escape(template).replace(r"\{key\}", r"(\w+)") + r" (\w+)\."
+    return re.findall(pattern, text)
+
+
+@settings(max_examples=50, deadline=None)
+@given(specs(), st.integers(0, 2**32 - 1))
+def test_every_answer_is_the_value_that_its_fact_stated_and_counts_once(spec, seed):
+    made = document(_rng(seed), spec)
+    facts = _pairs(FACT, made.text)
+    asked = _pairs(QUESTION, made.text)
+    assert (spec.min_facts or spec.num_facts) <= len(facts) <= spec.num_facts
+    assert len(dict(facts)) == len({value for _, value in facts}) == len(facts)
+    if spec.questions_per_fact is None:
+        assert sorted(asked) == sorted(facts)
+    else:
+        assert len(asked) == max(1, int(spec.questions_per_fact * len(facts))) and set(asked) <= set(facts)
+    # Asked again, a fact could be read off the first answer: only that one says what was retrieved.
+    first_time = [pair for i, pair in enumerate(asked) if pair not in asked[:i]]
+    for answer, (key, value) in zip(made.answers, first_time, strict=True):
+        assert made.pieces[answer.piece] == made.pieces[answer.fact] == f" {value}"
+        assert made.pieces[answer.piece - 1].split()[-1] == key
+        assert answer.depth == facts.index((key, value)) / max(len(facts) - 1, 1)
+
+
+def test_short_documents_prevail_as_one_over_the_square_of_their_facts():
+    spec = RetrievalSpec(16, 16, 4, 0.1, 0, min_facts=2)
+    counts = np.zeros(5)
+    for made in retrieval.generate(spec, 0, 3000):
+        counts[len(_pairs(FACT, made.text))] += 1
+    expected = 3000 * np.array([1 / 4, 1 / 9, 1 / 16]) / (1 / 4 + 1 / 9 + 1 / 16)
+    assert np.all(np.abs(counts[2:] - expected) < 5 * np.sqrt(expected)) and counts[:2].sum() == 0
+
+
+def test_equal_seeds_give_equal_documents_for_ever():
+    spec = RetrievalSpec(16, 16, 4, 0.5, 2)
+    texts = [made.text for made in retrieval.generate(spec, 7, 20)]
+    assert texts == [made.text for made in retrieval.generate(spec, 7, 20)]
+    assert texts[:10] == [made.text for made in retrieval.generate(spec, 7, 10)]
+    assert texts != [made.text for made in retrieval.generate(spec, 8, 20)]
+
+
+def test_draws_come_from_the_bare_bit_stream_of_pcg64():
+    # NumPy keeps a bit generator's stream for ever, but not what choice() makes of it.
+    raw = np.random.PCG64(7).random_raw(16)
+    assert hashlib.sha256(raw.astype("<u8").tobytes()).hexdigest()[:16] == "fc2cd42b52c9b05d"
+    doubles = [(int(bits) >> 11) / 2**53 for bits in raw]
+    expected = sorted(range(16), key=doubles.__getitem__)[:4]
+    assert retrieval._choose(_rng(7), 16, 4) == expected
+
+
+def test_depth_and_fillers_can_be_chosen():
+    spec = RetrievalSpec(16, 16, 5, 0.1, 2)
+    made = document(_rng(), spec, asked=[4, 0], num_fillers=7)
+    assert [answer.depth for answer in made.answers] == [1.0, 0.0]
+    assert sum(piece.strip() in FILLERS for piece in made.pieces) == 7
+    values = [value for _, value in _pairs(FACT, made.text)]
+    assert [made.pieces[answer.piece] for answer in made.answers] == [
+        f" {values[4]}",
+        f" {values[0]}",
+    ]
+    for wrong in ([5], [-1]):
+        with pytest.raises(ValueError, match="asked"):
+            document(_rng(), spec, asked=wrong)
+
+
+def test_all_depths_and_numbers_of_fillers_turn_up_equally_often():
+    spec = RetrievalSpec(16, 16, 4, 0.1, 2)
+    documents = list(retrieval.generate(spec, 0, 1200))
+    depths = np.unique([d.answers[0].depth for d in documents], return_counts=True)[1]
+    fillers = np.unique([len(d.pieces) for d in documents], return_counts=True)[1]
+    assert len(depths) == 4 and np.all(np.abs(depths - 300) < 75)  # five standard deviations
+    assert len(fillers) == 3 and np.all(np.abs(fillers - 400) < 82)
+
+
+def test_keys_values_and_wording_share_no_word():
+    assert len(KEYS) == len(set(KEYS)) >= 64 and len(VALUES) == len(set(VALUES)) >= 64
+    assert not set(KEYS) & set(VALUES)
+    wording = set(re.findall(r"[a-z]+", " ".join([FACT, QUESTION, *FILLERS]).lower()))
+    assert not wording & {*KEYS, *VALUES}
+    assert all(re.fullmatch("[a-z]+", word) for word in KEYS + VALUES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_keys", 0),
+        ("num_keys", 1000),
+        ("num_values", 1000),
+        ("num_facts", 17),
+        ("questions_per_fact", 0.0),
+        ("questions_per_fact", float("inf")),
+        ("min_facts", 9),
+        ("max_fillers", -1),
+    ],
+)
+def test_an_impossible_count_is_named_with_its_value(field, value):
+    good = dict(num_keys=16, num_values=16, num_facts=8, questions_per_fact=1.0, max_fillers=2)
+    with pytest.raises(ConfigError, match=rf"data\.retrieval\.{field} is {value}"):
+        RetrievalSpec(**good | {field: value})

@@ -1,0 +1,261 @@
+"""Tokenizing on all cores, interrupted and resumed."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import tiny_data
+import tiny_runs
+from meap_jax.corpus import prepare as prepare_module
+from meap_jax.corpus import shards as shards_module
+from meap_jax.corpus import workers
+from meap_jax.corpus.prepare import prepare
+from meap_jax.errors import DataError
+
+NUM_FILES, TEXTS_A_FILE = 12, 150
+
+# Small shards, and workers even for them.
+PROGRAM = """
+import sys
+from meap_jax.corpus import shards
+from meap_jax.corpus.prepare import prepare
+shards.SHARD_BYTES, shards._ONE_PROCESS = 100_000, 0
+if __name__ == "__main__":
+    prepare(sys.argv[1], {options!r}, workers={workers})
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Files of about 130 KB, every text of which is its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
+    rng = np.random.default_rng(0)
+    for i in range(NUM_FILES):
+        texts = (f"{i}-{j} " + " ".join(rng.choice(words, 200)) for j in range(TEXTS_A_FILE))
+        tiny_data.write_jsonl(folder / f"{i:02}.jsonl", texts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """Prepared by this process, in one shard."""
+    return prepare(tmp_path_factory.mktemp("alone"), tiny_data.text_options(corpus), workers=1)
+
+
+def start(folder, corpus, workers, **changes):
+    """The same in a process of its own with as many workers; a process group, so that no worker is forgotten."""
+    program = folder.parent / "program.py"
+    program.write_text(PROGRAM.format(options=tiny_data.text_options(corpus, **changes), workers=workers))
+    return subprocess.Popen(
+        [sys.executable, str(program), str(folder)],
+        env=tiny_runs.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def documents_of(prepared):
+    store = prepared.blocks("text", "train")._store
+    return [(int(split), store[i].tolist()) for i, split in enumerate(store.index["split"])]
+
+
+def wait_for_end_of(group):
+    """Fails if a process of this group is still there after some seconds."""
+    deadline = time.monotonic() + 20
+    while True:
+        left = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # One that ends meanwhile.
+                state = pathlib.Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+                if os.getpgid(int(pid)) == group and state not in "ZX":
+                    left.append(pathlib.Path("/proc", pid, "cmdline").read_text())
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_any_number_of_workers_gives_the_same_documents(corpus, alone, tmp_path):
+    process = start(tmp_path / "data", corpus, workers=2)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    made = prepare(tmp_path / "data", tiny_data.text_options(corpus))
+    assert len(made.manifest("text")["shards"]) == NUM_FILES
+    assert documents_of(made) == documents_of(alone)
+    assert len(documents_of(made)) == NUM_FILES * TEXTS_A_FILE
+    assert not list((tmp_path / "data").rglob("*.partial"))
+
+
+def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(corpus, alone, tmp_path):
+    folder = tmp_path / "data"
+    done_first = 0
+    for _ in range(3):  # Killed again and again, each time a few shards later.
+        process = start(folder, corpus, workers=2)
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob(".text.partial/?????.json"))) < done_first + 2:
+            assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        done_first = len(list(folder.glob(".text.partial/?????.json")))
+        wait_for_end_of(process.pid)  # Workers don't outlive it.
+    assert not (folder / "text").exists()
+    complete = [path.with_suffix(".arrayrecord") for path in folder.glob(".text.partial/?????.json")]
+    done = {path.name: path.stat().st_mtime_ns for path in complete}
+    process = start(folder, corpus, workers=2)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    made = prepare(folder, tiny_data.text_options(corpus))
+    assert documents_of(made) == documents_of(alone)
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("text/*.arrayrecord")}
+    assert {name: now[name] for name in done} == done  # What was complete was not made again.
+
+
+def test_an_interrupt_ends_all_workers_and_says_nothing_but_one_line(corpus, tmp_path):
+    folder = tmp_path / "data"
+    process = start(folder, corpus, workers=2)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".text.partial/?????.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal does.
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert stderr.count("Traceback") <= 1, stderr  # This program's own; at the door there is none.
+    wait_for_end_of(process.pid)
+
+
+def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    mine = tmp_path / "corpus"
+    mine.mkdir()
+    for path in sorted(corpus.iterdir())[:3]:
+        (mine / path.name).write_text(path.read_text())
+    (mine / "02.jsonl").write_text("no JSON\n" * 20)
+    with pytest.raises(DataError, match="20 records of text|02.jsonl"):
+        prepare(tmp_path / "data", tiny_data.text_options(mine))
+    (mine / "00.jsonl").write_text("\n" + (mine / "00.jsonl").read_text())
+    with pytest.raises(DataError, match="00.jsonl.* the source has changed since. Delete .*text.partial"):
+        prepare(tmp_path / "data", tiny_data.text_options(mine))
+
+
+def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
+    mine = tmp_path / "corpus"
+    mine.mkdir()
+    good = "".join(json.dumps({"text": f"a text {i} " * 20}) + "\n" for i in range(30))
+    for i in range(3):
+        (mine / f"{i}.jsonl").write_text(good + '{"text": \n{"title": "no text"}\n{"text": "  "}\n')
+    options = tiny_data.text_options(mine)
+    made = prepare(tmp_path / "data", options | {"max_skipped": 9})
+    assert sum(made.manifest("text")["skipped"].values()) == 9
+    assert len(made.manifest("text")["skipped"]) == 3
+    assert "9 bad records passed over: 3 x" in caplog.text and "0.jsonl, line 31" in caplog.text
+    with pytest.raises(
+        DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"
+    ):
+        prepare(tmp_path / "other", options | {"max_skipped": 8})
+    # With a higher limit it goes on from there.
+    assert prepare(tmp_path / "other", options | {"max_skipped": 9}).fingerprint == made.fingerprint
+
+
+def test_too_many_bad_records_in_one_shard_are_told_with_file_and_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
+    sentence = re.escape(f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4).")
+    with pytest.raises(DataError, match=f"^{sentence}$"):
+        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "bad.jsonl", max_skipped=4))
+
+
+def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeypatch):
+    folder, options = tmp_path / "data", tiny_data.text_options(corpus / "00.jsonl")
+
+    def unless_over(steps, operation):
+        def run(*arguments, **options):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return operation(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", unless_over(iter([]), None))
+        prepare(folder, options)
+    # Before the index, the manifest and the folder have their names, and before the rest is removed.
+    for number in range(4):
+        assert not (folder / "text").exists()
+        steps = iter(range(number))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for name in ("replace", "rename", "unlink"):
+                patch.setattr(pathlib.Path, name, unless_over(steps, getattr(pathlib.Path, name)))
+            prepare(folder, options)
+    made = prepare(folder, options)
+    assert made.fingerprint == prepare(tmp_path / "expected", options).fingerprint
+    assert len(documents_of(made)) == TEXTS_A_FILE
+
+
+def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
+    folder = tmp_path / "data"
+    program = tmp_path / "full.py"
+    # Files can't grow beyond a limit that lets small shards pass, and a large one not.
+    program.write_text(
+        "import resource, signal, sys\nfrom meap_jax.corpus import shards, prepare\n"
+        "from meap_jax.errors import DataError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"options = {tiny_data.text_options(corpus)!r}\nshards.SHARD_BYTES = 100_000\n"
+        "made = 0\nreal = shards.make_shard\n"
+        "def make(job):\n"
+        "    if job.shard == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, -1))\n"
+        "    return real(job)\n"
+        "shards.make_shard = make\n"
+        "try: prepare.prepare(sys.argv[1], options, workers=1)\n"
+        "except DataError as error: print(error); sys.exit(7)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(program), str(folder)], env=tiny_runs.environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert "can't be completed" in ended.stdout and "File too large" in ended.stdout and "start again" in ended.stdout
+    assert len(list(folder.glob(".text.partial/?????.json"))) == 5
+    process = start(folder, corpus, workers=1)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert documents_of(prepare(folder, tiny_data.text_options(corpus))) == documents_of(alone)
+
+
+def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
+    for i in range(2):
+        (tmp_path / f"{i}.jsonl").write_text('{"text": "a text of many words"}\n' * 300 + "no JSON\n" * 6)
+    options = tiny_data.text_options(tmp_path / "*.jsonl", max_skipped=10)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"12 records of text can't be used, more than data\.max_skipped = 10"):
+            prepare(tmp_path / "data", options)
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(workers, "_start", _end)
+    with pytest.raises(DataError, match="a worker was killed"):
+        prepare(tmp_path / "data", tiny_data.text_options(corpus), workers=2)
+
+
+def _end():
+    os._exit(1)
+
+
+def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(tmp_path / "data", tiny_data.text_options(corpus))
+    [summary] = (tmp_path / "data").glob(".text.partial/?????.json")
+    summary.write_text("")
+    assert prepare(tmp_path / "data", tiny_data.text_options(corpus)).fingerprint == alone.fingerprint

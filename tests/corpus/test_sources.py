@@ -1,0 +1,102 @@
+"""Splits of a source."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny_data
+from meap_jax.config import base
+from meap_jax.corpus import sources
+from meap_jax.corpus.retrieval import FACT
+from meap_jax.corpus.sources import open_source
+from meap_jax.data.store import SPLITS
+from meap_jax.errors import ConfigError
+from meap_jax.readers import Skips
+
+
+def retrieval(**counts):
+    fields = base().data.retrieval.to_dict() | dict(num_documents=300, num_eval_documents=40) | counts
+    return open_source("retrieval", {"kind": "retrieval", "seed": 1, **fields})
+
+
+def text_options(path, **fields):
+    return {"kind": "text", "path": str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1} | fields
+
+
+def by_split(source):
+    """{split: documents}, parts in order."""
+    found = {split: [] for split in SPLITS}
+    for part in source.parts():
+        for split, document in source.read(part, Skips(0)):
+            found[SPLITS[split]].append(document)
+    return found
+
+
+def num_facts(document):
+    return len(re.findall(FACT.replace("{key}", r"\w+"), document.text))
+
+
+def test_held_out_documents_have_the_same_number_of_facts_and_ask_each_of_them_once():
+    documents = by_split(retrieval(min_facts=2, num_facts=4, num_eval_facts=9))
+    assert {num_facts(d) for d in documents["train"]} == {2, 3, 4}
+    for split in ("validation", "test"):
+        assert {num_facts(d) for d in documents[split]} == {9}
+        assert all(sorted(a.depth for a in d.answers) == [i / 8 for i in range(9)] for d in documents[split])
+
+
+def test_no_document_stands_in_two_splits_though_chance_would_have_it():
+    few = dict(num_keys=2, num_values=2, min_facts=1, num_facts=2, num_eval_facts=2, questions_per_fact=0.5)
+    documents = by_split(retrieval(**few, max_fillers=0))
+    texts = {split: {d.text for d in documents[split]} for split in SPLITS}
+    assert texts["train"] and texts["test"]
+    assert not texts["train"] & texts["test"] and not texts["validation"] & texts["test"]
+    assert not texts["train"] & texts["validation"]
+
+
+@pytest.mark.parametrize("value", [0, 17])
+def test_a_held_out_document_cannot_have_more_facts_than_there_are_keys(value):
+    with pytest.raises(ConfigError, match=f"num_eval_facts is {value}, but must be from 1 to 16"):
+        retrieval(num_eval_facts=value)
+
+
+def test_a_texts_split_depends_on_the_text_alone_and_takes_the_share_asked_for(tmp_path):
+    texts = [f"text {i % 4000}" for i in range(5000)]  # A thousand come twice.
+    there = by_split(open_source("a", text_options(tiny_data.write_jsonl(tmp_path / "a.jsonl", texts))))
+    back = by_split(open_source("b", text_options(tiny_data.write_jsonl(tmp_path / "b.jsonl", texts[::-1]))))
+    assert sum(map(len, there.values())) == 5000
+    for split in SPLITS:
+        assert [d.text for d in there[split]] == [d.text for d in back[split]][::-1]
+    assert len(there["validation"]) == pytest.approx(500, abs=70) and len(there["test"]) == pytest.approx(500, abs=70)
+    kept = {split: {d.text for d in documents} for split, documents in there.items()}
+    assert not (kept["train"] & kept["validation"] or kept["train"] & kept["test"] or kept["validation"] & kept["test"])
+
+
+def test_a_source_with_a_held_out_corpus_of_its_own_trains_on_all_of_the_other(tmp_path):
+    train = tiny_data.write_jsonl(tmp_path / "train.jsonl", [f"t {i}" for i in range(50)])
+    held = tiny_data.write_jsonl(tmp_path / "held.jsonl", [f"v {i}" for i in range(50)])
+    documents = by_split(open_source("text", text_options(train, validation=str(held))))
+    assert [d.text for d in documents["train"]] == [f"t {i}" for i in range(50)]
+    held_out = [d.text for split in ("validation", "test") for d in documents[split]]
+    assert sorted(held_out) == sorted(f"v {i}" for i in range(50))
+    assert 10 < len(documents["test"]) < 40
+
+
+def test_the_standard_library_holds_some_of_itself_out():
+    documents = by_split(open_source("stdlib", {"kind": "stdlib", "holdout": 0.05}))
+    assert len(documents["train"]) > 300 and documents["validation"] and documents["test"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(), st.floats(0.01, 0.4))
+def test_a_larger_holdout_takes_more_texts_and_gives_none_back(text, holdout):
+    if sources._split(text, holdout) == sources.VALIDATION:
+        assert sources._split(text, holdout + 0.05) == sources.VALIDATION
+    if sources._split(text, holdout) == sources.TRAIN:
+        assert sources._split(text, holdout / 2) == sources.TRAIN
+
+
+def test_a_path_that_is_no_prepared_source_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=f"prepared:{tmp_path} names no prepared source"):
+        open_source("old", text_options(f"prepared:{tmp_path}"))

@@ -1,0 +1,132 @@
+"""Lines of files that are cut into ranges, compressed, cut off and damaged."""
+
+import gzip
+import io
+import random
+
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from meap_jax.readers import lines
+from meap_jax.readers.records import BadRecord
+
+text = st.text(st.sampled_from("a\né😀\r "), max_size=40).map(str.encode)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text, st.lists(st.integers(0, 100), max_size=6), st.integers(1, 9))
+@example("é\n\n😀".encode(), [1, 2, 3, 4, 5, 6, 7], 1)  # in a character, before, at and behind newlines
+@example(b"\n\n", [0, 1, 2], 1)
+@example(b"a\nb", [2, 2], 4)
+def test_every_line_is_read_once_wherever_the_ranges_are_cut(data, cuts, chunk):
+    bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), None]
+    expected = [line.removesuffix(b"\n") for line in io.BytesIO(data)]
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "_CHUNK", chunk)
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            found += lines.line_range(io.BytesIO(data), start, stop)
+    assert [line for _, line in found] == expected
+    assert all(data[position:].startswith(line) for position, line in found)
+    assert all(position == 0 or data[position - 1 : position] == b"\n" for position, _ in found)
+
+
+def test_a_range_reads_no_further_than_its_last_line():
+    file = io.BytesIO(b"x" * 99 + b"\n" + b"y" * 10 * lines._CHUNK)
+    assert [line for _, line in lines.line_range(file, 0, 50)] == [b"x" * 99]
+    assert file.tell() <= lines._CHUNK
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(text))
+def test_lines_do_not_depend_on_the_chunks_they_come_in(chunks):
+    expected = [line.removesuffix(b"\n") for line in io.BytesIO(b"".join(chunks))]
+    assert list(lines.split_lines(chunks)) == expected
+
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True)
+KINDS = {"gzip": (gzip.compress, lines.gunzipped), "zstd": (ZSTD.compress, lines.unzstandardized)}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def contents(size):
+    """Bytes that compress to about a half, the same in each run."""
+    rng = random.Random(0)
+    return bytes(rng.choice(b"0123456789abcdef") for _ in range(size))
+
+
+@kinds
+def test_compressed_files_are_read_to_their_end(kind):
+    compress, unpack = KINDS[kind]
+    data = contents(100_000)
+    assert b"".join(unpack(io.BytesIO(compress(data)))) == data
+    assert b"".join(unpack(io.BytesIO(compress(b"")))) == b""
+    assert list(unpack(io.BytesIO(b""))) == []
+
+
+@kinds
+def test_several_streams_in_a_file_follow_each_other(kind):
+    compress, unpack = KINDS[kind]
+    assert b"".join(unpack(io.BytesIO(compress(b"a") + compress(b"") + compress(b"b")))) == b"ab"
+
+
+def test_padding_and_frames_to_be_skipped_hold_nothing():
+    assert b"".join(lines.gunzipped(io.BytesIO(gzip.compress(b"a") + bytes(50_000)))) == b"a"
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
+    assert b"".join(lines.unzstandardized(io.BytesIO(skippable + ZSTD.compress(b"a") + skippable))) == b"a"
+
+
+def test_a_window_of_2_gib_is_read():
+    # Declared by zstd --long=31 alone: the frame's header names the window, whatever the content.
+    wide = zstandard.ZstdCompressionParameters(window_log=31)
+    stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()  # of unknown length
+    frame = stream.compress(b"a") + stream.flush()
+    assert zstandard.get_frame_parameters(frame).window_size == 2**31
+    assert b"".join(lines.unzstandardized(io.BytesIO(frame))) == b"a"
+
+
+@kinds
+@pytest.mark.parametrize("kept", [5, 1_000, 100_000, -1])
+def test_a_file_that_is_cut_off_gives_what_is_left_of_it(kind, kept):
+    compress, unpack = KINDS[kind]
+    data = contents(400_000)
+    cut = compress(data)[:kept]
+    found = []
+    with pytest.raises(BadRecord) as bad:
+        for chunk in unpack(io.BytesIO(cut)):
+            found.append(chunk)
+    assert (bad.value.reason, bad.value.within) == ("ends too early", f"byte {len(cut)}")
+    assert data.startswith(b"".join(found))
+    if kept == 100_000:
+        assert found
+    if kept == -1:
+        assert len(b"".join(found)) > 200_000
+
+
+@kinds
+def test_damage_is_found_near_where_it_is(kind):
+    compress, unpack = KINDS[kind]
+    data = contents(400_000)
+    damaged = bytearray(compress(data))
+    middle = len(damaged) // 2
+    damaged[middle : middle + 2_000] = bytes(2_000)
+    found = []
+    with pytest.raises(BadRecord, match="is corrupt") as bad:
+        for chunk in unpack(io.BytesIO(damaged)):
+            found.append(chunk)
+    byte = int(bad.value.within.removeprefix("byte "))
+    assert abs(byte - middle) < 2**18
+    before = b"".join(found)
+    assert before[:50_000] == data[:50_000]
+
+
+@kinds
+def test_a_wrong_checksum_and_what_is_no_such_file_at_all_are_corrupt(kind):
+    compress, unpack = KINDS[kind]
+    data = bytearray(compress(b"abc" * 100))
+    data[-5 if kind == "gzip" else -1] ^= 1
+    for bad in (bytes(data), b"plain text", compress(b"a") + b"plain text"):
+        with pytest.raises(BadRecord, match="is corrupt"):
+            list(unpack(io.BytesIO(bad)))
