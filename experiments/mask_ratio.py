@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from experiments import population
 from meap_jax import cli, sharding
 from meap_jax.errors import ConfigError
-from meap_jax.evals import make_evaluators
+from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.statistics import paired_t_interval
 from meap_jax.model.decoder import Params
 from meap_jax.run import Run, make_folder, open_run, versions
@@ -42,16 +42,16 @@ def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
       run: with the mesh to evaluate on.
       params: of all members, host arrays with a leading [P].
     """
-    evaluators = make_evaluators(run.config, run.definition, run.prepared, run.mesh, "validation")
+    evaluators = make_evaluators(Setting.of(run, "validation"), run.config.eval.tasks)
     everywhere = sharding.replicated(run.mesh)
     values: dict[str, list[float]] = {}
     with jax.set_mesh(run.mesh):
         for i in range(len(jax.tree.leaves(params)[0])):
             own = jax.tree.map(lambda x, i=i: sharding.put_whole(everywhere, x[i]), params)
             for name, evaluator in evaluators.items():
-                for key, value in evaluator.run(own):
+                for key, metric in evaluator.run(own).metrics.items():
                     if key != "masked_loss":
-                        values.setdefault(f"{name}/{key}", []).append(value)
+                        values.setdefault(f"{name}/{key}", []).append(metric.estimate)
     return {name: np.array(of_members) for name, of_members in values.items()}
 
 

@@ -36,8 +36,9 @@ from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.errors import ConfigError
+from meap_jax.rows import Row, stacked
 from meap_jax.run import Run, imported_params
-from meap_jax.train import Batch, Diverged, TrainState, init_state, state_of_params, step_function
+from meap_jax.train import Diverged, TrainState, init_state, state_of_params, step_function
 
 AXIS = "population"
 MOST_STEPS_A_CALL = 50
@@ -74,13 +75,13 @@ def population_mesh(num_members: int, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices[:used]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def compile_steps(run: Run, mesh: Mesh) -> Callable[[Population, Batch], tuple[Population, jax.Array]]:
+def compile_steps(run: Run, mesh: Mesh) -> Callable[[Population, Row], tuple[Population, jax.Array]]:
     """(population, batches [steps, S, B, T + 1]) -> (population, losses [P, steps]), jitted for `population_mesh`."""
     step_fn = step_function(run.config, run.definition)
 
-    def on_device(population: Population, batches: Batch) -> tuple[Population, jax.Array]:
+    def on_device(population: Population, batches: Row) -> tuple[Population, jax.Array]:
         def train_member(member: Population) -> tuple[TrainState, jax.Array]:
-            def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+            def step(state: TrainState, batch: Row) -> tuple[TrainState, jax.Array]:
                 state, metrics = step_fn(state, batch, member.ratio)
                 return state, metrics["loss"]
 
@@ -120,17 +121,17 @@ def init_population(run: Run, ratios: Sequence[float], num_seeds: int, mesh: Mes
         params = imported_params(run)
         states = [jax.jit(lambda p, c=c: state_of_params(c, p))(params) for c in configs]
 
-    lies = NamedSharding(mesh, PartitionSpec(AXIS))
+    over_members = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def of_members(*of_seeds: np.ndarray) -> jax.Array:
         shape = (len(seed_index), *of_seeds[0].shape)
-        return sharding.put(lies, shape, lambda index: np.stack([of_seeds[i] for i in seed_index[index[0]]]))
+        return sharding.put(over_members, shape, lambda index: np.stack([of_seeds[i] for i in seed_index[index[0]]]))
 
     state = jax.tree.map(of_members, *jax.device_get(states))
-    return Population(state, sharding.put_whole(lies, ratio), sharding.put_whole(lies, seed_index))
+    return Population(state, sharding.put_whole(over_members, ratio), sharding.put_whole(over_members, seed_index))
 
 
-def population_batches(run: Run, num_seeds: int, steps: int, mesh: Mesh) -> Iterator[Batch]:
+def population_batches(run: Run, num_seeds: int, steps: int, mesh: Mesh) -> Iterator[Row]:
     """What every seed sees in the next `steps` steps, on every device, without end: [steps, S, B, T + 1] int32."""
     sequences = [
         global_sequence(run.prepared, mixture(config), seed_of(config, "data"))
@@ -141,11 +142,10 @@ def population_batches(run: Run, num_seeds: int, steps: int, mesh: Mesh) -> Iter
     seeds_of_steps = zip(*sequences, strict=True)
     while True:
         batches = [batch for _ in range(steps) for batch in next(seeds_of_steps)]
-        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        shape = (steps, num_seeds, *stacked["tokens"].shape[1:])
-        yield {
-            name: sharding.put_whole(sharding.replicated(mesh), rows.reshape(shape)) for name, rows in stacked.items()
-        }
+        shape = (steps, num_seeds, *batches[0].tokens.shape)
+        yield jax.tree.map(
+            lambda x, shape=shape: sharding.put_whole(sharding.replicated(mesh), x.reshape(shape)), stacked(batches)
+        )
 
 
 def train(run: Run, ratios: Sequence[float], num_seeds: int) -> TrainState:

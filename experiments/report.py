@@ -1,8 +1,6 @@
 """The page that compares NTP and MEAP: results.json, report.md and two plots."""
 
 import json
-import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -12,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meap_jax.evals.statistics import Interval, binomial_interval, paired_t_interval
+from meap_jax.evals.statistics import binomial_interval, paired_t_interval
+from meap_jax.results import Interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  After the backend is chosen.
@@ -57,10 +56,10 @@ def summarize(runs: list[RunResult]) -> dict[str, Any]:
     """
     seeds = sorted({run.seed for run in runs})
     of = {(run.objective, run.seed): run.evaluation for run in runs}
-    metrics = [name for name in runs[0].evaluation if not name.endswith(("/answers", "/interval"))]
+    metrics = list(runs[0].evaluation["metrics"])
 
-    def compared(value: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
-        per_seed = {o: [value(of[o, seed]) for seed in seeds] for o in LABELS}
+    def compared(name: str) -> dict[str, Any]:
+        per_seed = {o: [of[o, seed]["metrics"][name]["estimate"] for seed in seeds] for o in LABELS}
         differences = np.subtract(per_seed["meap"], per_seed["ntp"])
         return {
             **per_seed,
@@ -69,19 +68,28 @@ def summarize(runs: list[RunResult]) -> dict[str, Any]:
             "difference": paired_t_interval(differences)._asdict(),
         }
 
-    results: dict[str, Any] = {"seeds": seeds, "metrics": {m: compared(operator.itemgetter(m)) for m in metrics}}
-    for name in [name for name in runs[0].evaluation if name.endswith("/answers")]:
-        some = of["ntp", seeds[0]][name]
-        groups = {"depth": DEPTH_EDGES, "distance": _quantile_edges(some["distance"])}
-        results[name.removesuffix("/answers")] = {
-            "trials_per_run": len(some["correct"]),
-            "within_run": {o: [of[o, seed][name.replace("/answers", "/interval")] for seed in seeds] for o in LABELS},
+    results: dict[str, Any] = {
+        "seeds": seeds,
+        "metrics": {name: compared(name) for name in metrics},
+    }
+    for name, examples in runs[0].evaluation["examples"].items():
+        if "depth" not in examples[0]:
+            continue
+        groups = {"depth": DEPTH_EDGES, "distance": _quantile_edges(_column(examples, "distance"))}
+        intervals = {run: evaluation["metrics"][f"{name}/accuracy"] for run, evaluation in of.items()}
+        results[name] = {
+            "trials_per_run": len(examples),
+            "within_run": {o: [[intervals[o, seed][end] for end in ("low", "high")] for seed in seeds] for o in LABELS},
             **{by: _by(of, seeds, name, by, edges) for by, edges in groups.items()},
         }
     return results
 
 
-def _quantile_edges(values: list[float], groups: int = 5) -> tuple[float, ...]:
+def _column(examples: list[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([example[key] for example in examples])
+
+
+def _quantile_edges(values: np.ndarray, groups: int = 5) -> tuple[float, ...]:
     return tuple(np.unique(np.quantile(values, np.linspace(0, 1, groups + 1)).round()))
 
 
@@ -89,13 +97,13 @@ def _by(of: dict, seeds: list[int], name: str, by: str, edges: tuple[float, ...]
     """Accuracy in each group [low, high) that has answers (the last one closed), run by run."""
     rows = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        where = np.array(of["ntp", seeds[0]][name][by])  # All runs answer the same questions.
+        where = _column(of["ntp", seeds[0]]["examples"][name], by)  # All runs answer the same questions.
         inside = (where >= low) & ((where < high) | (high == edges[-1]))
         if not inside.any():
             continue
         row: dict[str, Any] = {"low": low, "high": high, "trials_per_run": int(inside.sum())}
         for objective in LABELS:
-            hits = [int(np.array(of[objective, seed][name]["correct"])[inside].sum()) for seed in seeds]
+            hits = [int(_column(of[objective, seed]["examples"][name], "correct")[inside].sum()) for seed in seeds]
             intervals = [binomial_interval(h, row["trials_per_run"]) for h in hits]
             shares = [interval.estimate for interval in intervals]
             row[objective] = {
@@ -313,6 +321,7 @@ def _interval(difference: dict[str, float], percent: bool) -> str:
 
 
 def _verdict(difference: Interval, higher_is_better: bool) -> str:
+    assert difference.low is not None and difference.high is not None, "there are two seeds or more"
     if difference.low <= 0 <= difference.high:
         return "the interval contains 0, so these seeds show no difference."
     return f"{'MEAP' if (difference.estimate > 0) == higher_is_better else 'NTP'} is better beyond the spread of seeds."

@@ -82,6 +82,11 @@ class Checkpointer:
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             return None
+        if not (self._folder / str(steps[0]) / "rest").exists() and (self._folder / str(steps[0]) / "params").exists():
+            raise ConfigError(
+                f"{self._folder} holds parameters alone, from which no run can go on: set init_from to "
+                f"{self._folder.parent}, and another --workdir."
+            )
         found = _newest_readable(self._folder, steps, lambda step: self._manager.restore(step, args=items))
         if found is None:
             raise ConfigError(
@@ -124,12 +129,27 @@ def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def restore_params(workdir: epath.Path, shapes: Any) -> Restored:
-    """The parameters (only) of a run's newest checkpoint that can be read; changes nothing there.
+def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: int = 0) -> None:
+    """Writes parameters alone as the checkpoint of a step, and waits for it; `restore_params` reads them.
+
+    Args:
+      workdir: that holds no such step.
+      params: nested dict of arrays.
+      meta: what `Checkpointer.save` is given; at least the hash of the `tokenizer`.
+      step: that they are of.
+    """
+    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) -> Restored:
+    """The parameters (only) of a checkpoint; changes nothing there.
 
     Args:
       workdir: of that run.
       shapes: nested dict of ShapeDtypeStructs that carry shardings.
+      step: of the checkpoint; default: the newest that can be read.
 
     Raises:
       ConfigError: if there is no checkpoint, or none that holds parameters of these shapes.
@@ -142,6 +162,9 @@ def restore_params(workdir: epath.Path, shapes: Any) -> Restored:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps:
             raise ConfigError(f"{folder} holds no checkpoint: name the workdir of a run that has saved one.")
+        if step is not None and step not in steps:
+            raise ConfigError(f"the step is {step}, but {folder} holds {', '.join(map(str, sorted(steps)))}.")
+        steps = steps if step is None else [step]
         found = _newest_readable(folder, steps, lambda step: manager.restore(step, args=items))
     if found is None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from meap_jax import config as config_lib
 from meap_jax.errors import ConfigError, UserError
 from meap_jax.hosts import join_hosts
 from meap_jax.paths import absolute, is_url
+from meap_jax.sharding import AXES
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +61,24 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, absolute(workdir)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The axes of a mesh that `--mesh=fsdp=64,tensor=1` names, and their sizes; none of "".
+
+    Raises:
+      ConfigError: for anything else.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ConfigError(
+                f"--mesh is {text!r}, but must be axis=size,... with axes among {', '.join(AXES)} and sizes of 1 or "
+                "more, or -1 for the devices that are left."
+            )
+        sizes[axis] = int(size)
+    return sizes
 
 
 def _no_such_field(error: AttributeError | KeyError, argv: list[str]) -> str:

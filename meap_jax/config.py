@@ -128,10 +128,13 @@ def base() -> ml_collections.ConfigDict:
         )
     )
 
+    c.trainable = "*"  # Parameters that train, as globs of their names: layers.attn.*,head. "*": all.
     c.init_from = placeholder(str)  # Workdir of another run: its parameters, with a fresh optimizer and step 0.
     c.checkpoint = ml_collections.ConfigDict(dict(every=1_000, keep=2))  # Steps; how many are kept.
     c.log = ml_collections.ConfigDict(dict(every=10))  # Steps.
-    c.eval = ml_collections.ConfigDict(dict(every=1_000, max_rows=1_000))  # Steps; rows of each held-out set.
+    c.eval = ml_collections.ConfigDict(
+        dict(every=1_000, max_rows=1_000, tasks="validation,retrieval")
+    )  # Steps; rows of each held-out set; names of evaluators.
     c.profile = ml_collections.ConfigDict(
         dict(start=10, num_steps=0)
     )  # First step of a trace for xprof; 0 steps: none.
@@ -257,6 +260,23 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[
         else:
             flat[prefix + name] = value
     return flat
+
+
+def read_back(fields: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A config from the nested dict that a run wrote.
+
+    Fields that its version did not have yet get their defaults, which do what that version did.
+
+    Raises:
+      ConfigError: it has fields that this version doesn't know.
+    """
+    known = flatten(base())
+    unknown = {n for n in flatten(fields).keys() - known.keys() if not n.startswith("data.sources.")}
+    if unknown:
+        raise ConfigError(f"was written by a version that has {', '.join(sorted(unknown))}: use that version.")
+    config = ml_collections.ConfigDict(fields)
+    config.update_from_flattened_dict({n: v for n, v in known.items() if n not in flatten(fields)})
+    return config
 
 
 def changed_on_resume(old: dict, new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -1,70 +1,93 @@
-"""Evaluates a trained run: python -m meap_jax.evaluate --workdir=DIR [--split=test].
+"""Evaluates a model.
 
-Prints one JSON object and writes it to DIR/evaluation_SPLIT.json.
+python -m meap_jax.evaluate --workdir=DIR [--step=N] [--tasks=validation,retrieval] [--split=test] [--mesh=data=-1]
+
+Prints every metric with its interval as JSON, and writes them with a record for each example to
+DIR/evaluation_SPLIT.json.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from meap_jax import cli
-from meap_jax.evals import make_evaluators
-from meap_jax.evals.retrieval import Retrieval
-from meap_jax.evals.statistics import binomial_interval
+from meap_jax.data.prepared import Prepared
+from meap_jax.evals import Setting, make_evaluators
+from meap_jax.models import open_model
 from meap_jax.paths import absolute
-from meap_jax.run import check_data, load_params, open_run, read_config
+from meap_jax.results import Result
+from meap_jax.run import check_data, open_data
 
 
-def evaluate(workdir: epath.Path, split: str = "test") -> dict[str, Any]:
-    """Every evaluator on the newest checkpoint of a run.
+def evaluate(
+    workdir: epath.Path,
+    split: str = "test",
+    *,
+    tasks: str | None = None,
+    step: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Runs evaluators on a checkpoint of a run.
 
     Args:
       workdir: absolute, of the run.
       split: "validation" or "test".
+      tasks: names of evaluators, "validation,retrieval"; default: `eval.tasks` of the run's config.
+      step: of the checkpoint; default: the newest.
+      mesh: sizes of its axes, in place of the config's.
 
     Returns:
-      {metric: value}; for retrieval also `answers`: for every answer whether it was right, its depth and its distance.
+      As `as_json`, with the `step` of the checkpoint.
 
     Raises:
-      ConfigError, DataError: if the run or its data cannot be read.
+      ConfigError, DataError: if the model or its data cannot be read.
     """
-    run = open_run(read_config(workdir), workdir)
-    restored = load_params(run, workdir)
-    check_data(run, restored.meta)
-    params = restored.state
-    results: dict[str, Any] = {}
-    with jax.set_mesh(run.mesh):
-        for name, evaluator in make_evaluators(run.config, run.definition, run.prepared, run.mesh, split).items():
-            if isinstance(evaluator, Retrieval):
-                answers = evaluator.answers(params)
-                hits, trials = int(answers.correct.sum()), len(answers.correct)
-                results[f"{name}/accuracy"] = hits / trials
-                results[f"{name}/interval"] = binomial_interval(hits, trials)[1:]
-                results[f"{name}/answers"] = {
-                    "correct": answers.correct.astype(int).tolist(),
-                    "depth": np.round(answers.depth, 4).tolist(),
-                    "distance": answers.distance.tolist(),
-                }
-            else:
-                results |= {f"{name}/{key}": value for key, value in evaluator.run(params)}
-    return results
+    opened = open_model(workdir, step, mesh)
+    config = opened.model.config
+
+    def data() -> Prepared:
+        prepared = open_data(config, workdir)
+        check_data(prepared, opened.meta, workdir)
+        return prepared
+
+    setting = Setting(opened.model, split, data)
+    with jax.set_mesh(opened.model.mesh):
+        evaluators = make_evaluators(setting, config.eval.tasks if tasks is None else tasks)
+        results = {name: evaluator.run(opened.params) for name, evaluator in evaluators.items()}
+    return {"step": opened.step, **as_json(results)}
+
+
+def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Results in the form in which they are kept: {"metrics": {name: interval}, "examples": {evaluator: [records]}}."""
+    return {
+        "metrics": {
+            f"{name}/{key}": interval._asdict()
+            for name, result in results.items()
+            for key, interval in result.metrics.items()
+        },
+        "examples": {name: result.examples for name, result in results.items()},
+    }
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Evaluates the run that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m meap_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of a run that has saved a checkpoint")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--tasks", help="names of evaluators; default: eval.tasks of the run's config")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    parser.add_argument("--mesh", default="", help="axis=size,...: in place of those axes of the config's mesh")
     args = parser.parse_args(argv[1:])
     workdir = absolute(epath.Path(args.workdir))
-    results = evaluate(workdir, args.split)
+    mesh = cli.parse_mesh(args.mesh)
+    results = evaluate(workdir, args.split, tasks=args.tasks, step=args.step, mesh=mesh)
     if jax.process_index() == 0:
         (workdir / f"evaluation_{args.split}.json").write_text(json.dumps(results))
-        print(json.dumps({name: value for name, value in results.items() if not name.endswith("/answers")}, indent=2))
+        print(json.dumps({name: value for name, value in results.items() if name != "examples"}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Token cross-entropy: from logits, and from hidden states without ever holding the logits."""
+"""Token cross-entropy: from logits, and from hidden states without ever holding all logits."""
 
 import functools
 import math
@@ -80,6 +80,30 @@ def linear_cross_entropy(
     return per_device.sum()
 
 
+def token_losses(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk_size: int = 2_048,
+) -> Float32[Array, "B T"]:
+    """The cross-entropy of every position of `x @ head`, in nats, `chunk_size` positions at a time.
+
+    For evaluation: its gradient would hold all logits. Arguments and the mesh are as in `linear_cross_entropy`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, is_sharded: bool = True) -> jax.Array:
+        flat = _token_losses(_flat(x), head, targets.ravel(), chunk_size, 0.0, is_sharded)
+        return flat.reshape(targets.shape)
+
+    if sharding.is_trivial(mesh):
+        return on_device(x, head, targets, False)
+    rows = PartitionSpec(sharding.RULES["batch"], "context")
+    specs = (rows, PartitionSpec("fsdp", "tensor"), rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, head, targets)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _summed(
     x: Float[Array, "N D"],
@@ -91,14 +115,20 @@ def _summed(
     is_sharded: bool,
 ) -> Float32[Array, ""]:
     """On one device, which holds d rows and v columns of the head: all of it, or a shard over (fsdp, tensor)."""
+    return jnp.sum(_token_losses(x, head, targets, chunk_size, z_loss, is_sharded) * weights)
+
+
+def _token_losses(
+    x: jax.Array, head: jax.Array, targets: jax.Array, chunk_size: int, z_loss: float, is_sharded: bool
+) -> Float32[Array, " N"]:
+    """Of every position [N], on one device as in `_summed`."""
     weight = _gathered(head.astype(x.dtype), is_sharded)
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        x, targets, weights = chunk
-        losses, *_ = _losses(_logits(x, weight), targets, z_loss, is_sharded)
-        return total + jnp.sum(losses * weights), None
+    def losses(chunk: tuple[jax.Array, ...]) -> jax.Array:
+        x, targets = chunk
+        return _losses(_logits(x, weight), targets, z_loss, is_sharded)[0]
 
-    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_size, x, targets, weights))[0]
+    return jax.lax.map(losses, _chunks(chunk_size, x, targets)).ravel()[: len(x)]
 
 
 def _summed_fwd(

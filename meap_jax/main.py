@@ -11,9 +11,10 @@ from meap_jax import cli, sharding
 from meap_jax.checkpoint import Checkpointer
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
-from meap_jax.evals import make_evaluators
+from meap_jax.evals import Setting, check_tasks, make_evaluators
 from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
+from meap_jax.models import save_tokenizer, write_config
 from meap_jax.run import make_folder, open_run, start, versions
 from meap_jax.timing import Clock, Trace, process_began
 from meap_jax.train import TrainState, compile_step, train_loop
@@ -35,6 +36,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
     """
     clock = Clock(began)
     is_first = jax.process_index() == 0
+    check_tasks(config.eval.tasks)
     make_folder("workdir", workdir)
 
     # Mesh, model definition, data.
@@ -59,7 +61,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 
     # Records.
     if is_first:
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+        write_config(workdir, config)
+        save_tokenizer(workdir, run.prepared.tokenizer)
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
     tokens = config.global_batch_size * config.seq_len
     chip = detect(run.mesh.devices.flat[0].device_kind)
@@ -96,7 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
                 batches,
                 compile_step(config, run.definition, run.mesh),
                 start=begin.step,
-                evaluators=make_evaluators(config, run.definition, run.prepared, run.mesh, "validation"),
+                evaluators=make_evaluators(Setting.of(run, "validation"), config.eval.tasks),
                 writer=writer,
                 save=save,
                 clock=clock,
@@ -111,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Trains the model of the command line."""
     config, workdir = cli.parse_config(argv)
     train(config, workdir, process_began())
 

@@ -6,6 +6,7 @@ the clean next tokens, and the loss covers every target that is not padding.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from meap_jax.config import SEEDS, seed_of
 from meap_jax.errors import ConfigError
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
+from meap_jax.model.visibility import Visibility, causal
+from meap_jax.rows import AnyArray, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,14 @@ class Objective:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Objective":
-        """From a run's config; NTP is the ratio 0."""
+        """From a run's config; NTP is the ratio 0.
+
+        Raises:
+          ConfigError: an objective that is not registered.
+        """
         fields = config.objective.to_dict()
+        if fields["name"] not in OBJECTIVES:
+            raise ConfigError(f"objective.name is {fields['name']!r}, but must be one of {', '.join(OBJECTIVES)}.")
         if fields["name"] == "ntp":
             fields["mask_ratio"] = 0.0
         return cls(vocab_size=config.model.vocab_size, **fields)
@@ -44,9 +53,50 @@ class Inputs(NamedTuple):
     tokens: Int32[Array, "*micro B T"]  # Corrupted.
     targets: Int32[Array, "*micro B T"]  # The clean next tokens.
     loss_weights: Float32[Array, "*micro B T"]  # 0 where the target is padding.
-    segment_ids: Int32[Array, "*micro B T"] | None  # 0 is padding; None: a row is one segment, without padding.
     is_masked: Bool[Array, "*micro B T"]  # The gaps.
+    segment_ids: Int32[Array, "*micro B T"] | None  # As in `Row`; so are the next two.
+    positions: Int32[Array, "*micro B T"] | None = None
+    branch_ids: Int32[Array, "*micro B T"] | None = None
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
+
+    @property
+    def visibility(self) -> Visibility:
+        """Who sees whom."""
+        visibility = causal(self.tokens, self.segment_ids)
+        positions = visibility.positions if self.positions is None else self.positions
+        return visibility._replace(positions=positions, branch_ids=self.branch_ids)
+
+
+# --------------------------------------------------------------------------------------------------- the objectives
+
+# (clean inputs, the gaps [B, T] bool, the step's key for noise, the objective) -> inputs with something in the gaps.
+Corruption = Callable[[Inputs, jax.Array, jax.Array, "Objective"], Inputs]
+
+
+def put_mask(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+    """Puts [MASK] in the gaps."""
+    return clean._replace(tokens=jnp.where(gaps, objective.mask_id, clean.tokens))
+
+
+def put_random_tokens(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+    """Puts any token but [MASK] in the gaps: this control must not contain the treatment."""
+    noise = jax.random.randint(key, clean.tokens.shape, 0, objective.vocab_size - 1, jnp.int32)
+    noise += noise >= objective.mask_id
+    return clean._replace(tokens=jnp.where(gaps, noise, clean.tokens))
+
+
+def drop_embeddings(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+    """Has a zero stand for the embeddings in the gaps; others are not scaled up, so that nothing else differs."""
+    return clean._replace(keep_embedding=~gaps)
+
+
+# What `objective.name` may be. NTP has no gaps, unless a sweep over ratios gives it some.
+OBJECTIVES: dict[str, Corruption] = {
+    "ntp": put_mask,
+    "meap": put_mask,
+    "random_tokens": put_random_tokens,
+    "token_dropout": drop_embeddings,
+}
 
 
 def named_keys(config: ml_collections.ConfigDict) -> dict[str, Key[Array, ""]]:
@@ -54,26 +104,25 @@ def named_keys(config: ml_collections.ConfigDict) -> dict[str, Key[Array, ""]]:
     return {name: jax.random.fold_in(jax.random.key(seed_of(config, name)), i) for i, name in enumerate(SEEDS)}
 
 
-def clean_inputs(batch: dict[str, Int32[Array, "B L"]]) -> Inputs:
-    """A batch of blocks under plain next-token prediction.
-
-    Args:
-      batch: `tokens` and perhaps `segment_ids`, [B, L] with L = T + 1; segment 0 is padding. Without segment ids a row
-        is one segment, without padding.
-    """
-    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-    counts = jnp.ones(tokens[:, 1:].shape, bool) if segment_ids is None else segment_ids[:, 1:] != 0
+def clean_inputs(row: Row) -> Inputs:
+    """A batch of rows, [B, L] each with L = T + 1, under plain next-token prediction."""
+    inputs, targets = (jax.tree.map(lambda x, part=part: x[:, part], row) for part in (slice(-1), slice(1, None)))
+    weights = jnp.ones(targets.tokens.shape, jnp.float32) if targets.loss_weights is None else targets.loss_weights
+    if targets.segment_ids is not None:
+        weights = jnp.where(targets.segment_ids != 0, weights, 0.0)
     return Inputs(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_weights=counts.astype(jnp.float32),
-        segment_ids=None if segment_ids is None else segment_ids[:, :-1],
-        is_masked=jnp.zeros_like(tokens[:, :-1], bool),
+        tokens=inputs.tokens,
+        targets=targets.tokens,
+        loss_weights=weights,
+        is_masked=jnp.zeros_like(inputs.tokens, bool),
+        segment_ids=inputs.segment_ids,
+        positions=inputs.positions,
+        branch_ids=inputs.branch_ids,
     )
 
 
 def make_inputs(
-    batch: dict[str, Int32[Array, "B L"]],
+    row: Row,
     objective: Objective,
     keys: dict[str, Key[Array, ""]],
     step: Int[Array, ""],
@@ -82,7 +131,7 @@ def make_inputs(
     """The inputs of one step, from the whole global batch: call it before micro-batches are cut and outside any remat.
 
     Args:
-      batch: `tokens` and perhaps `segment_ids`, [B, L] with L = T + 1; segment 0 is padding and never masked.
+      row: a batch of rows, [B, L] with L = T + 1. Padding is never masked.
       objective: what stands in the gaps, and where they are.
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
@@ -95,36 +144,44 @@ def make_inputs(
         raise ConfigError(
             "objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another."
         )
-    clean = clean_inputs(batch)
+    clean = clean_inputs(row)
     fraction = objective.mask_ratio if ratio is None else ratio
     if isinstance(fraction, float) and fraction == 0:
         return clean
+    gaps = _gaps(clean, _eligible(clean, row.maskable), objective, jax.random.fold_in(keys["mask"], step), step, fraction)
+    noise_key = jax.random.fold_in(keys["noise"], step)
+    return OBJECTIVES[objective.name](clean, gaps, noise_key, objective)._replace(is_masked=gaps)
 
+
+def _eligible(clean: Inputs, maskable: Bool[AnyArray, "B L"] | None) -> Bool[Array, "B T"] | None:
+    """Where a mask may fall; None: everywhere."""
     eligible = None if clean.segment_ids is None else clean.segment_ids != 0
+    if maskable is None:
+        return eligible
+    return maskable[:, :-1] if eligible is None else maskable[:, :-1] & eligible
+
+
+def _gaps(
+    clean: Inputs,
+    eligible: Bool[Array, "B T"] | None,
+    objective: Objective,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    fraction: float | Float[Array, ""],
+) -> Bool[Array, "B T"]:
+    """Which inputs are hidden."""
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
-        is_masked = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
-        is_masked = is_masked if eligible is None else is_masked & eligible
-        masked_tokens = jnp.where(is_masked, objective.mask_id, clean.tokens)
-    else:
-        masked_tokens, is_masked = mask_tokens(
-            jax.random.fold_in(keys["mask"], step),
-            clean.tokens,
-            fraction,
-            mask_id=objective.mask_id,
-            eligible=eligible,
-            segment_ids=clean.segment_ids,
-            strategy=objective.strategy,
-            span_length=objective.span_length,
-        )
-
-    if objective.name == "random_tokens":
-        noise_key = jax.random.fold_in(keys["noise"], step)
-        # Any row of the embedding but [MASK]: this control must not contain the treatment.
-        noise = jax.random.randint(noise_key, clean.tokens.shape, 0, objective.vocab_size - 1, jnp.int32)
-        noise += noise >= objective.mask_id
-        return clean._replace(tokens=jnp.where(is_masked, noise, clean.tokens), is_masked=is_masked)
-    if objective.name == "token_dropout":
-        # Other embeddings are not scaled up, so that the controls differ in the gaps and nowhere else.
-        return clean._replace(keep_embedding=~is_masked, is_masked=is_masked)
-    return clean._replace(tokens=masked_tokens, is_masked=is_masked)
+        gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
+        return gaps if eligible is None else gaps & eligible
+    _, gaps = mask_tokens(
+        key,
+        clean.tokens,
+        fraction,
+        mask_id=objective.mask_id,
+        eligible=eligible,
+        segment_ids=clean.segment_ids,
+        strategy=objective.strategy,
+        span_length=objective.span_length,
+    )
+    return gaps

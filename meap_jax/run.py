@@ -1,7 +1,6 @@
-"""What training and evaluation of a run share: its mesh, model and data, and where its parameters start."""
+"""Opens a run, which is a model and its data, and decides where its parameters start."""
 
 import importlib.metadata
-import json
 import logging
 import platform
 from typing import Any, NamedTuple
@@ -13,15 +12,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from meap_jax import __version__, sharding
-from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import base, changed_on_resume, data_options, flatten, mixture
+from meap_jax import __version__
+from meap_jax.checkpoint import Checkpointer, newest_meta, restore_params
+from meap_jax.config import changed_on_resume, data_options, mixture
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
-from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import Definition, Params, define
+from meap_jax.model.decoder import Definition, Params
+from meap_jax.models import Model, define_model
 from meap_jax.paths import absolute
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params, state_shardings
 
@@ -31,13 +30,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class Run(NamedTuple):
-    """The static things that a run is made of."""
+    """A model, where its run leaves what it makes, and its data."""
 
     config: ml_collections.ConfigDict
-    workdir: epath.Path
     mesh: Mesh
     definition: Definition
+    workdir: epath.Path
     prepared: Prepared
+
+    @property
+    def model(self) -> Model:
+        """The run without its data."""
+        return Model(self.config, self.mesh, self.definition)
 
 
 def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh | None = None) -> Run:
@@ -51,14 +55,11 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
     Raises:
       ConfigError, DataError: for a mesh, batch or data that do not fit.
     """
-    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
-    definition = define(ModelConfig.of(config.model, mesh.devices.flat[0].platform))
-    state_shardings(config, definition, mesh)  # Raises where the mesh does not divide the model.
+    model = define_model(config, mesh)
     meta = newest_meta(workdir)
     if meta is not None:
         check_resume(config, meta, workdir)  # Before the data: it may lie in the workdir, and be the other config's.
-    return Run(config, workdir, mesh, definition, open_data(config, workdir))
+    return Run(*model, workdir, open_data(config, workdir))
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
@@ -131,16 +132,16 @@ def check_resume(config: ml_collections.ConfigDict, meta: dict[str, Any], workdi
         )
 
 
-def check_data(run: Run, meta: dict[str, Any]) -> None:
-    """Stops a run whose checkpoint was made on other data.
+def check_data(prepared: Prepared, meta: dict[str, Any], workdir: epath.Path) -> None:
+    """Stops where the checkpoint in `workdir` was made on other data.
 
     Raises:
       ConfigError: naming both fingerprints.
     """
-    if meta["fingerprint"] != run.prepared.fingerprint:
+    if meta["fingerprint"] != prepared.fingerprint:
         raise ConfigError(
-            f"{run.workdir} holds checkpoints made on data {meta['fingerprint']}, but {run.prepared.folder} is "
-            f"{run.prepared.fingerprint}. Use the same prepared data, or another --workdir."
+            f"{workdir} holds checkpoints made on data {meta['fingerprint']}, but {prepared.folder} is "
+            f"{prepared.fingerprint}. Use the same prepared data, or another --workdir."
         )
 
 
@@ -164,7 +165,7 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
 
     meta = newest_meta(run.workdir)
     if meta is not None:
-        check_data(run, meta)
+        check_data(run.prepared, meta, run.workdir)
     restored = checkpointer.restore(template)
     if restored is not None:
         _log.info("resuming from step %d of %s", restored.step, run.workdir)
@@ -186,7 +187,8 @@ def imported_params(run: Run) -> Params:
     Raises:
       ConfigError: if there are none of this shape, or their tokens mean something else here.
     """
-    restored = load_params(run, epath.Path(run.config.init_from))
+    template, _ = abstract_inputs(run.config, run.definition, run.mesh)
+    restored = restore_params(absolute(epath.Path(run.config.init_from)), template.params)
     if restored.meta["tokenizer"] != run.prepared.tokenizer_hash:
         raise ConfigError(
             f"init_from is {run.config.init_from}, whose tokenizer ({restored.meta['tokenizer'][:12]}) is not that of "
@@ -194,12 +196,6 @@ def imported_params(run: Run) -> Params:
         )
     _log.info("starting from the parameters of %s at step %d", run.config.init_from, restored.step)
     return restored.state
-
-
-def load_params(run: Run, workdir: epath.Path) -> Restored:
-    """The parameters of a run's newest readable checkpoint, laid out for this run's mesh."""
-    template, _ = abstract_inputs(run.config, run.definition, run.mesh)
-    return restore_params(absolute(workdir), template.params)
 
 
 def make_folder(name: str, folder: epath.Path) -> None:
@@ -219,27 +215,3 @@ def versions() -> dict[str, str]:
     """What the run runs on, for the record."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "backend": jax.default_backend(), "meap_jax": __version__}
-
-
-def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The config that a run wrote into its workdir.
-
-    Raises:
-      ConfigError: if there is none, it is damaged, or another version wrote it.
-    """
-    file = workdir / "config.json"
-    if not file.exists():
-        raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
-    try:
-        config = ml_collections.ConfigDict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise ConfigError(
-            f"{file} is damaged ({error}): start the run's training command again to write it."
-        ) from error
-    missing = {name for name in flatten(base()).keys() - flatten(config).keys() if not name.startswith("data.sources.")}
-    if missing:
-        raise ConfigError(
-            f"{file} was written by a version that knew no {', '.join(sorted(missing))}: use that version, or train "
-            "anew."
-        )
-    return config

@@ -14,17 +14,17 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
-from meap_jax import sharding
+from meap_jax import partition, sharding
 from meap_jax.config import has_segments
 from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
-from meap_jax.model.visibility import causal
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
+from meap_jax.results import Result
+from meap_jax.rows import Row, abstract_rows
 from meap_jax.timing import Clock, Trace
 
 Metrics = dict[str, jax.Array]
-Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -41,13 +41,14 @@ class TrainState(NamedTuple):
 
 def train_step(
     state: TrainState,
-    batch: Batch,
+    batch: Row,
     ratio: Float[Array, ""] | None = None,
     *,
     definition: Definition,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    trainable: str,
     grad_accum_steps: int,
     loss_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
@@ -55,9 +56,10 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: `tokens` and, unless every row is one segment, `segment_ids`: [B, T + 1] int32, the whole global batch.
+      batch: rows of T + 1 tokens, the whole global batch.
       ratio: replaces the objective's mask ratio; may be traced.
-      definition, objective, optimizer, schedule, grad_accum_steps: static.
+      definition, objective, optimizer, schedule, trainable, grad_accum_steps: static; `trainable` is the field of the
+        config: which parameters the step changes. All else that it knows of parameters is of those.
       loss_options: static too, `chunk_size` and `z_loss` of `meap_jax.losses.linear_cross_entropy`.
 
     Returns:
@@ -69,21 +71,26 @@ def train_step(
 
     # Forward, loss, gradient: sums over micro-batches, divided once by the number of targets.
     num_targets = jnp.maximum(inputs.loss_weights.sum(), 1)
-    loss_and_grad = jax.value_and_grad(functools.partial(summed_loss, definition, **loss_options))
+    trained, frozen = partition.split(state.params, trainable)
+
+    @jax.value_and_grad
+    def loss_and_grad(trained: Params, inputs: Inputs) -> jax.Array:
+        return summed_loss(definition, partition.merge(trained, frozen), inputs, **loss_options)
+
     if grad_accum_steps == 1:
-        loss, grads = loss_and_grad(state.params, inputs)
+        loss, grads = loss_and_grad(trained, inputs)
     else:
 
         def add(total: tuple[jax.Array, Params], micro: Inputs) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, loss_and_grad(state.params, micro)), None
+            return jax.tree.map(jnp.add, total, loss_and_grad(trained, micro)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
         (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches(inputs, grad_accum_steps))
     loss, grads = jax.tree.map(lambda total: total / num_targets, (loss, grads))
 
     # Update.
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = partition.merge(optax.apply_updates(trained, updates), frozen)
 
     # Metrics.
     metrics = {
@@ -100,9 +107,8 @@ def train_step(
 
 def summed_loss(definition: Definition, params: Params, inputs: Inputs, **options: Any) -> Float32[Array, ""]:
     """Cross-entropy summed over the targets that count, in nats; `options` are those of `linear_cross_entropy`."""
-    visibility = causal(inputs.tokens, inputs.segment_ids)
     return definition.loss(
-        params, inputs.tokens, visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
+        params, inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
     )
 
 
@@ -134,20 +140,21 @@ def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainS
     """Step 0 with these parameters and a fresh optimizer."""
     keys = named_keys(config)
     key_data = {name: jax.random.key_data(keys[name]) for name in ("mask", "noise")}
-    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), key_data)
+    trained, _ = partition.split(params, config.trainable)
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(trained), key_data)
 
 
 def state_shardings(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies: moments beside their parameters, everything else on every device."""
-    shapes = definition.shapes()
-    params = jax.tree.map(functools.partial(sharding.sharding_of, mesh), shapes, definition.axes())
+    """The sharding of each array of the state: of a moment that of its parameter; the rest is on every device."""
+    params = definition.shardings(mesh)
+    trained, shapes = (partition.split(tree, config.trainable)[0] for tree in (params, definition.shapes()))
     optimizer = make_optimizer(config)
     everywhere: Any = sharding.replicated(mesh)  # Any: shardings stand where the state has arrays.
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, param_sharding: param_sharding,
         jax.eval_shape(optimizer.init, shapes),
-        params,
+        trained,
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, params, opt_state, {"mask": everywhere, "noise": everywhere})
@@ -161,6 +168,7 @@ def step_function(config: ml_collections.ConfigDict, definition: Definition) -> 
         objective=Objective.of(config),
         optimizer=make_optimizer(config),
         schedule=learning_rate(config),
+        trainable=config.trainable,
         grad_accum_steps=config.grad_accum_steps,
         loss_options=config.loss.to_dict(),
     )
@@ -181,19 +189,17 @@ def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh
     )
 
 
-def abstract_inputs(
-    config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_inputs(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> tuple[TrainState, Row]:
     """State and batch as ShapeDtypeStructs that carry shardings: what restoring and compiling ahead of time need."""
     shapes = jax.eval_shape(lambda: init_state(config, definition))
     state = jax.tree.map(_with_sharding, shapes, state_shardings(config, definition, mesh))
-    rows = jax.ShapeDtypeStruct((config.global_batch_size, config.seq_len + 1), jnp.int32)
-    names = ("tokens", "segment_ids") if has_segments(config) else ("tokens",)
-    return state, {name: _with_sharding(rows, sharding.batch_sharding(mesh)) for name in names}
+    fields = ("tokens", "segment_ids") if has_segments(config) else ("tokens",)
+    shape = (config.global_batch_size, config.seq_len + 1)
+    return state, abstract_rows(fields, shape, sharding.batch_sharding(mesh))
 
 
-def _with_sharding(shape: jax.ShapeDtypeStruct, lies: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=lies)
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -203,8 +209,8 @@ def _with_sharding(shape: jax.ShapeDtypeStruct, lies: jax.sharding.Sharding) -> 
 class Evaluator(Protocol):
     """Measures a model; the loop knows no evaluator by name."""
 
-    def run(self, params: Params) -> Iterator[tuple[str, float]]:
-        """Yields (name, value)."""
+    def run(self, params: Params) -> Result:
+        """Measures the model with these parameters."""
 
 
 @runtime_checkable
@@ -228,8 +234,8 @@ class Diverged(UserError, RuntimeError):
 def train_loop(
     config: ml_collections.ConfigDict,
     state: TrainState,
-    batches: Iterator[Batch],
-    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Row],
+    step_fn: Callable[[TrainState, Row], tuple[TrainState, Metrics]],
     *,
     start: int,
     evaluators: Mapping[str, Evaluator],
@@ -253,8 +259,8 @@ def train_loop(
         nonlocal pending
         if pending is None:
             return
-        (step, metrics), pending = pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        (step, on_device), pending = pending, None
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
         clock.arrived()
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise Diverged(
@@ -264,7 +270,8 @@ def train_loop(
         if evaluate:
             with clock.aside("evaluations"):
                 for name, evaluator in evaluators.items():
-                    values |= {f"{name}/{key}": value for key, value in evaluator.run(state.params)}
+                    metrics = evaluator.run(state.params).metrics
+                    values |= {f"{name}/{key}": metric.estimate for key, metric in metrics.items()}
         if evaluate or step % config.log.every == 0 or step in (1, config.num_steps):
             writer.write(step, {**values, **clock.report()})
         writer.progress(step, values)

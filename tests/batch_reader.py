@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 
 from meap_jax import sharding
@@ -41,7 +42,7 @@ def main(task_file, out_file):
 def hashes(batch):
     """{row: SHA-256 of its arrays} of the rows that this process's devices hold."""
     rows = {}
-    for _, array in sorted(batch.items()):
+    for array in jax.tree.leaves(batch):
         for shard in array.addressable_shards:
             first = shard.index[0].indices(array.shape[0])[0]
             for i, row in enumerate(np.asarray(shard.data)):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from meap_jax import config as config_lib
-from meap_jax.config import OBJECTIVES
 from meap_jax.errors import ConfigError
-from meap_jax.objective import Objective, clean_inputs, make_inputs, named_keys
+from meap_jax.objective import OBJECTIVES, Objective, clean_inputs, make_inputs, named_keys
+from meap_jax.rows import Row
 from meap_jax.train import micro_batches
 
 MASK, VOCAB = 3, 64
@@ -22,7 +22,7 @@ SEGMENTS[:, 7:] = 2
 for row, num_padding in enumerate([1, 0, 2, 3]):
     SEGMENTS[row, T + 1 - num_padding :] = 0
 TOKENS = np.where(SEGMENTS, 4 + np.arange(B * (T + 1)).reshape(B, T + 1) % 57, 0).astype(np.int32)
-BATCH = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS)}
+BATCH = Row(jnp.asarray(TOKENS), jnp.asarray(SEGMENTS))
 
 
 def run_config(name="meap", **fields):

@@ -11,6 +11,7 @@ from meap_jax.model.decoder import define
 from meap_jax.model.rope import rope
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.objective import clean_inputs
+from meap_jax.rows import Row
 from meap_jax.train import micro_batches, summed_loss
 
 B, T, H, K, d = 2, 6, 4, 2, 8
@@ -86,7 +87,7 @@ def test_cross_entropy_refuses_logits_and_targets_of_another_kind():
 
 
 def test_micro_batches_are_cut_once(tiny):
-    inputs = clean_inputs({"tokens": ints(4, T + 1), "segment_ids": ints(4, T + 1)})
+    inputs = clean_inputs(Row(ints(4, T + 1), ints(4, T + 1)))
     stacked = micro_batches(inputs, 2)
     with pytest.raises(TypeCheckError):
         micro_batches(stacked, 2)

@@ -17,6 +17,8 @@ from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.objective import Objective, make_inputs, named_keys
 from meap_jax.optimizer import make_optimizer
+from meap_jax.results import Interval, Result
+from meap_jax.rows import Row
 from meap_jax.timing import Clock, Trace
 
 B, T, V = 8, 16, 64
@@ -38,7 +40,11 @@ def random_batch(seed=0, padding=True):
     segment_ids = np.repeat(np.array([[1] * 9 + [2] * 8]), B, axis=0).astype(np.int32)
     if padding:
         segment_ids[::2, -4:] = 0
-    return {"tokens": tokens, "segment_ids": segment_ids}
+    return Row(tokens, segment_ids)
+
+
+def on_mesh(mesh, batch):
+    return jax.tree.map(functools.partial(sharding.put_whole, sharding.batch_sharding(mesh)), batch)
 
 
 def run_steps(config, num_steps=3, devices=None):
@@ -51,7 +57,7 @@ def run_steps(config, num_steps=3, devices=None):
     losses = []
     with jax.set_mesh(mesh):
         for i in range(num_steps):
-            batch = {k: sharding.put_whole(sharding.batch_sharding(mesh), v) for k, v in random_batch(i).items()}
+            batch = on_mesh(mesh, random_batch(i))
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
@@ -149,7 +155,7 @@ def test_the_state_is_donated_and_stays_where_it_was():
     definition = define(ModelConfig.of(config.model))
     shardings = train.state_shardings(config, definition, mesh)
     state = jax.jit(lambda: train.init_state(config, definition), out_shardings=shardings)()
-    batch = {k: sharding.put_whole(sharding.batch_sharding(mesh), v) for k, v in random_batch().items()}
+    batch = on_mesh(mesh, random_batch())
     with jax.set_mesh(mesh):
         new_state, _ = train.compile_step(config, definition, mesh)(state, batch)
     assert state.params["head"].is_deleted()
@@ -191,11 +197,11 @@ def test_rows_of_one_segment_need_no_segment_ids():
     config = tiny_config(**{"data.mixture": "stdlib=1"})
     definition = define(ModelConfig.of(config.model))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    assert train.abstract_inputs(config, definition, mesh)[1].keys() == {"tokens"}
+    assert train.abstract_inputs(config, definition, mesh)[1].segment_ids is None
     state, batch = jax.jit(lambda: train.init_state(config, definition))(), random_batch()
     step = jax.jit(train.step_function(config, definition))
-    with_ids = step(state, {**batch, "segment_ids": np.ones_like(batch["segment_ids"])})
-    without = step(state, {"tokens": batch["tokens"]})
+    with_ids = step(state, batch._replace(segment_ids=np.ones_like(batch.segment_ids)))
+    without = step(state, Row(batch.tokens))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), without, with_ids)
 
 
@@ -219,7 +225,7 @@ class Answering:
         self.answer = answer
 
     def run(self, params):
-        yield "answer", self.answer
+        return Result({"answer": Interval(self.answer, None, None)}, [])
 
 
 @dataclasses.dataclass
@@ -304,7 +310,8 @@ def test_a_record_tells_steps_from_start_compilation_evaluations_and_saves(monke
 
     class SlowQuiz:
         def run(self, params):
-            yield "answer", passes(7.0, 1.0)
+            passes(7.0)
+            return Answering(1.0).run(params)
 
     def step_fn(state, batch, step_fn=FakeStep()):  # noqa: B008
         passes(10.0 if int(state.step) == 0 else 0.0)

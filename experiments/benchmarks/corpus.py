@@ -168,7 +168,7 @@ def reading(folder: Path, file: Path, args: argparse.Namespace) -> harness.Table
 def _read_ours(prepared: Prepared, num_batches: int) -> None:
     sequence = global_sequence(prepared, {"text": 1.0}, 0)
     for step in range(num_batches):
-        np.stack([sequence[step * BATCH_SIZE + row]["tokens"] for row in range(BATCH_SIZE)])
+        np.stack([sequence[step * BATCH_SIZE + row].tokens for row in range(BATCH_SIZE)])
 
 
 class _Datasets:

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from meap_jax import config as config_lib
 from meap_jax import sharding, train
-from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import define
+from meap_jax.models import define_model
+from meap_jax.rows import Row
 
 # About 1, 10 and 50 million parameters; the vocabulary grows with the model, so that the tables don't outweigh it.
 SIZES = {
@@ -58,13 +58,11 @@ class Workload:
         """
         config_lib.check(config)
         self.config = config
-        self.mesh = make_mesh(config)
-        sharding.check_batch(self.mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
-        self.definition = define(ModelConfig.of(config.model))
+        _, self.mesh, self.definition = define_model(config, devices=devices())
         tokens = random_tokens(config)
-        arrays = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
-        _, batch = train.abstract_inputs(config, self.definition, self.mesh)
-        self.batch = {name: sharding.put_whole(rows.sharding, arrays[name]) for name, rows in batch.items()}
+        _, abstract = train.abstract_inputs(config, self.definition, self.mesh)
+        row = Row(tokens, abstract.segment_ids and np.ones_like(tokens))
+        self.batch = jax.tree.map(lambda rows, like: sharding.put_whole(like.sharding, rows), row, abstract)
         with jax.set_mesh(self.mesh):
             shardings = train.state_shardings(config, self.definition, self.mesh)
             self.state = jax.jit(lambda: train.init_state(config, self.definition), out_shardings=shardings)()

@@ -9,33 +9,19 @@ chip's peak, its memory traffic at full bandwidth or its collectives over all li
 """
 
 import json
-import re
 import sys
 
-import ml_collections
 from absl import flags
 
-from meap_jax import cli, sharding
+from meap_jax import cli
 from meap_jax import config as config_lib
 from meap_jax.aot.report import compile_for
 from meap_jax.aot.targets import KNOWN
 from meap_jax.errors import ConfigError
 
 
-def _override_mesh(config: ml_collections.ConfigDict, text: str) -> None:
-    """Sets the axes that `--mesh=fsdp=64,tensor=1` names."""
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in config.mesh or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise ConfigError(
-                f"--mesh is {text!r}, but must be axis=size,... with axes among {', '.join(sharding.AXES)} and sizes "
-                "of 1 or more, or -1 for the devices that are left."
-            )
-        config.mesh[axis] = int(size)
-
-
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Compiles for the topology that the command line names."""
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, "Hardware to compile for.", flag_values=values)
     flags.DEFINE_string("mesh", None, "axis=size,...: replaces those axes of the config's mesh.", flag_values=values)
@@ -45,9 +31,8 @@ def command(argv: list[str]) -> None:
     except flags.Error as error:
         raise ConfigError(" ".join(str(error).split())) from error
     config, _ = cli.parse_config(rest, needs_data=False)
-    if values.mesh is not None:
-        _override_mesh(config, values.mesh)
-        config_lib.check(config, needs_data=False)
+    config.mesh.update(cli.parse_mesh(values.mesh or ""))
+    config_lib.check(config, needs_data=False)
     if values.topology is None:
         raise ConfigError(f"--topology is not set: name one of {KNOWN}.")
     report = compile_for(config, values.topology, values.slices)

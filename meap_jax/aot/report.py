@@ -9,13 +9,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from meap_jax import sharding
 from meap_jax.aot import hlo
 from meap_jax.aot.targets import Target, find_target, usable_bytes
 from meap_jax.hardware import Chip
 from meap_jax.metrics import model_flops
-from meap_jax.model.config import ModelConfig
-from meap_jax.model.decoder import define
+from meap_jax.models import define_model
 from meap_jax.run import versions
 from meap_jax.train import abstract_inputs, compile_step
 
@@ -50,9 +48,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
       ConfigError: if mesh and batch don't fit the devices.
     """
     chip = target.chip
-    mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
-    sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
-    definition = define(ModelConfig.of(config.model, target.platform))
+    _, mesh, definition = define_model(config, devices=target.devices)
     wanted = model_flops(definition.config, config.seq_len, config.global_batch_size * config.seq_len)
     report: dict[str, Any] = {
         "devices": mesh.size,

@@ -5,7 +5,7 @@ it, on any number of hosts; each process reads only the rows that its own device
 step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import grain
@@ -14,24 +14,23 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from meap_jax.data.prepared import Blocks, Prepared
+from meap_jax.rows import Row, stacked
 from meap_jax.sharding import put
 
 _ENDLESS = 2**40  # Steps; grain wants a length.
 
 
 class _Training:
-    """Training blocks as a grain source: item i is {"tokens", "segment_ids"} or {"tokens"}, each [T + 1] int32."""
+    """Training blocks as a grain source: item i is a `Row` with the fields that the run needs, [T + 1] each."""
 
-    def __init__(self, blocks: Blocks, source: str, segments: bool):
-        self._blocks, self._source = blocks, source
-        self._names = ("tokens", "segment_ids") if segments else ("tokens",)
+    def __init__(self, blocks: Blocks, source: str, fields: Collection[str]):
+        self._blocks, self._source, self._fields = blocks, source, fields
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        block = self._blocks[index]
-        return {name: block[name] for name in self._names}
+    def __getitem__(self, index: Any) -> Row:
+        return self._blocks[index].only(self._fields)
 
     def __repr__(self) -> str:
         return f"_Training({self._source})"
@@ -46,9 +45,8 @@ class _Steps:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, step: Any) -> dict[str, np.ndarray]:
-        items = [self._sequence[int(step) * self._batch_size + int(row)] for row in self._rows]
-        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+    def __getitem__(self, step: Any) -> Row:
+        return stacked([self._sequence[int(step) * self._batch_size + int(row)] for row in self._rows])
 
     def __repr__(self) -> str:
         return f"_Steps(batch_size={self._batch_size})"
@@ -57,22 +55,20 @@ class _Steps:
 def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) -> grain.MapDataset:
     """The endless sequence of training blocks: each source shuffled anew every epoch, mixed by weight.
 
-    Items are `tokens` and, where a row of the mixture can hold several segments, `segment_ids`: [T + 1] int32.
+    Items are a `Row` each, of arrays [T + 1]: tokens and, where documents of the mixture are kept apart, segment_ids.
     """
     blocks = {source: prepared.blocks(source, "train") for source in weights}
     segments = not all(b.is_one_segment for b in blocks.values())
+    fields = ("tokens", "segment_ids") if segments else ("tokens",)
     sources = [
-        grain.MapDataset.source(_Training(b, source, segments)).seed(seed + i).shuffle().repeat()
+        grain.MapDataset.source(_Training(b, source, fields)).seed(seed + i).shuffle().repeat()
         for i, (source, b) in enumerate(blocks.items())
     ]
     return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights.values()))
 
 
-class TrainBatches(Iterator[dict[str, jax.Array]]):
-    """Endless global batches from step `start` on.
-
-    Yields the arrays of `global_sequence`, [B, T + 1] int32, laid out by `sharding`.
-    """
+class TrainBatches(Iterator[Row]):
+    """Endless global batches: the rows of `global_sequence` as arrays [B, T + 1], laid out by `sharding`."""
 
     def __init__(
         self,
@@ -91,7 +87,7 @@ class TrainBatches(Iterator[dict[str, jax.Array]]):
         # One reader thread, a few steps ahead: rows come from a memory map, and more threads would fight for the GIL.
         self._iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-    def __next__(self) -> dict[str, jax.Array]:
+    def __next__(self) -> Row:
         local = next(self._iterator)
         place = {row: i for i, row in enumerate(self._rows)}
 
@@ -102,7 +98,7 @@ class TrainBatches(Iterator[dict[str, jax.Array]]):
 
             return put(self._sharding, self._shape, piece)
 
-        return {name: globally(rows) for name, rows in local.items()}
+        return jax.tree.map(globally, local)
 
     def get_state(self) -> dict[str, Any]:
         """Where the sequence goes on; the same on every process."""

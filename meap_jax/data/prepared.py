@@ -14,6 +14,7 @@ from meap_jax.data import plans as plans_lib
 from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
 from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import DataError
+from meap_jax.rows import Row
 from meap_jax.tokenizers import Tokenizer
 
 # One record an answer: block[row, start : start + length] are its ids; see `store.ANSWER_DTYPE`.
@@ -34,7 +35,7 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: Any) -> Row:
         """A block as `tokens` and `segment_ids`, [block_len] int32: 1, 2, ... for its documents, 0 for padding.
 
         Raises:
@@ -50,12 +51,7 @@ class Blocks:
             start, end = end, end + length
             tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
-        return {"tokens": tokens, "segment_ids": segment_ids}
-
-    def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Blocks start ... stop - 1, stacked: [stop - start, block_len] each."""
-        rows = [self[i] for i in range(start, stop)]
-        return {name: np.stack([row[name] for row in rows]) for name in ("tokens", "segment_ids")}
+        return Row(tokens, segment_ids)
 
     @property
     def answers(self) -> np.ndarray:

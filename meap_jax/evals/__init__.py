@@ -1,33 +1,41 @@
-"""Evaluators: each has `run(params)`, which yields (name, value); `main` hands them to the loop."""
+"""Evaluators by name, each of which gives a `Result` of a model; `eval.tasks` of a config says which are run.
 
-from collections.abc import Mapping
+An evaluator has `run(params) -> Result`. What is registered under a name makes the evaluators of a `Setting`, by the
+name that stands in front of their metrics; none, where the setting has nothing for them.
+"""
 
-import ml_collections
-from jax.sharding import Mesh
+from collections.abc import Callable, Mapping
 
-from meap_jax.data.prepared import Prepared
-from meap_jax.evals.retrieval import Retrieval
-from meap_jax.evals.validation import Validation
-from meap_jax.model.decoder import Definition
+from meap_jax.errors import ConfigError
+from meap_jax.evals import retrieval, validation
+from meap_jax.evals.setting import Setting
+from meap_jax.train import Evaluator
+
+__all__ = ["EVALUATORS", "Setting", "check_tasks", "make_evaluators"]
+
+EVALUATORS: dict[str, Callable[[Setting], Mapping[str, Evaluator]]] = {
+    "validation": validation.make,
+    "retrieval": retrieval.make,
+}
 
 
-def make_evaluators(
-    config: ml_collections.ConfigDict, definition: Definition, prepared: Prepared, mesh: Mesh, split: str
-) -> Mapping[str, Validation | Retrieval]:
-    """Every evaluator that the prepared data has held-out rows for, by the name of its metrics.
+def make_evaluators(setting: Setting, tasks: str) -> dict[str, Evaluator]:
+    """The evaluators that `tasks` names, in that order, by the name of their metrics.
 
-    Args:
-      config: of the run.
-      definition: of the decoder.
-      prepared: frozen data.
-      mesh: as in training.
-      split: "validation" or "test".
+    Raises:
+      ConfigError: as `check_tasks`.
     """
-    evaluators: dict[str, Validation | Retrieval] = {}
-    for source in prepared.sources:
-        blocks = prepared.blocks(source, split)
-        if len(blocks):
-            evaluators[f"{split}_{source}"] = Validation(config, definition, blocks, mesh)
-        if len(blocks.answers):
-            evaluators[f"{split}_{source}_answers"] = Retrieval(config, definition, blocks, mesh)
-    return evaluators
+    return {name: evaluator for task in check_tasks(tasks) for name, evaluator in EVALUATORS[task](setting).items()}
+
+
+def check_tasks(tasks: str) -> list[str]:
+    """The names in a list such as "validation,retrieval".
+
+    Raises:
+      ConfigError: one of them is not registered.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    for name in names:
+        if name not in EVALUATORS:
+            raise ConfigError(f"eval.tasks is {tasks!r}, but {name!r} is not one of {', '.join(EVALUATORS)}.")
+    return names

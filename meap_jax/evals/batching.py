@@ -8,22 +8,22 @@ from jax.sharding import Mesh
 
 from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
+from meap_jax.rows import Row, stacked
 
 
-def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[dict[str, jax.Array]]:
-    """The first `max_rows` rows in order; the last batch is filled up with padding rows (segment 0).
-
-    Yields:
-      `tokens` and `segment_ids`, [batch_size, T + 1] int32.
-    """
+def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[Row]:
+    """The first `max_rows` rows in order, [batch_size, T + 1]; the last batch is filled up with padding (segment 0)."""
     num_rows = min(max_rows, len(blocks))
     for start in range(0, num_rows, batch_size):
-        arrays = blocks.rows(start, min(start + batch_size, num_rows))
-        yield {
-            name: sharding.put_whole(sharding.batch_sharding(mesh), _filled(array, batch_size))
-            for name, array in arrays.items()
-        }
+        rows = stacked([blocks[i] for i in range(start, min(start + batch_size, num_rows))])
+        yield jax.tree.map(lambda x: on_mesh(mesh, filled(x, batch_size)), rows)
 
 
-def _filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
-    return np.pad(np.asarray(rows, np.int32), ((0, batch_size - len(rows)), (0, 0)))
+def filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Rows [b, ...] with zeros behind them, [batch_size, ...]."""
+    return np.pad(rows, ((0, batch_size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+
+
+def on_mesh(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Rows as an array on the mesh, as those of a training batch."""
+    return sharding.put_whole(sharding.batch_sharding(mesh), rows)

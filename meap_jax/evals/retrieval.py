@@ -5,56 +5,61 @@ forcing this equals exact match of greedy decoding: both go on only while every 
 """
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches
+from meap_jax.evals.setting import Setting
+from meap_jax.evals.statistics import binomial_interval
 from meap_jax.model.decoder import Definition, Params
-from meap_jax.model.visibility import causal
 from meap_jax.objective import clean_inputs
+from meap_jax.results import Result
+from meap_jax.rows import Row
 
 
-class Answers(NamedTuple):
-    """One entry an answer, [N] each."""
-
-    correct: np.ndarray  # bool
-    depth: np.ndarray  # float, 0 = first fact of the context, 1 = last.
-    distance: np.ndarray  # int, tokens from the stated value to the answer.
+def make(setting: Setting) -> dict[str, "Retrieval"]:
+    """One for each source whose held-out documents ask for something."""
+    sources = {name: setting.prepared.blocks(name, setting.split) for name in setting.prepared.sources}
+    return {
+        f"{setting.split}_{name}_answers": Retrieval(setting, blocks)
+        for name, blocks in sources.items()
+        if len(blocks.answers)
+    }
 
 
 class Retrieval:
-    """Share of answers that are exactly right, over held-out documents."""
+    """Share of answers that are exactly right, over held-out documents; an example is an answer."""
 
-    def __init__(self, config: ml_collections.ConfigDict, definition: Definition, blocks: Blocks, mesh: Mesh):
-        self._blocks, self._mesh = blocks, mesh
+    def __init__(self, setting: Setting, blocks: Blocks):
+        (config, self._mesh, definition), self._blocks = setting.model, blocks
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         answers = blocks.answers
         self._answers = answers[answers["row"] < config.eval.max_rows]
-        self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(mesh))
+        self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(self._mesh))
 
-    def run(self, params: Params) -> Iterator[tuple[str, float]]:
-        """Yields the accuracy."""
-        yield "accuracy", float(np.mean(self.answers(params).correct))
+    def run(self, params: Params) -> Result:
+        """The accuracy, and of every answer whether it is right, its depth and its distance.
 
-    def answers(self, params: Params) -> Answers:
-        """Every answer by itself."""
-        hits = [
-            self._step(params, batch) for batch in batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+        `depth` is 0 for the first fact of the context and 1 for the last; `distance` counts the tokens from the stated
+        value to the answer.
+        """
+        rows = batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+        hits_NxT = np.concatenate(jax.device_get([self._step(params, row) for row in rows]))
+        correct = exact_matches(hits_NxT, self._answers)
+        examples = [
+            {
+                "row": int(a["row"]),
+                "correct": int(is_right),
+                "depth": round(float(a["depth"]), 4),
+                "distance": int(a["distance"]),
+            }
+            for is_right, a in zip(correct, self._answers, strict=True)
         ]
-        hits_NxT = np.concatenate(jax.device_get(hits))
-        return Answers(
-            correct=exact_matches(hits_NxT, self._answers),
-            depth=np.asarray(self._answers["depth"], float),
-            distance=np.asarray(self._answers["distance"], int),
-        )
+        return Result({"accuracy": binomial_interval(int(correct.sum()), len(correct))}, examples)
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
@@ -70,7 +75,7 @@ def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return np.array([hits[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]].all() for a in answers], bool)
 
 
-def _hits(definition: Definition, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-    inputs = clean_inputs(batch)
-    logits = definition.apply(params, inputs.tokens, causal(inputs.tokens, inputs.segment_ids))
+def _hits(definition: Definition, params: Params, row: Row) -> jax.Array:
+    inputs = clean_inputs(row)
+    logits = definition.apply(params, inputs.tokens, inputs.visibility)
     return jnp.argmax(logits, axis=-1) == inputs.targets

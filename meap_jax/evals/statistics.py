@@ -1,17 +1,9 @@
-"""Intervals: within a run over answers, and over seeds between two objectives."""
-
-from typing import NamedTuple
+"""Intervals: within a run over its examples, and over seeds between two objectives."""
 
 import numpy as np
 from scipy import stats
 
-
-class Interval(NamedTuple):
-    """An estimate and its two-sided confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
+from meap_jax.results import Interval
 
 
 def binomial_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
@@ -28,6 +20,34 @@ def binomial_interval(successes: int, trials: int, confidence: float = 0.95) -> 
     return Interval(successes / trials, float(result.low), float(result.high))
 
 
+def ratio_interval(totals: np.ndarray, counts: np.ndarray, confidence: float = 0.95) -> Interval:
+    """An interval for the ratio of two sums, such as nats over tokens, where rows are the independent units.
+
+    The ratio estimator of survey sampling (Cochran, Sampling Techniques, section 2.11) with Student's t.
+
+    Args:
+      totals, counts: [R] of each row; rows with a count of 0 are left out.
+      confidence: share of such intervals that hold the true ratio.
+
+    Returns:
+      Without ends if one row is left.
+
+    Raises:
+      ValueError: if none is.
+    """
+    totals, counts = (np.asarray(x, float)[np.asarray(counts) > 0] for x in (totals, counts))
+    num = len(counts)
+    if not num:
+        raise ValueError("a ratio needs at least 1 row with a count above 0, got none")
+    ratio = float(totals.sum() / counts.sum())
+    if num == 1:
+        return Interval(ratio, None, None)
+    residuals = totals - ratio * counts
+    standard_error = float((num / (num - 1) * np.square(residuals).sum()) ** 0.5 / counts.sum())
+    half = float(stats.t.ppf((1 + confidence) / 2, num - 1)) * standard_error
+    return Interval(ratio, ratio - half, ratio + half)
+
+
 def paired_t_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
     """Student's interval for the mean of paired differences, one a seed.
 
@@ -38,10 +58,6 @@ def paired_t_interval(differences: np.ndarray, confidence: float = 0.95) -> Inte
     Raises:
       ValueError: for fewer than two pairs, which have no spread.
     """
-    differences = np.asarray(differences, float)
-    if differences.size < 2:
-        raise ValueError(f"a paired interval needs at least 2 seeds, got {differences.size}")
-    mean = float(differences.mean())
-    standard_error = float(differences.std(ddof=1)) / differences.size**0.5
-    half = float(stats.t.ppf((1 + confidence) / 2, differences.size - 1)) * standard_error
-    return Interval(mean, mean - half, mean + half)
+    if np.size(differences) < 2:
+        raise ValueError(f"a paired interval needs at least 2 seeds, got {np.size(differences)}")
+    return ratio_interval(differences, np.ones(np.size(differences)), confidence)

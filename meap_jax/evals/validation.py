@@ -2,51 +2,60 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
-import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches
+from meap_jax.evals.setting import Setting
+from meap_jax.evals.statistics import ratio_interval
 from meap_jax.model.decoder import Definition, Params
-from meap_jax.objective import Objective, clean_inputs, make_inputs, named_keys
-from meap_jax.train import summed_loss
+from meap_jax.objective import Inputs, Objective, clean_inputs, make_inputs, named_keys
+from meap_jax.results import Result
+from meap_jax.rows import Row
+
+
+def make(setting: Setting) -> dict[str, "Validation"]:
+    """One for each source that has held-out rows."""
+    sources = {name: setting.prepared.blocks(name, setting.split) for name in setting.prepared.sources}
+    return {f"{setting.split}_{name}": Validation(setting, blocks) for name, blocks in sources.items() if len(blocks)}
 
 
 class Validation:
-    """Mean cross-entropy in nats a token over held-out rows.
+    """Mean cross-entropy in nats a token over held-out rows; an example is a row.
 
     `loss` is on clean inputs, whatever the run was trained with. `masked_loss` is on inputs masked as MEAP would with
     the config's ratio, the same for every objective and at every step.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, definition: Definition, blocks: Blocks, mesh: Mesh):
-        self._blocks, self._mesh = blocks, mesh
+    def __init__(self, setting: Setting, blocks: Blocks):
+        (config, self._mesh, definition), self._blocks = setting.model, blocks
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         meap = dataclasses.replace(
             Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random"
         )
         losses = functools.partial(_losses, definition, meap, config.loss.chunk_size)
-        self._step = jax.jit(losses, out_shardings=sharding.replicated(mesh))
+        self._step = jax.jit(losses, out_shardings=sharding.replicated(self._mesh))
         # A stream of its own: never the masks of a training step.
-        self._key = sharding.put_whole(
-            sharding.replicated(mesh),
-            np.asarray(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31))),
-        )
+        self._key = self._replicated(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31)))
 
-    def run(self, params: Params) -> Iterator[tuple[str, float]]:
-        """Yields the two losses."""
-        sums = [
-            self._step(params, batch, self._key, sharding.put_whole(sharding.replicated(self._mesh), np.asarray(i)))
-            for i, batch in enumerate(batches(self._blocks, self._mesh, self._batch_size, self._max_rows))
+    def run(self, params: Params) -> Result:
+        """Both losses, over all rows and of each."""
+        rows = batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+        of_batches = [self._step(params, row, self._key, self._replicated(i)) for i, row in enumerate(rows)]
+        columns = (np.concatenate(column) for column in zip(*jax.device_get(of_batches), strict=True))
+        clean, masked, counts = (column[: min(self._max_rows, len(self._blocks))] for column in columns)
+        examples = [
+            {"row": i, "loss": float(clean[i] / n), "masked_loss": float(masked[i] / n), "tokens": int(n)}
+            for i, n in enumerate(counts)
+            if n
         ]
-        clean, masked, num_targets = (sum(float(x[i]) for x in jax.device_get(sums)) for i in range(3))
-        yield "loss", clean / num_targets
-        yield "masked_loss", masked / num_targets
+        return Result({"loss": ratio_interval(clean, counts), "masked_loss": ratio_interval(masked, counts)}, examples)
+
+    def _replicated(self, value: int | jax.Array) -> jax.Array:
+        return sharding.put_whole(sharding.replicated(self._mesh), np.asarray(value))
 
 
 def _losses(
@@ -54,11 +63,18 @@ def _losses(
     meap: Objective,
     chunk_size: int,
     params: Params,
-    batch: dict[str, jax.Array],
+    row: Row,
     key_data: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    clean = clean_inputs(batch)
-    masked = make_inputs(batch, meap, {"mask": jax.random.wrap_key_data(key_data)}, index)
-    summed = functools.partial(summed_loss, definition, params, chunk_size=chunk_size)
-    return summed(clean), summed(masked), clean.loss_weights.sum()
+    """Of each row the summed loss on clean and on masked inputs, and its number of targets; [B] each."""
+    clean, key = clean_inputs(row), jax.random.wrap_key_data(key_data)
+    masked = make_inputs(row, meap, {"mask": key, "noise": key}, index)
+
+    def summed(inputs: Inputs) -> jax.Array:
+        losses_BT = definition.token_losses(
+            params, inputs.tokens, inputs.visibility, inputs.targets, inputs.keep_embedding, chunk_size=chunk_size
+        )
+        return (losses_BT * inputs.loss_weights).sum(axis=1)
+
+    return summed(clean), summed(masked), clean.loss_weights.sum(axis=1)

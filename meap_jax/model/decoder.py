@@ -5,15 +5,17 @@ function.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx, traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from meap_jax import sharding
-from meap_jax.losses import linear_cross_entropy
+from meap_jax.losses import linear_cross_entropy, token_losses
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.layers import Block, RMSNorm, input_std, linear, normal
 from meap_jax.model.visibility import Visibility
@@ -61,6 +63,19 @@ class Decoder(nnx.Module):
         x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
         targets_BT, loss_weights_BT = (sharding.zigzag(x, context_shards()) for x in (targets_BT, loss_weights_BT))
         return linear_cross_entropy(x_BTD, self.head[...], targets_BT, loss_weights_BT, **options)
+
+    def token_losses(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        targets_BT: Int[Array, "B T"],
+        keep_embedding_BT: Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Float32[Array, "B T"]:
+        """The cross-entropy of every position in nats, without logits of all; see `losses.token_losses`."""
+        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        losses_BT = token_losses(x_BTD, self.head[...], sharding.zigzag(targets_BT, context_shards()), **options)
+        return sharding.unzigzag(losses_BT, context_shards())
 
     def hidden(
         self,
@@ -143,9 +158,21 @@ class Definition:
         """Summed cross-entropy; see `Decoder.loss`."""
         return nnx.merge(self.graphdef, params).loss(*args, **kwargs)
 
+    def token_losses(self, params: Params, *args: Any, **kwargs: Any) -> Float32[Array, "B T"]:
+        """Cross-entropy of every position; see `Decoder.token_losses`."""
+        return nnx.merge(self.graphdef, params).token_losses(*args, **kwargs)
+
     def shapes(self) -> Params:
         """Parameters as ShapeDtypeStructs."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """The sharding of every parameter.
+
+        Raises:
+          ConfigError: if the mesh does not divide the model.
+        """
+        return jax.tree.map(functools.partial(sharding.sharding_of, mesh), self.shapes(), self.axes())
 
     def axes(self) -> Params:
         """The logical axes of every parameter, a tuple of names in the place of each array."""

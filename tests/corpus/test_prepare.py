@@ -16,6 +16,7 @@ from meap_jax.corpus import prepare as prepare_module
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.rows import stacked
 
 RETRIEVAL = {
     "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
@@ -68,7 +69,7 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
     seen = []
     for split in SPLITS:
         blocks = prepared.blocks("text", split)
-        stream = np.concatenate([blocks[i]["tokens"] for i in range(len(blocks))])
+        stream = np.concatenate([blocks[i].tokens for i in range(len(blocks))])
         assert all((blocks[i]["segment_ids"] == 1).all() for i in range(len(blocks)))
         whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
         seen += [document.removeprefix("<bos>") for document in whole]
@@ -83,20 +84,20 @@ def test_every_answer_stands_where_the_blocks_say(prepared):
         for answer in blocks.answers:
             block = blocks[answer["row"]]
             start, length, distance = answer["start"], answer["length"], answer["distance"]
-            found = block["tokens"][start : start + length]
-            assert np.array_equal(found, block["tokens"][start - distance : start - distance + length])
-            assert block["segment_ids"][start] == block["segment_ids"][start - distance] > 0
-            assert prepared.tokenizer.decode(block["tokens"][start - distance - 1 : start - distance]) == " is"
+            found = block.tokens[start : start + length]
+            assert np.array_equal(found, block.tokens[start - distance : start - distance + length])
+            assert block.segment_ids[start] == block.segment_ids[start - distance] > 0
+            assert prepared.tokenizer.decode(block.tokens[start - distance - 1 : start - distance]) == " is"
     assert len(prepared.blocks("retrieval", "train").answers) == 0
 
 
 def test_the_manifests_count_what_is_there(prepared):
     counts = prepared.plan_manifest("retrieval")["splits"]["train"]
     blocks = prepared.blocks("retrieval", "train")
-    rows = blocks.rows(0, len(blocks))
+    rows = stacked([blocks[i] for i in range(len(blocks))])
     assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
-    assert counts["blocks"] == len(rows["tokens"])
-    assert counts["tokens"] == np.count_nonzero(rows["segment_ids"])
+    assert counts["blocks"] == len(rows.tokens)
+    assert counts["tokens"] == np.count_nonzero(rows.segment_ids)
     assert counts["padding_share"] == pytest.approx(np.mean(rows["segment_ids"] == 0), abs=1e-4)
     assert prepared.plan_manifest("text")["split_by"] == "document"
     assert prepared.manifest("text")["skipped"] == {}
@@ -126,7 +127,7 @@ def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
     before = (copy / "text" / "manifest.json").read_text()
     plan = tiny_data.PLAN | {"seq_len": 110, "packing": "best_fit"}
     longer = prepare(copy, options_of(books, plans__text=plan, plans__retrieval=plan))
-    assert len(longer.blocks("text", "train")[0]["tokens"]) == 111
+    assert len(longer.blocks("text", "train")[0].tokens) == 111
     assert (copy / "text" / "manifest.json").read_text() == before
     assert len(os.listdir(copy / "text" / "plans")) == 2
 
@@ -256,7 +257,7 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
     assert prepared.tokenizer.mask_id == 32_000
     ids = [1, *prepared.tokenizer.encode((books / "00.txt").read_text()), 2]
     rows = [prepared.blocks("text", split) for split in SPLITS]
-    stream = np.concatenate([blocks[i]["tokens"] for blocks in rows for i in range(len(blocks))])
+    stream = np.concatenate([blocks[i].tokens for blocks in rows for i in range(len(blocks))])
     num_blocks = len(ids) // 33
     assert stream.tolist() == ids[: 33 * num_blocks]
     assert len(rows[1]) == len(rows[2]) == max(1, num_blocks // 10)

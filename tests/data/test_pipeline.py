@@ -53,7 +53,7 @@ def take(iterator, num):
 
 
 def same(a, b):
-    return all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def test_the_order_depends_on_the_seed_alone(prepared):
@@ -67,11 +67,11 @@ def test_every_mesh_sees_the_same_global_batches(prepared, num_devices, axis):
 
 
 def test_row_r_of_step_s_is_item_s_times_b_plus_r_so_the_batch_size_only_cuts_the_sequence(prepared):
-    eights = np.concatenate([b["tokens"] for b in take(batches(prepared, batch_size=8), 3)])
-    fours = np.concatenate([b["tokens"] for b in take(batches(prepared, batch_size=4), 6)])
+    eights = np.concatenate([b.tokens for b in take(batches(prepared, batch_size=8), 3)])
+    fours = np.concatenate([b.tokens for b in take(batches(prepared, batch_size=4), 6)])
     np.testing.assert_array_equal(eights, fours)
     sequence = global_sequence(prepared, WEIGHTS, 0)
-    np.testing.assert_array_equal(eights, np.stack([sequence[i]["tokens"] for i in range(24)]))
+    np.testing.assert_array_equal(eights, np.stack([sequence[i].tokens for i in range(24)]))
 
 
 def test_a_process_reads_only_the_rows_of_its_own_devices(prepared, monkeypatch):
@@ -91,8 +91,8 @@ def test_an_epoch_gives_every_block_once_and_the_next_one_another_order(prepared
     blocks = prepared.blocks("retrieval", "train")
     num_blocks = len(blocks)
     sequence = global_sequence(prepared, source, 0)
-    epochs = [[sequence[e * num_blocks + i]["tokens"].tobytes() for i in range(num_blocks)] for e in range(2)]
-    frozen = sorted(blocks[i]["tokens"].tobytes() for i in range(num_blocks))
+    epochs = [[sequence[e * num_blocks + i].tokens.tobytes() for i in range(num_blocks)] for e in range(2)]
+    frozen = sorted(blocks[i].tokens.tobytes() for i in range(num_blocks))
     assert sorted(epochs[0]) == sorted(epochs[1]) == frozen
     assert epochs[0] != epochs[1]
 
@@ -100,8 +100,8 @@ def test_an_epoch_gives_every_block_once_and_the_next_one_another_order(prepared
 def test_sources_are_mixed_by_weight(prepared):
     sequence = global_sequence(prepared, WEIGHTS, 0)
     blocks = prepared.blocks("text", "train")
-    text = {blocks[i]["tokens"].tobytes() for i in range(len(blocks))}
-    share = np.mean([sequence[i]["tokens"].tobytes() in text for i in range(400)])
+    text = {blocks[i].tokens.tobytes() for i in range(len(blocks))}
+    share = np.mean([sequence[i].tokens.tobytes() in text for i in range(400)])
     assert share == pytest.approx(0.25, abs=0.01)
 
 
@@ -133,11 +133,11 @@ def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tm
     again.set_state(state)
     assert same(take(again, 3), expected)
 
-    rows = np.concatenate([batch["tokens"] for batch in seen + expected])
+    rows = np.concatenate([batch.tokens for batch in seen + expected])
     if packing == "concat":
-        assert "segment_ids" not in seen[0]
+        assert seen[0].segment_ids is None
         return
-    segments = np.concatenate([batch["segment_ids"] for batch in seen + expected])
+    segments = np.concatenate([batch.segment_ids for batch in seen + expected])
     bos, pad = prepared.tokenizer.bos_id, prepared.tokenizer.pad_id
     starts = np.diff(segments, axis=1, prepend=0) > 0
     assert ((rows == bos) <= starts).all()  # Where a document begins, a segment does.

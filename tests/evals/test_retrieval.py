@@ -9,11 +9,15 @@ import tiny_data
 from meap_jax import sharding
 from meap_jax.config import base
 from meap_jax.data.prepared import ROW_ANSWER_DTYPE
+from meap_jax.evals import Setting
 from meap_jax.evals.retrieval import Retrieval, exact_matches
+from meap_jax.evals.statistics import binomial_interval
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
+from meap_jax.models import Model
+from meap_jax.rows import stacked
 
 V, T = 32, 24
 
@@ -39,22 +43,27 @@ def setup(tmp_path_factory):
     return c, definition, params, tiny_data.blocks_of(tmp_path_factory.mktemp("blocks"), rows, answers, T + 1)
 
 
+def setting(config, definition, num_devices):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
+    return Setting(Model(config, mesh, definition), "validation", lambda: pytest.fail("the blocks are given"))
+
+
 def test_teacher_forced_matches_equal_greedy_exact_match(setup):
     c, definition, params, blocks = setup
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:2])
-    answers = Retrieval(c, definition, blocks, mesh).answers(params)
+    result = Retrieval(setting(c, definition, 2), blocks).run(params)
 
     decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
     expected = []
     for a in blocks.answers:
-        row = blocks[a["row"]]["tokens"]
+        row = blocks[a["row"]].tokens
         truth = row[a["start"] : a["start"] + a["length"]].copy()
         row[a["start"] :] = 0  # Nothing of the answer is given away.
         for position in range(a["start"], a["start"] + a["length"]):
             row[position] = int(decode(jnp.asarray(row[None, :-1]))[0, position - 1].argmax())
         expected.append(np.array_equal(row[a["start"] : a["start"] + a["length"]], truth))
-    assert answers.correct.tolist() == expected
+    assert [example["correct"] for example in result.examples] == expected
     assert 0 < sum(expected) < len(expected)
+    assert result.metrics["accuracy"] == binomial_interval(sum(expected), len(expected))
 
 
 def test_an_answer_is_right_only_if_each_of_its_tokens_is():
@@ -70,23 +79,24 @@ def test_max_rows_limits_questions_and_rows(setup):
     c, definition, params, blocks = setup
     c = c.copy_and_resolve_references()
     c.eval.max_rows = 2
-    answers = Retrieval(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:1])).answers(params)
-    assert len(answers.correct) == 6
+    result = Retrieval(setting(c, definition, 1), blocks).run(params)
+    assert [example["row"] for example in result.examples] == [0, 0, 0, 1, 1, 1]
 
 
 def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(setup):
     c, definition, params, blocks = setup
-    values = dict(Validation(c, definition, blocks, sharding.make_mesh(c.mesh, jax.devices()[:2])).run(params))
-    tokens, segments = blocks.rows(0, len(blocks)).values()
-    total, count = 0.0, 0
+    result = Validation(setting(c, definition, 2), blocks).run(params)
+    tokens, segments, *_ = stacked([blocks[i] for i in range(len(blocks))])
     logits = definition.apply(
         params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]))
     )
-    for row in range(len(tokens)):
-        for t in range(T):
-            if segments[row, t + 1]:
-                x = np.asarray(logits[row, t], np.float64)
-                total += np.log(np.exp(x - x.max()).sum()) + x.max() - x[tokens[row, t + 1]]
-                count += 1
-    assert values["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert values["masked_loss"] != pytest.approx(values["loss"], rel=1e-3)
+    log_p = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float64)))
+    losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    counts = segments[:, 1:] != 0
+    metrics = result.metrics
+    assert metrics["loss"].estimate == pytest.approx(losses[counts].mean(), rel=1e-5)
+    assert metrics["masked_loss"].estimate != pytest.approx(metrics["loss"].estimate, rel=1e-3)
+    assert metrics["loss"].low < metrics["loss"].estimate < metrics["loss"].high
+    assert [example["tokens"] for example in result.examples] == counts.sum(axis=1).tolist()
+    of_rows = [row[counted].mean() for row, counted in zip(losses, counts, strict=True)]
+    assert [example["loss"] for example in result.examples] == pytest.approx(of_rows, rel=1e-5)

@@ -9,7 +9,8 @@ from etils import epath
 from experiments import report
 from meap_jax.config import base
 
-ASKED = {"depth": [0.0, 0.0, 0.5, 1.0], "distance": [10, 20, 30, 40]}
+ASKED = [{"depth": 0.0, "distance": 10}, {"depth": 0.0, "distance": 20}, {"depth": 0.5, "distance": 30},
+         {"depth": 1.0, "distance": 40}]  # fmt: skip
 # Right answers of each run; the second question at depth 0 is only found by MEAP.
 CORRECT = {
     ("ntp", 0): [1, 0, 1, 1],
@@ -31,10 +32,14 @@ def make_runs(losses=LOSSES):
                 for s in range(1, 21)
             ],
             {
-                "test_retrieval/loss": losses[objective, seed],
-                f"{NAME}/accuracy": float(np.mean(correct)),
-                f"{NAME}/interval": (0.1, 0.9),
-                f"{NAME}/answers": {"correct": correct, **ASKED},
+                "metrics": {
+                    "test_retrieval/loss": {"estimate": losses[objective, seed], "low": 1.0, "high": 3.0},
+                    f"{NAME}/accuracy": {"estimate": float(np.mean(correct)), "low": 0.1, "high": 0.9},
+                },
+                "examples": {
+                    "test_retrieval": [{"row": 0, "loss": losses[objective, seed]}],
+                    NAME: [{"correct": right, **asked} for right, asked in zip(correct, ASKED, strict=True)],
+                },
             },
         )
         for (objective, seed), correct in CORRECT.items()
@@ -117,7 +122,9 @@ def test_the_page_stands_on_its_own(tmp_path):
 
 
 def test_data_without_questions_has_a_page_without_a_retrieval_section(tmp_path):
-    runs = [run._replace(evaluation={"test_stdlib/loss": run.evaluation["test_retrieval/loss"]}) for run in make_runs()]
+    loss = {"estimate": 3.0, "low": 2.0, "high": 4.0}
+    evaluation = {"metrics": {"test_stdlib/loss": loss}, "examples": {"test_stdlib": [{"row": 0, "loss": 3.0}]}}
+    runs = [run._replace(evaluation=evaluation) for run in make_runs()]
     report.write(epath.Path(tmp_path), runs, SETTING)
     page = (tmp_path / "report.md").read_text()
     assert "stdlib: loss" in page and "Retrieval:" not in page and "depth.png" not in page

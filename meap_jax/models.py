@@ -1,0 +1,165 @@
+"""Opens a model apart from its data: from the workdir of a run, an imported folder, or a fresh config.
+
+Such a folder holds `config.json`, `checkpoints/` and `tokenizer/`, the tokenizer's files, whose hash every checkpoint
+remembers. An imported one has a checkpoint of parameters alone, at step 0.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from meap_jax import config as config_lib
+from meap_jax import partition, sharding, tokenizers
+from meap_jax.checkpoint import restore_params
+from meap_jax.data.manifest import hash_of
+from meap_jax.errors import ConfigError
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import Definition, Params, define
+from meap_jax.objective import Objective, named_keys
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Model(NamedTuple):
+    """A model that has no parameters yet: what it computes, and the devices that compute it."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    definition: Definition
+
+
+class OpenModel(NamedTuple):
+    """A model with its parameters."""
+
+    model: Model
+    params: Params  # float32, laid out on the mesh.
+    tokenizer: tokenizers.Tokenizer | None  # None: the config's is trained on its data, which was not opened.
+    step: int  # That the parameters are of; 0 where nothing was trained.
+    meta: dict[str, Any]  # Of the checkpoint; {} for a fresh model.
+
+
+def define_model(
+    config: ml_collections.ConfigDict, mesh: Mesh | None = None, devices: Sequence[jax.Device] | None = None
+) -> Model:
+    """The definition and the mesh of a config; allocates nothing.
+
+    Args:
+      config: checked by `meap_jax.config.check`.
+      mesh: takes the place of the config's.
+      devices: that the config's mesh is made of; default: all of this process' backend.
+
+    Raises:
+      ConfigError: for a mesh that doesn't fit the devices, the batch or the model; an objective that isn't registered;
+        parameters to train that aren't there.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices) if mesh is None else mesh
+    sharding.check_batch(mesh, config.global_batch_size, config.grad_accum_steps, config.seq_len)
+    definition = define(ModelConfig.of(config.model, mesh.devices.flat[0].platform))
+    definition.shardings(mesh)
+    Objective.of(config)
+    partition.split(definition.shapes(), config.trainable)
+    return Model(config, mesh, definition)
+
+
+def fresh_model(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> OpenModel:
+    """A model with parameters drawn from the seed of a config, as a run of it begins.
+
+    Raises:
+      ConfigError: as `define_model`, or for a tokenizer that can't be opened.
+    """
+    model = define_model(config, mesh)
+    init = jax.jit(model.definition.init, out_shardings=model.definition.shardings(model.mesh))
+    tokenizer = None if config.data.tokenizer == "bpe" else tokenizers.make(config.data.tokenizer)
+    return OpenModel(model, init(named_keys(config)["init"]), tokenizer, 0, {})
+
+
+def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, int] | None = None) -> OpenModel:
+    """The model of a run, or one that was imported; reads no data.
+
+    Args:
+      folder: absolute; see the module.
+      step: of the checkpoint; default: the newest that can be read.
+      mesh: sizes of its axes, in place of the config's.
+
+    Raises:
+      ConfigError: if the folder holds no such model, or one that doesn't fit the mesh.
+    """
+    config = read_config(folder)
+    config.mesh.update(mesh or {})
+    model = define_model(config)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        model.definition.shapes(),
+        model.definition.shardings(model.mesh),
+    )
+    restored = restore_params(folder, shapes, step)
+    tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
+    return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write_config(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Writes a config into a model's folder."""
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2))
+
+
+def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
+    """The config that stands in a model's folder.
+
+    Raises:
+      ConfigError: if there is none, it is damaged, or another version wrote it.
+    """
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        raise ConfigError(f"{folder} holds no {CONFIG_FILE}: name the workdir of a run.")
+    try:
+        return config_lib.read_back(json.loads(file.read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"{file} {error}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}): start the run's training command again to write it."
+        ) from error
+
+
+def save_tokenizer(folder: epath.Path, tokenizer: tokenizers.Tokenizer) -> str:
+    """Writes a tokenizer's files into a model's folder; returns their hash."""
+    files = tokenizer.files()
+    (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / TOKENIZER_FOLDER / name).write_bytes(content)
+    return hash_of(files)
+
+
+def open_tokenizer(folder: epath.Path, expected_hash: str) -> tokenizers.Tokenizer:
+    """The tokenizer in a model's folder.
+
+    Raises:
+      ConfigError: if it isn't there, or isn't the one that the model was trained with.
+    """
+    place = folder / TOKENIZER_FOLDER
+    files = {path.name: path.read_bytes() for path in place.iterdir()} if place.exists() else {}
+    if not files:
+        raise ConfigError(
+            f"{folder} holds no {TOKENIZER_FOLDER}/: a version before this one trained it; start its training command "
+            "again, which writes the tokenizer beside the checkpoints."
+        )
+    if hash_of(files) != expected_hash:
+        raise ConfigError(
+            f"{place} holds another tokenizer ({hash_of(files)[:12]}) than the model was trained with "
+            f"({expected_hash[:12]}): put the files of that one there, and nothing else."
+        )
+    with tempfile.TemporaryDirectory() as scratch:  # The folder may be a bucket's.
+        for name, content in files.items():
+            Path(scratch, name).write_bytes(content)
+        return tokenizers.load(scratch)

@@ -1,0 +1,50 @@
+"""The row: what data hands to training, evaluation and fine-tuning, declared here and nowhere else."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+AnyArray = jax.Array | np.ndarray
+
+
+class Row(NamedTuple):
+    """A row of L = T + 1 tokens, or a batch of rows with one axis more in front.
+
+    Inputs are the first T tokens, targets the last T. A field that is None is not used, and costs nothing: it is no
+    leaf of the pytree. On the host fields are numpy arrays, [L] each; in a step they are jax arrays, [B, L].
+    """
+
+    tokens: Int32[AnyArray, "*B L"]
+    segment_ids: Int32[AnyArray, "*B L"] | None = None  # Of each token's document; 0 is padding. None: one document.
+    positions: Int32[AnyArray, "*B L"] | None = None  # For RoPE and causality. None: from 0 in each segment.
+    branch_ids: Int32[AnyArray, "*B L"] | None = None  # 0 is the trunk, which all branches see. None: no branches.
+    loss_weights: Float32[AnyArray, "*B L"] | None = None  # Of each token as a target. None: 1, and 0 for padding.
+    maskable: Bool[AnyArray, "*B L"] | None = None  # Where a mask may fall. None: everywhere but on padding.
+
+    def only(self, fields: Collection[str]) -> "Row":
+        """The row with these fields and no others."""
+        unused: dict[str, Any] = dict.fromkeys(set(self._fields) - set(fields))
+        return self._replace(**unused)
+
+
+def stacked(rows: Sequence[Row]) -> Row:
+    """Rows of numpy arrays [L] as a batch [B, L]."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+
+
+DTYPES = Row(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.bool_)
+
+
+def abstract_rows(fields: Collection[str], shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Row:
+    """A batch of rows as ShapeDtypeStructs.
+
+    Args:
+      fields: which of them rows have.
+      shape: [B, L].
+      sharding: of each field.
+    """
+    return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), DTYPES.only(fields))
