@@ -148,7 +148,9 @@ def make_inputs(
     fraction = objective.mask_ratio if ratio is None else ratio
     if isinstance(fraction, float) and fraction == 0:
         return clean
-    gaps = _gaps(clean, _eligible(clean, row.maskable), objective, jax.random.fold_in(keys["mask"], step), step, fraction)
+    gaps = _gaps(
+        clean, _eligible(clean, row.maskable), objective, jax.random.fold_in(keys["mask"], step), step, fraction
+    )
     noise_key = jax.random.fold_in(keys["noise"], step)
     return OBJECTIVES[objective.name](clean, gaps, noise_key, objective)._replace(is_masked=gaps)
 

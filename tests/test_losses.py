@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meap_jax import sharding
-from meap_jax.losses import linear_cross_entropy, token_cross_entropy
+from meap_jax.losses import linear_cross_entropy, token_cross_entropy, token_losses
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 3, 5)).astype(np.float32)
 TARGETS = np.array([[0, 4, 2], [1, 1, 3]])
@@ -83,6 +83,8 @@ def assert_equal_to_one_piece(z_loss=0.0, **options):
     expected = jax.value_and_grad(lambda x, head: 0.5 * in_one_piece(x, head, WORDS, WEIGHTS, z_loss), (0, 1))(X, HEAD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (loss, gradients), expected)
     np.testing.assert_allclose(jax.jit(chunked)(X, HEAD), 2 * expected[0], rtol=1e-5)  # Without a gradient, too.
+    of_tokens = jax.jit(functools.partial(token_losses, **options))(X, HEAD, WORDS)
+    np.testing.assert_allclose(of_tokens, token_cross_entropy(X @ HEAD, WORDS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [0, 1, 7, 16, 48, 1000])  # 7 does not divide the 48 positions.

@@ -110,10 +110,26 @@ def test_evaluate_reads_a_run_and_writes_what_it_found(trained, capsys):
     evaluate.command(["evaluate", f"--workdir={trained}"])
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((trained / "evaluation_test.json").read_text())
-    assert {"test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"} <= printed.keys()
-    answers = written["test_retrieval_answers/answers"]
-    assert len(answers["correct"]) == len(answers["depth"]) == len(answers["distance"]) > 8
-    assert sum(answers["correct"]) / len(answers["correct"]) == printed["test_retrieval_answers/accuracy"]
+    metrics, examples = printed["metrics"], written["examples"]
+    assert written == {**printed, "examples": examples} and printed["step"] == 8
+    assert {"test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"} == metrics.keys()
+    assert all(metric["low"] <= metric["estimate"] <= metric["high"] for metric in metrics.values())
+    answers = examples["test_retrieval_answers"]
+    assert len(answers) > 8 and answers[0].keys() == {"row", "correct", "depth", "distance"}
+    accuracy = metrics["test_retrieval_answers/accuracy"]["estimate"]
+    assert sum(answer["correct"] for answer in answers) / len(answers) == accuracy
+    loss, tokens = (np.array([row[key] for row in examples["test_retrieval"]]) for key in ("loss", "tokens"))
+    assert np.average(loss, weights=tokens) == pytest.approx(metrics["test_retrieval/loss"]["estimate"])
+
+
+def test_evaluate_runs_the_tasks_on_the_step_and_the_mesh_that_it_is_told(trained, capsys):
+    evaluate.command(["evaluate", f"--workdir={trained}", "--tasks=validation", "--step=6", "--mesh=data=1,fsdp=-1"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["step"] == 6 and set(printed["metrics"]) == {"test_retrieval/loss", "test_retrieval/masked_loss"}
+    with pytest.raises(ConfigError, match="eval.tasks is 'niah', but 'niah' is not one of validation, retrieval"):
+        evaluate.command(["evaluate", f"--workdir={trained}", "--tasks=niah"])
+    with pytest.raises(ConfigError, match="--mesh is 'rows=2', but must be axis=size"):
+        evaluate.command(["evaluate", f"--workdir={trained}", "--mesh=rows=2"])
 
 
 def test_the_paper_config_trains_on_the_users_own_text_at_reduced_size(tmp_path):
@@ -163,6 +179,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
         ({"data.path": "/books"}, "data.path is '/books', but data.mixture is 'retrieval=1', which does not read it"),
         ({"profile.start": 7, "profile.num_steps": 3}, "profile.start is 7, but must be at most 6"),
         ({"profile.num_steps": -1}, "profile.num_steps is -1, but must be 0 or more"),
+        ({"eval.tasks": "validation,niah"}, "'niah' is not one of validation, retrieval"),
         ({"init_from": "/nowhere/at/all"}, "/nowhere/at/all has no folder checkpoints"),
     ],
     ids=lambda x: str(x)[:40],

@@ -9,6 +9,9 @@ import pytest
 
 from meap_jax import config as config_lib
 from meap_jax.errors import ConfigError
+from meap_jax.model.config import ModelConfig
+from meap_jax.model.decoder import define
+from meap_jax.model.visibility import causal
 from meap_jax.objective import OBJECTIVES, Objective, clean_inputs, make_inputs, named_keys
 from meap_jax.rows import Row
 from meap_jax.train import micro_batches
@@ -144,6 +147,44 @@ def test_the_official_strategy_refuses_another_ratio_than_its_tables():
         ConfigError, match="objective.strategy is 'official', which masks with objective.mask_ratio only"
     ):
         inputs_of("meap", strategy="official", ratio=jnp.float32(0.5))
+
+
+# ------------------------------------------------------------------------------------------------------ fields of a row
+
+
+def test_masks_fall_only_where_the_row_allows_them():
+    maskable = np.zeros((B, T + 1), bool)
+    maskable[:, 2:12] = True
+    c = run_config(mask_ratio=1.0)
+    inputs = make_inputs(BATCH._replace(maskable=jnp.asarray(maskable)), Objective.of(c), named_keys(c), jnp.int32(0))
+    candidates = maskable[:, :-1].copy()
+    candidates[:, [6, 11]] = False  # The last of each document that may be masked.
+    np.testing.assert_array_equal(inputs.is_masked, candidates)
+
+
+def test_loss_weights_of_a_row_are_those_of_its_targets_and_padding_has_none():
+    weights = np.random.default_rng(0).random((B, T + 1), np.float32)
+    inputs = clean_inputs(BATCH._replace(loss_weights=jnp.asarray(weights)))
+    np.testing.assert_array_equal(inputs.loss_weights, np.where(SEGMENTS[:, 1:] == 0, 0, weights[:, 1:]))
+
+
+def test_positions_and_branches_of_a_row_decide_who_sees_whom():
+    """Two continuations of one prompt in a row give the logits that each would give alone."""
+    config = ModelConfig.of(run_config().model)
+    definition = define(config)
+    params, rng = definition.init(jax.random.key(0)), np.random.default_rng(0)
+    prompt, left, right = (rng.integers(4, VOCAB, (1, n)).astype(np.int32) for n in (4, 3, 5))
+    row = Row(
+        tokens=jnp.concatenate([prompt, left, right, np.zeros((1, 1), np.int32)], axis=1),
+        positions=jnp.array([[*range(4), *range(4, 7), *range(4, 9), 9]], jnp.int32),
+        branch_ids=jnp.array([[0] * 4 + [1] * 3 + [2] * 6], jnp.int32),
+    )
+    inputs = clean_inputs(row)
+    together = definition.apply(params, inputs.tokens, inputs.visibility)
+    for branch, place in ((left, slice(4, 7)), (right, slice(7, 12))):
+        alone = jnp.concatenate([prompt, branch], axis=1)
+        expected = definition.apply(params, alone, causal(alone))[:, 4:]
+        np.testing.assert_allclose(together[:, place], expected, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- chance

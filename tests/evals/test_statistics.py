@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from meap_jax.evals.statistics import binomial_interval, paired_t_interval
+from meap_jax.evals.statistics import binomial_interval, paired_t_interval, ratio_interval
 
 
 def test_wilson_interval_of_8_in_10():
@@ -31,9 +31,21 @@ def test_paired_interval_of_three_seeds():
     assert 2 - interval.low == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
 
 
+def test_the_interval_of_a_ratio_weighs_rows_by_their_counts():
+    # Totals 2, 6, 4 over counts 1, 2, 1: ratio 3, residuals -1, 0, 1; standard error sqrt(3 / 2 * 2) / 4; t as above.
+    interval = ratio_interval(np.array([2.0, 6.0, 0.0, 4.0]), np.array([1, 2, 0, 1]))
+    half = 4.302653 * np.sqrt(3) / 4
+    assert interval == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
+
+
+def test_one_row_has_no_spread():
+    assert ratio_interval(np.array([6.0]), np.array([2])) == (3.0, None, None)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: ratio_interval(np.array([1.0]), np.array([0])), "a ratio needs at least 1 row"),
         (lambda: binomial_interval(0, 0), "trials must be at least 1, got 0"),
         (lambda: paired_t_interval(np.array([1.0])), "needs at least 2 seeds, got 1"),
     ],
