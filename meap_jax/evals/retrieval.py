@@ -46,15 +46,39 @@ class Retrieval:
 
     def answers(self, params: Params) -> Answers:
         """Every answer by itself."""
+        size, num_rows = self._batch_size, min(self._max_rows, len(self._blocks))
+        num_rows += -num_rows % size  # The last batch is filled up.
+        at = answer_positions(self._answers, num_rows, self._blocks.block_len - 1)
+        place = sharding.batch_sharding(self._mesh)
         hits = [
-            self._step(params, batch) for batch in batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
+            self._step(params, batch, sharding.put_whole(place, at[i * size : (i + 1) * size]))
+            for i, batch in enumerate(batches(self._blocks, self._mesh, size, self._max_rows))
         ]
-        hits_NxT = np.concatenate(jax.device_get(hits))
+        hits_NxT = np.zeros((num_rows, self._blocks.block_len - 1), bool)
+        np.put_along_axis(hits_NxT, at, np.concatenate(jax.device_get(hits)), axis=1)
         return Answers(
             correct=exact_matches(hits_NxT, self._answers),
             depth=np.asarray(self._answers["depth"], float),
             distance=np.asarray(self._answers["distance"], int),
         )
+
+
+def answer_positions(answers: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
+    """The positions whose next token is of an answer.
+
+    Args:
+      answers: records with `row`, `start` (position in the block) and `length`.
+      num_rows: R, blocks and what they are filled up with.
+      seq_len: T.
+
+    Returns:
+      [R, N] int32, each row's in order; N is that of the row with most of them, and other positions fill up the rest.
+    """
+    is_asked = np.zeros((num_rows, seq_len), bool)
+    for a in answers:
+        is_asked[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]] = True
+    first_asked = np.argsort(~is_asked, axis=1, kind="stable").astype(np.int32)
+    return first_asked[:, : is_asked.sum(axis=1).max(initial=0)]
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
@@ -70,7 +94,8 @@ def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return np.array([hits[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]].all() for a in answers], bool)
 
 
-def _hits(definition: Definition, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+def _hits(definition: Definition, params: Params, batch: dict[str, jax.Array], at: jax.Array) -> jax.Array:
+    """[B, N] bool: whether the most likely token after each of the positions `at` is the one that stands there."""
     inputs = clean_inputs(batch)
-    logits = definition.apply(params, inputs.tokens, causal(inputs.tokens, inputs.segment_ids))
-    return jnp.argmax(logits, axis=-1) == inputs.targets
+    logits = definition.apply(params, inputs.tokens, causal(inputs.tokens, inputs.segment_ids), at=at)
+    return jnp.argmax(logits, axis=-1) == jnp.take_along_axis(inputs.targets, at, axis=1)

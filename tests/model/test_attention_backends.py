@@ -49,7 +49,7 @@ def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=
 
     def out(q, k, v):
         q, k, v = (sharding.zigzag(x, context) for x in (q, k, v))
-        return sharding.unzigzag(attention(q, k, v, visibility, implementation), context)
+        return sharding.unzigzag(attention(q, k, v, visibility, implementation=implementation), context)
 
     def scalar(q, k, v):
         return (out(q, k, v).astype(jnp.float32) * weight.astype(jnp.float32)).sum()
@@ -125,15 +125,15 @@ def test_kv_heads_that_tensor_does_not_divide_can_serve_query_heads_across_devic
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 128, heads, 8)), jnp.float32) for heads in (6, 2, 2))
     visibility = causal(jnp.zeros((1, 128), jnp.int32))
-    expected = attention(q, k, v, visibility, "plain")
+    expected = attention(q, k, v, visibility, implementation="plain")
     with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(tensor=3), jax.devices()[:3])):
-        result = jax.jit(lambda *x: attention(*x, visibility, "xla"))(q, k, v)
+        result = jax.jit(lambda *x: attention(*x, visibility, implementation="xla"))(q, k, v)
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_blocks_of_queries_see_no_more_than_the_keys_before_them():
     q, k, v, _ = arrays(jnp.float32)
-    text = str(jax.make_jaxpr(lambda *x: attention(*x, DOCUMENT, "xla"))(q, k, v))
+    text = str(jax.make_jaxpr(lambda *x: attention(*x, DOCUMENT, implementation="xla"))(q, k, v))
     rows = H // 2 * attention_xla.SMALLEST_BLOCK
     for reach in (128, 256):
         assert f"f32[{rows},{reach}]" in text
@@ -159,9 +159,9 @@ def test_what_a_kernel_cannot_express_goes_to_xla_with_a_line_in_the_log(
     attention_lib._log_once.cache_clear()
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     with caplog.at_level(logging.WARNING, logger="meap_jax"):
-        result = attention(x, x, x, visibility, implementation)
+        result = attention(x, x, x, visibility, implementation=implementation)
     assert reason in caplog.text and "xla does it" in caplog.text
-    np.testing.assert_allclose(result, attention(x, x, x, visibility, "plain"), atol=1e-5)
+    np.testing.assert_allclose(result, attention(x, x, x, visibility, implementation="plain"), atol=1e-5)
 
 
 def test_auto_is_the_kernel_of_the_platform():
