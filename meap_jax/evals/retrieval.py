@@ -46,15 +46,15 @@ class Retrieval:
 
     def answers(self, params: Params) -> Answers:
         """Every answer by itself."""
-        size, num_rows = self._batch_size, min(self._max_rows, len(self._blocks))
+        size, seq_len, num_rows = self._batch_size, self._blocks.block_len - 1, min(self._max_rows, len(self._blocks))
         num_rows += -num_rows % size  # The last batch is filled up.
-        at = answer_positions(self._answers, num_rows, self._blocks.block_len - 1)
+        at = answer_positions(self._answers, num_rows, seq_len)
         place = sharding.batch_sharding(self._mesh)
         hits = [
             self._step(params, batch, sharding.put_whole(place, at[i * size : (i + 1) * size]))
             for i, batch in enumerate(batches(self._blocks, self._mesh, size, self._max_rows))
         ]
-        hits_NxT = np.zeros((num_rows, self._blocks.block_len - 1), bool)
+        hits_NxT = np.zeros((num_rows, seq_len), bool)
         np.put_along_axis(hits_NxT, at, np.concatenate(jax.device_get(hits)), axis=1)
         return Answers(
             correct=exact_matches(hits_NxT, self._answers),

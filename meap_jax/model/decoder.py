@@ -186,9 +186,17 @@ class Definition:
         """Logits of tokens; see `Decoder.__call__`."""
         return nnx.merge(self.graphdef, params)(tokens, visibility, keep_embedding, at)
 
-    def extend(self, params: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B N V"], Cache]:
+    def extend(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        visibility: Visibility,
+        cache: Cache,
+        keys: Visibility,
+        at: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N V"], Cache]:
         """Logits of tokens that go on from those in a cache, and the cache; see `Decoder.extend`."""
-        return nnx.merge(self.graphdef, params).extend(*args, **kwargs)
+        return nnx.merge(self.graphdef, params).extend(tokens, visibility, cache, keys, at)
 
     def loss(self, params: Params, *args: Any, **kwargs: Any) -> Float32[Array, ""]:
         """Summed cross-entropy; see `Decoder.loss`."""

@@ -77,7 +77,7 @@ def test_logits_of_chosen_positions_are_those_of_all_in_these_places(tiny, mesh)
 
 def test_no_logits_of_other_positions_are_computed(tiny):
     definition, at = define(tiny), jnp.zeros((B, 3), jnp.int32)
-    cached = functools.partial(definition.extend, cache=empty(tiny), keys=DOCUMENTS, at_BN=at)
+    cached = functools.partial(definition.extend, cache=empty(tiny), keys=DOCUMENTS, at=at)
     for asked in (functools.partial(definition.apply, at=at), cached):
         program = str(jax.make_jaxpr(asked)(definition.shapes(), TOKENS, DOCUMENTS))
         assert f"f32[{B * 3},{V}]" in program and f"f32[{B * T},{V}]" not in program
