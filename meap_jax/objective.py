@@ -160,7 +160,8 @@ def _eligible(clean: Inputs, maskable: Bool[AnyArray, "B L"] | None) -> Bool[Arr
     eligible = None if clean.segment_ids is None else clean.segment_ids != 0
     if maskable is None:
         return eligible
-    return maskable[:, :-1] if eligible is None else maskable[:, :-1] & eligible
+    allowed = jnp.asarray(maskable[:, :-1])
+    return allowed if eligible is None else allowed & eligible
 
 
 def _gaps(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax import sharding
 from meap_jax.losses import linear_cross_entropy, token_cross_entropy, token_losses
+from tiny_models import mesh_of
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 3, 5)).astype(np.float32)
 TARGETS = np.array([[0, 4, 2], [1, 1, 3]])
@@ -102,8 +102,7 @@ def test_z_loss_adds_the_square_of_log_z():
     ids=str,
 )
 def test_a_mesh_with_the_vocabulary_over_tensor_changes_nothing(sizes):
-    sizes = dict.fromkeys(sharding.AXES, 1) | sizes
-    with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])):
+    with jax.set_mesh(mesh_of(**sizes)):
         assert_equal_to_one_piece(chunk_size=5, z_loss=0.01)
 
 

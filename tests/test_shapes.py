@@ -75,7 +75,7 @@ def test_rope_refuses_positions_that_are_not_one_integer_a_token(positions):
 def test_the_decoder_refuses_wrong_tokens_and_embeddings_while_it_is_traced(tiny, tokens, keep_embedding, name):
     definition = define(tiny)
     forward = jax.jit(lambda params, tokens: definition.apply(params, tokens, causal(ints(B, T)), keep_embedding))
-    with pytest.raises(TypeCheckError, match=f"parameter '{name}'"):
+    with pytest.raises(TypeCheckError, match=f"parameter '{name}_BT'"):
         forward.eval_shape(definition.shapes(), tokens)
 
 

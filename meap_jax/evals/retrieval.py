@@ -12,7 +12,7 @@ import numpy as np
 
 from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
-from meap_jax.evals.batching import batches
+from meap_jax.evals.batching import batches, on_mesh
 from meap_jax.evals.setting import Setting
 from meap_jax.evals.statistics import binomial_interval
 from meap_jax.model.decoder import Definition, Params
@@ -47,8 +47,15 @@ class Retrieval:
         `depth` is 0 for the first fact of the context and 1 for the last; `distance` counts the tokens from the stated
         value to the answer.
         """
-        rows = batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
-        hits_NxT = np.concatenate(jax.device_get([self._step(params, row) for row in rows]))
+        size, seq_len, num_rows = self._batch_size, self._blocks.block_len - 1, min(self._max_rows, len(self._blocks))
+        num_rows += -num_rows % size  # The last batch is filled up.
+        at = answer_positions(self._answers, num_rows, seq_len)
+        hits = [
+            self._step(params, row, on_mesh(self._mesh, at[i * size : (i + 1) * size]))
+            for i, row in enumerate(batches(self._blocks, self._mesh, size, self._max_rows))
+        ]
+        hits_NxT = np.zeros((num_rows, seq_len), bool)
+        np.put_along_axis(hits_NxT, at, np.concatenate(jax.device_get(hits)), axis=1)
         correct = exact_matches(hits_NxT, self._answers)
         examples = [
             {
@@ -60,6 +67,24 @@ class Retrieval:
             for is_right, a in zip(correct, self._answers, strict=True)
         ]
         return Result({"accuracy": binomial_interval(int(correct.sum()), len(correct))}, examples)
+
+
+def answer_positions(answers: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
+    """The positions whose next token is of an answer.
+
+    Args:
+      answers: records with `row`, `start` (position in the block) and `length`.
+      num_rows: R, blocks and what they are filled up with.
+      seq_len: T.
+
+    Returns:
+      [R, N] int32, each row's in order; N is that of the row with most of them, and other positions fill up the rest.
+    """
+    is_asked = np.zeros((num_rows, seq_len), bool)
+    for a in answers:
+        is_asked[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]] = True
+    first_asked = np.argsort(~is_asked, axis=1, kind="stable").astype(np.int32)
+    return first_asked[:, : is_asked.sum(axis=1).max(initial=0)]
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
@@ -75,7 +100,8 @@ def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return np.array([hits[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]].all() for a in answers], bool)
 
 
-def _hits(definition: Definition, params: Params, row: Row) -> jax.Array:
+def _hits(definition: Definition, params: Params, row: Row, at: jax.Array) -> jax.Array:
+    """[B, N] bool: whether the most likely token after each of the positions `at` is the one that stands there."""
     inputs = clean_inputs(row)
-    logits = definition.apply(params, inputs.tokens, inputs.visibility)
-    return jnp.argmax(logits, axis=-1) == inputs.targets
+    logits = definition.apply(params, inputs.tokens, inputs.visibility, at_BN=at)
+    return jnp.argmax(logits, axis=-1) == jnp.take_along_axis(inputs.targets, at, axis=1)

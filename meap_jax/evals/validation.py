@@ -72,8 +72,8 @@ def _losses(
     masked = make_inputs(row, meap, {"mask": key, "noise": key}, index)
 
     def summed(inputs: Inputs) -> jax.Array:
-        losses_BT = definition.token_losses(
-            params, inputs.tokens, inputs.visibility, inputs.targets, inputs.keep_embedding, chunk_size=chunk_size
+        losses_BT = definition.decoder(params).token_losses(
+            inputs.tokens, inputs.visibility, inputs.targets, inputs.keep_embedding, chunk_size=chunk_size
         )
         return (losses_BT * inputs.loss_weights).sum(axis=1)
 

@@ -25,37 +25,40 @@ _log = logging.getLogger(__name__)
 
 
 def attention(
-    q: Float[Array, "B T H d"],
+    q: Float[Array, "B Q H d"],
     k: Float[Array, "B T K d"],
     v: Float[Array, "B T K d"],
-    visibility: Visibility,
+    queries: Visibility,
+    keys: Visibility | None = None,
     implementation: str = "plain",
-) -> Float[Array, "B T H d"]:
+) -> Float[Array, "B Q H d"]:
     """Grouped-query attention with float32 scores and softmax.
 
-    On a mesh, rows lie over (data, fsdp), heads over `tensor` and the sequence of q, k, v and of the result over
-    `context`, in zig-zag order (`sharding.zigzag`); `visibility` is always in the order of the text.
+    On a mesh, rows lie over (data, fsdp) and heads over `tensor`. The sequence of q, k, v and of the result lies over
+    `context`, in zig-zag order (`sharding.zigzag`), where queries and keys are the same row, and is whole on every
+    device of `context` where keys are given. A visibility is always whole and in the order of the text.
 
     Args:
-      q: [B, T, H, d], any float dtype.
+      q: [B, Q, H, d], any float dtype.
       k, v: [B, T, K, d]; K divides H, and kv head i serves the query heads i * H / K ... (i + 1) * H / K - 1.
-      visibility: who sees whom; every query must see at least one key (its own position does).
-      implementation: plain, xla, splash or cudnn.
+      queries: the queries' side of who sees whom; every query must see at least one key.
+      keys: the keys' side; the queries' window holds. None: queries and keys are the same row, and T is Q.
+      implementation: plain, xla, splash or cudnn; the last two take no keys apart.
 
     Returns:
-      [B, T, H, d] in the dtype of q.
+      [B, Q, H, d] in the dtype of q.
     """
-    _check_rows(q, *visibility)
+    _check_side(q, *queries)
+    _check_side(k, *(queries if keys is None else keys))
     mesh = jax.sharding.get_abstract_mesh()
-    shards = sharding.shards_of(mesh, "context")
-    reason = _why_not(implementation, q, visibility, shards)
+    reason = _why_not(implementation, q, queries, keys, sharding.shards_of(mesh, "context"))
     if reason:
         _log_once(f"attention: {implementation} does not take {reason}; xla does it")
         implementation = "xla"
     if sharding.is_trivial(mesh):
-        out = _local(implementation, q, k, v, visibility)
+        out = _local(implementation, q, k, v, queries, keys)
     else:
-        out = _sharded(implementation, mesh, q, k, v, visibility)
+        out = _sharded(implementation, mesh, q, k, v, queries, keys)
     return checkpoint_name(out, "attention")
 
 
@@ -76,8 +79,8 @@ def plain(
     return jnp.einsum("BKGQT,BTKd->BQKGd", weights, v).reshape(B, Q, H, d)
 
 
-def _check_rows(
-    q: Float[Array, "B T H d"],
+def _check_side(
+    x: Float[Array, "B T N d"],
     segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     window: int | None,
@@ -86,73 +89,79 @@ def _check_rows(
     """The fields of a visibility as arguments, whose shapes are checked in tests as those of fields are not."""
 
 
-def _local(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+def _local(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None
+) -> jax.Array:
     """On one device that has it all."""
     if implementation == "splash":
-        kernel = attention_splash.kernel(q.shape[1], q.shape[2], visibility.window)
-        return attention_splash.attend(kernel, q, k, v, visibility, visibility)
+        kernel = attention_splash.kernel(q.shape[1], q.shape[2], queries.window)
+        return attention_splash.attend(kernel, q, k, v, queries, queries)
     if implementation == "cudnn":
-        return attention_cudnn.attend(q, k, v, visibility)
+        return attention_cudnn.attend(q, k, v, queries)
+    start, keys = (0, queries) if keys is None else (None, keys)
     if implementation == "xla":
-        return attention_xla.attend(q, k, v, visibility, visibility, start=0)
-    return plain(q, k, v, visibility, visibility)
+        return attention_xla.attend(q, k, v, queries, keys, start=start)
+    return plain(q, k, v, queries, keys)
 
 
 def _sharded(
-    implementation: str, mesh: AbstractMesh, q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
+    implementation: str,
+    mesh: AbstractMesh,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Visibility,
+    keys: Visibility | None,
 ) -> jax.Array:
     """Every device attends with its own rows, heads and queries; keys and values are gathered over `context`."""
     T, H, K = q.shape[1], q.shape[2], k.shape[2]
-    context, tensor = (sharding.shards_of(mesh, axis) for axis in ("context", "tensor"))
+    tensor = sharding.shards_of(mesh, "tensor")
+    sequence = "context" if keys is None else None
+    context = sharding.shards_of(mesh, sequence) if sequence else 1
     rows = sharding.RULES["batch"]
     splits_kv = K % tensor == 0
-    q_spec = PartitionSpec(rows, "context", "tensor")
-    kv_spec = PartitionSpec(rows, "context", "tensor" if splits_kv else None)
+    q_spec = PartitionSpec(rows, sequence, "tensor")
+    kv_spec = PartitionSpec(rows, sequence, "tensor" if splits_kv else None)
     # A window is no array: it goes around the shard_map, not through it.
-    arrays = visibility._replace(window=None)
+    window = queries.window
+    sides = queries._replace(window=None), keys and keys._replace(window=None)
 
     kernel, kernel_spec = None, None
     if implementation == "splash":
-        kernel = attention_splash.kernel(T, H // tensor, visibility.window, context)
+        kernel = attention_splash.kernel(T, H // tensor, window, context)
         kernel_spec = attention_splash.kernel_spec(kernel, mesh)
 
-    def on_device(q: jax.Array, k: jax.Array, v: jax.Array, rows: Visibility, kernel: Any) -> jax.Array:
-        visible = rows._replace(window=visibility.window)
+    def on_device(
+        q: jax.Array, k: jax.Array, v: jax.Array, sides: tuple[Visibility, Visibility | None], kernel: Any
+    ) -> jax.Array:
+        queries, keys = sides[0]._replace(window=window), sides[1]
         if not splits_kv:
             k, v = (_own_kv_heads(x, H, tensor) for x in (k, v))
         if context == 1 and kernel is None:
-            return _local(implementation, q, k, v, visible)
+            return _local(implementation, q, k, v, queries, keys)
         if context > 1:
             gathered = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
             k, v = (sharding.unzigzag(x, context) for x in gathered)
         if kernel is not None:
-            return attention_splash.attend(kernel, q, k, v, _own_queries(visible, context), visible)
+            return attention_splash.attend(kernel, q, k, v, _own_queries(queries, context), queries)
         # The two parts of the zig-zag: one lies in the front half of the text and sees no more than that, one behind.
         half = T // (2 * context)
-        front, back = _parts(visible, context)
-        keys = visible.part(0, T // 2)
+        front, back = _parts(queries, context)
+        first = queries.part(0, T // 2)
         out = [
-            _attend_part(implementation, q[:, :half], k[:, : T // 2], v[:, : T // 2], front, keys),
-            _attend_part(implementation, q[:, half:], k, v, back, visible),
+            _local(implementation, q[:, :half], k[:, : T // 2], v[:, : T // 2], front, first),
+            _local(implementation, q[:, half:], k, v, back, queries),
         ]
         return jnp.concatenate(out, axis=1)
 
-    row_spec = jax.tree.map(lambda _: PartitionSpec(rows), arrays)
+    side_specs = jax.tree.map(lambda _: PartitionSpec(rows), sides)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, row_spec, kernel_spec),
+        in_specs=(q_spec, kv_spec, kv_spec, side_specs, kernel_spec),
         out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, arrays, kernel)
-
-
-def _attend_part(
-    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility
-) -> jax.Array:
-    if implementation == "plain":
-        return plain(q, k, v, queries, keys)
-    return attention_xla.attend(q, k, v, queries, keys, start=None)
+    )(q, k, v, sides, kernel)
 
 
 def _parts(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
@@ -181,13 +190,17 @@ def _own_kv_heads(x: jax.Array, num_heads: int, tensor: int) -> jax.Array:
     return jnp.take(x, (first + np.arange(own_heads)) // per_kv_head, axis=2)
 
 
-def _why_not(implementation: str, q: jax.Array, visibility: Visibility, context: int) -> str | None:
+def _why_not(
+    implementation: str, q: jax.Array, queries: Visibility, keys: Visibility | None, context: int
+) -> str | None:
     """What keeps a kernel from doing this, in words; None if nothing does."""
     checks: dict[str, Callable[..., str | None]] = {
         "splash": attention_splash.why_not,
         "cudnn": attention_cudnn.why_not,
     }
-    return checks[implementation](q, visibility, context) if implementation in checks else None
+    if implementation not in checks:
+        return None
+    return "keys apart from the queries" if keys is not None else checks[implementation](q, queries, context)
 
 
 @functools.cache

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from meap_jax import sharding
 from meap_jax.losses import linear_cross_entropy, token_losses
+from meap_jax.model.cache import Cache
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.layers import Block, RMSNorm, input_std, linear, normal
 from meap_jax.model.visibility import Visibility
@@ -45,10 +47,45 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         visibility: Visibility,
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits in the compute dtype; where `keep_embedding` is False, a zero stands for the embedding."""
-        x_BTD = sharding.unzigzag(self.hidden(tokens_BT, visibility, keep_embedding_BT), context_shards())
-        return constrain(linear(x_BTD, self.head), "batch", "sequence", "vocab")
+        at_BN: Int[Array, "B N"] | None = None,
+    ) -> Float[Array, "B N V"]:
+        """Logits in the compute dtype.
+
+        Args:
+          tokens_BT: in [0, V).
+          visibility: who sees whom; its positions are RoPE's, too.
+          keep_embedding_BT: where it is False, a zero stands for the embedding. Default: all are kept.
+          at_BN: the positions whose logits are asked for, in [0, T); no others are computed. Default: all, N = T.
+        """
+        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        return self._logits(sharding.unzigzag(x_BTD, context_shards()), at_BN, "sequence")
+
+    def extend(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        cache: Cache,
+        keys: Visibility,
+        at_BN: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N V"], Cache]:
+        """Logits of tokens that go on from those in a cache, and the cache with them in it.
+
+        Args:
+          tokens_BT: in [0, V).
+          visibility: the tokens' own; its positions are RoPE's, too.
+          cache: arrays [num_layers, ...].
+          keys: visibility of all places of the cache, once the tokens are in it.
+          at_BN: as in `__call__`.
+        """
+        x_BTD, cache = self.hidden(tokens_BT, visibility, cache=cache, keys=keys)
+        return self._logits(x_BTD, at_BN, None), cache
+
+    def _logits(
+        self, x_BTD: Float[Array, "B T D"], at_BN: Int[Array, "B N"] | None, sequence: str | None
+    ) -> Float[Array, "B N V"]:
+        if at_BN is not None:
+            x_BTD, sequence = jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1), None
+        return constrain(linear(x_BTD, self.head), "batch", sequence, "vocab")
 
     def loss(
         self,
@@ -60,7 +97,7 @@ class Decoder(nnx.Module):
         **options: Any,
     ) -> Float32[Array, ""]:
         """Weighted sum of cross-entropies in nats, without logits of all positions; see `linear_cross_entropy`."""
-        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
         targets_BT, loss_weights_BT = (sharding.zigzag(x, context_shards()) for x in (targets_BT, loss_weights_BT))
         return linear_cross_entropy(x_BTD, self.head[...], targets_BT, loss_weights_BT, **options)
 
@@ -73,7 +110,7 @@ class Decoder(nnx.Module):
         **options: Any,
     ) -> Float32[Array, "B T"]:
         """The cross-entropy of every position in nats, without logits of all; see `losses.token_losses`."""
-        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
         losses_BT = token_losses(x_BTD, self.head[...], sharding.zigzag(targets_BT, context_shards()), **options)
         return sharding.unzigzag(losses_BT, context_shards())
 
@@ -82,23 +119,32 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         visibility: Visibility,
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """What the head reads, in the order in which the devices of `context` hold the sequence."""
-        c, shards = self.config, context_shards()
+        cache: Any = None,
+        keys: Visibility | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What the head reads, in the order in which the devices of `context` hold the sequence, and the cache.
+
+        With a cache every one of these devices holds the sequence whole: it is one token long, or few.
+        """
+        c = self.config
+        shards, sequence = (context_shards(), "sequence") if cache is None else (1, None)
         tokens_BT = sharding.zigzag(tokens_BT, shards)
         positions_BT = sharding.zigzag(visibility.positions, shards)
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
             x_BTD = x_BTD * sharding.zigzag(keep_embedding_BT, shards)[..., None].astype(c.dtype)
-        x_BTD = constrain(x_BTD, "batch", "sequence", None)
+        x_BTD = constrain(x_BTD, "batch", sequence, None)
 
         block, weights = nnx.split(self.layers)
 
-        def layer(x_BTD: Float[Array, "B T D"], layer_weights: Any) -> tuple[Float[Array, "B T D"], None]:
-            return nnx.merge(block, layer_weights)(x_BTD, positions_BT, visibility), None
+        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
+            weights, cache = own
+            x_BTD, cache = nnx.merge(block, weights)(x_BTD, positions_BT, visibility, keys, cache)
+            return constrain(x_BTD, "batch", sequence, None), cache
 
-        x_BTD, _ = jax.lax.scan(remat(layer, c.remat), x_BTD, weights, unroll=min(c.unroll, c.num_layers))
-        return self.final_norm(x_BTD)
+        unroll = min(c.unroll, c.num_layers)
+        x_BTD, cache = jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, cache), unroll=unroll)
+        return self.final_norm(x_BTD), cache
 
 
 def context_shards() -> int:
@@ -144,23 +190,13 @@ class Definition:
         """Fresh float32 parameters, as nested dicts."""
         return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key)), nnx.Param))
 
-    def apply(
-        self,
-        params: Params,
-        tokens: Int[Array, "B T"],
-        visibility: Visibility,
-        keep_embedding: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
+    def decoder(self, params: Params) -> Decoder:
+        """The decoder with these parameters, to be used within one traced function."""
+        return nnx.merge(self.graphdef, params)
+
+    def apply(self, params: Params, *args: Any, **kwargs: Any) -> Float[Array, "B N V"]:
         """Logits of tokens; see `Decoder.__call__`."""
-        return nnx.merge(self.graphdef, params)(tokens, visibility, keep_embedding)
-
-    def loss(self, params: Params, *args: Any, **kwargs: Any) -> Float32[Array, ""]:
-        """Summed cross-entropy; see `Decoder.loss`."""
-        return nnx.merge(self.graphdef, params).loss(*args, **kwargs)
-
-    def token_losses(self, params: Params, *args: Any, **kwargs: Any) -> Float32[Array, "B T"]:
-        """Cross-entropy of every position; see `Decoder.token_losses`."""
-        return nnx.merge(self.graphdef, params).token_losses(*args, **kwargs)
+        return self.decoder(params)(*args, **kwargs)
 
     def shapes(self) -> Params:
         """Parameters as ShapeDtypeStructs."""

@@ -1,7 +1,8 @@
 """The parts of a decoder layer.
 
 Every parameter is declared once: shape, logical axes (see `sharding.RULES`), initial std.
-Names carry shapes: B batch, T sequence, D embed, H heads, K kv heads, d head_dim, F mlp.
+Names carry shapes: B batch, T sequence, S sequence with what a cache holds, D embed, H heads, K kv heads, d head_dim,
+F mlp.
 """
 
 import functools
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from meap_jax.model.attention import attention
+from meap_jax.model.cache import Cache
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.rope import rope
 from meap_jax.model.visibility import Visibility
@@ -92,13 +94,20 @@ class Attention(nnx.Module):
         self.rope_base, self.implementation = c.rope_base, c.attention
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], visibility: Visibility
-    ) -> Float[Array, "B T D"]:
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        queries: Visibility,
+        keys: Visibility | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         q_BTHd = rope(linear(x_BTD, self.q_proj), positions_BT, self.rope_base)
-        k_BTKd = rope(linear(x_BTD, self.k_proj), positions_BT, self.rope_base)
-        v_BTKd = linear(x_BTD, self.v_proj)
-        out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, visibility, self.implementation)
-        return linear(out_BTHd, self.o_proj, num_inputs=2)
+        k_BSKd = rope(linear(x_BTD, self.k_proj), positions_BT, self.rope_base)
+        v_BSKd = linear(x_BTD, self.v_proj)
+        if cache is not None:
+            k_BSKd, v_BSKd, cache = cache.extend(k_BSKd, v_BSKd)
+        out_BTHd = attention(q_BTHd, k_BSKd, v_BSKd, queries, keys, self.implementation)
+        return linear(out_BTHd, self.o_proj, num_inputs=2), cache
 
 
 class MLP(nnx.Module):
@@ -124,9 +133,14 @@ class Block(nnx.Module):
         self.mlp = MLP(c, rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], visibility: Visibility
-    ) -> Float[Array, "B T D"]:
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        queries: Visibility,
+        keys: Visibility | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), positions_BT, visibility)
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "batch", "sequence", None)
+        attended_BTD, cache = self.attn(self.attn_norm(x_BTD), positions_BT, queries, keys, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache

@@ -16,7 +16,8 @@ class Visibility(NamedTuple):
     - the key is on the trunk (branch 0) or on the query's own branch, if there are branches.
 
     A row is in order: no query sees a key that stands behind it. Backends leave those keys out unseen; "plain" alone
-    goes by positions, so that it takes a permuted row too.
+    goes by positions, so that it takes a permuted row too. Where queries and keys are described apart (a cache), all
+    of them go by what is said here, and the queries' window holds.
     """
 
     segment_ids: Int[Array, "B T"] | None  # 0 is padding by convention; None: a row is one segment.

@@ -1,5 +1,7 @@
 """Exact match, and its equality with greedy decoding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from meap_jax import sharding
 from meap_jax.config import base
 from meap_jax.data.prepared import ROW_ANSWER_DTYPE
 from meap_jax.evals import Setting
-from meap_jax.evals.retrieval import Retrieval, exact_matches
+from meap_jax.evals.retrieval import Retrieval, _hits, answer_positions, exact_matches
 from meap_jax.evals.statistics import binomial_interval
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
@@ -66,6 +68,14 @@ def test_teacher_forced_matches_equal_greedy_exact_match(setup):
     assert result.metrics["accuracy"] == binomial_interval(sum(expected), len(expected))
 
 
+def test_logits_of_answers_alone_are_computed(setup):
+    _, definition, params, blocks = setup
+    batch, at = stacked([blocks[i] for i in range(4)]), answer_positions(blocks.answers, 6, T)[:4]
+    assert at.tolist() == [[4, 8, 9, 13, 14, 15]] * 4
+    program = str(jax.make_jaxpr(functools.partial(_hits, definition))(params, batch, at))
+    assert f"f32[{4 * 6},{V}]" in program and f"f32[{4 * T},{V}]" not in program
+
+
 def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
@@ -73,6 +83,8 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
         [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ROW_ANSWER_DTYPE
     )
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
+    # Other positions fill up the rows that are asked less, or nothing.
+    assert answer_positions(answers, 3, 10).tolist() == [[3, 4, 5, 6], [4, 0, 1, 2], [0, 1, 2, 3]]
 
 
 def test_max_rows_limits_questions_and_rows(setup):

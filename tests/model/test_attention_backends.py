@@ -13,7 +13,8 @@ from meap_jax.model import attention as attention_lib
 from meap_jax.model import attention_splash, attention_xla
 from meap_jax.model.attention import attention
 from meap_jax.model.config import ModelConfig, resolve
-from meap_jax.model.visibility import Visibility, causal
+from meap_jax.model.visibility import causal
+from tiny_models import mesh_of
 
 B, T, H, d = 2, 256, 4, 8
 TOKENS = jnp.zeros((B, T), jnp.int32)
@@ -49,7 +50,7 @@ def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=
 
     def out(q, k, v):
         q, k, v = (sharding.zigzag(x, context) for x in (q, k, v))
-        return sharding.unzigzag(attention(q, k, v, visibility, implementation), context)
+        return sharding.unzigzag(attention(q, k, v, visibility, implementation=implementation), context)
 
     def scalar(q, k, v):
         return (out(q, k, v).astype(jnp.float32) * weight.astype(jnp.float32)).sum()
@@ -113,11 +114,22 @@ MESHES = {
     + [("splash", "documents", "all"), ("splash", "documents, window", "context"), ("splash", "document", "context")],
 )
 def test_a_mesh_changes_nothing(implementation, name, kind):
-    sizes = dict.fromkeys(sharding.AXES, 1) | MESHES[kind]
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    with jax.set_mesh(mesh):
-        result = run(implementation, VISIBILITIES[name], jnp.float32, sizes["context"])
+    with jax.set_mesh(mesh_of(**MESHES[kind])):
+        result = run(implementation, VISIBILITIES[name], jnp.float32, MESHES[kind].get("context", 1))
     assert_close(result, reference(name), FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, None) for name in VISIBILITIES] + [("documents, window", kind) for kind in MESHES],
+)
+def test_queries_may_be_fewer_than_keys(implementation, name, kind):
+    visibility, (q, k, v, _) = VISIBILITIES[name], arrays(jnp.float32)
+    queries = visibility.part(90, 30)
+    with jax.set_mesh(mesh_of(**MESHES.get(kind, {}))):
+        result = jax.jit(lambda q: attention(q, k, v, queries, visibility, implementation))(q[:, 90:120])
+    np.testing.assert_allclose(result, reference(name)[0][:, 90:120], atol=1e-5)
 
 
 def test_kv_heads_that_tensor_does_not_divide_can_serve_query_heads_across_devices():
@@ -125,15 +137,15 @@ def test_kv_heads_that_tensor_does_not_divide_can_serve_query_heads_across_devic
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 128, heads, 8)), jnp.float32) for heads in (6, 2, 2))
     visibility = causal(jnp.zeros((1, 128), jnp.int32))
-    expected = attention(q, k, v, visibility, "plain")
-    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(tensor=3), jax.devices()[:3])):
-        result = jax.jit(lambda *x: attention(*x, visibility, "xla"))(q, k, v)
+    expected = attention(q, k, v, visibility, implementation="plain")
+    with jax.set_mesh(mesh_of(tensor=3)):
+        result = jax.jit(lambda *x: attention(*x, visibility, implementation="xla"))(q, k, v)
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_blocks_of_queries_see_no_more_than_the_keys_before_them():
     q, k, v, _ = arrays(jnp.float32)
-    text = str(jax.make_jaxpr(lambda *x: attention(*x, DOCUMENT, "xla"))(q, k, v))
+    text = str(jax.make_jaxpr(lambda *x: attention(*x, DOCUMENT, implementation="xla"))(q, k, v))
     rows = H // 2 * attention_xla.SMALLEST_BLOCK
     for reach in (128, 256):
         assert f"f32[{rows},{reach}]" in text
@@ -141,27 +153,25 @@ def test_blocks_of_queries_see_no_more_than_the_keys_before_them():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "visibility", "shape", "reason"),
+    ("implementation", "visibility", "keys", "reason"),
     [
-        ("splash", VISIBILITIES["branches"], (B, T, H, d), "splash does not take branches"),
-        (
-            "splash",
-            causal(jnp.zeros((B, 80), jnp.int32)),
-            (B, 80, H, d),
-            "80 queries a device, which is no multiple of",
-        ),
-        ("cudnn", DOCUMENT, (B, T, H, d), "cudnn does not take float32 arrays"),
+        ("splash", VISIBILITIES["branches"], None, "splash does not take branches"),
+        ("splash", causal(TOKENS[:, :80]), None, "80 queries a device, which is no multiple of"),
+        ("cudnn", DOCUMENT, None, "cudnn does not take float32 arrays"),
+        ("splash", DOCUMENT, DOCUMENT, "splash does not take keys apart from the queries"),
+        ("cudnn", DOCUMENT, DOCUMENT, "cudnn does not take keys apart from the queries"),
     ],
 )
 def test_what_a_kernel_cannot_express_goes_to_xla_with_a_line_in_the_log(
-    implementation, visibility, shape, reason, caplog
+    implementation, visibility, keys, reason, caplog
 ):
     attention_lib._log_once.cache_clear()
+    shape = (*visibility.positions.shape, H, d)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     with caplog.at_level(logging.WARNING, logger="meap_jax"):
-        result = attention(x, x, x, visibility, implementation)
+        result = attention(x, x, x, visibility, keys, implementation)
     assert reason in caplog.text and "xla does it" in caplog.text
-    np.testing.assert_allclose(result, attention(x, x, x, visibility, "plain"), atol=1e-5)
+    np.testing.assert_allclose(result, attention(x, x, x, visibility), atol=1e-5)
 
 
 def test_auto_is_the_kernel_of_the_platform():
@@ -170,8 +180,3 @@ def test_auto_is_the_kernel_of_the_platform():
     assert [resolve("auto", p) for p in ("tpu", "gpu", "cuda", "cpu")] == ["splash", "cudnn", "cudnn", "xla"]
     assert resolve("plain", "tpu") == "plain"
     assert ModelConfig.of(config.base().model, "tpu").attention == "splash"
-
-
-def test_a_part_of_a_visibility_may_start_where_only_the_device_knows():
-    part = jax.jit(lambda start: Visibility.part(DOCUMENTS, start, 4).positions)(jnp.int32(99))
-    np.testing.assert_array_equal(part[0], [99, 0, 1, 2])

@@ -12,7 +12,9 @@ import pytest
 from meap_jax import config as config_lib
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
+from meap_jax.model.layers import RMSNorm
 from meap_jax.model.visibility import Visibility, causal
+from tiny_models import numbers
 
 B, T = 2, 12
 RNG = np.random.default_rng(0)
@@ -33,12 +35,6 @@ def logits_and_gradients(definition, params, tokens):
 
     gradients, logits = jax.grad(loss, has_aux=True)(params)
     return logits, gradients
-
-
-def numbers(definition):
-    """Parameters of every shape as declared, large enough that all of them matter; drawn by NumPy."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.1, 0.3, p.shape), p.dtype), definition.shapes())
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +145,15 @@ def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):
     zero_for_token_0 = params | {"embedding": params["embedding"].at[0].set(0)}
     in_its_place = forward(definition, zero_for_token_0, jnp.where(keep, tokens, 0), ONES)
     np.testing.assert_allclose(dropped, in_its_place, atol=1e-4)
+
+
+@pytest.mark.parametrize("magnitude", [1e-5, 1e-3, 1.0])
+def test_rms_norm_adds_its_eps_to_the_mean_square(tiny, magnitude):
+    norm, rng = RMSNorm(tiny), np.random.default_rng(0)
+    x, scale = magnitude * rng.normal(size=(B, T, 32)), rng.normal(size=32)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    expected = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
