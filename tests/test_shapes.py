@@ -92,4 +92,4 @@ def test_micro_batches_are_cut_once(tiny):
     with pytest.raises(TypeCheckError):
         micro_batches(stacked, 2)
     with pytest.raises(TypeCheckError, match="tokens"):
-        summed_loss(define(tiny), {}, stacked)
+        summed_loss(define(tiny), define(tiny).shapes(), stacked)
