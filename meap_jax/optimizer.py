@@ -36,14 +36,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
-        _at_rest(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps), jnp.dtype(o.moment_dtype)),
+        _with_moments_in(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps), jnp.dtype(o.moment_dtype)),
         optax.add_decayed_weights(o.weight_decay, mask=None if o.decay_on == "all" else _is_matrix),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 
 
-def _at_rest(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Adam whose two moments are kept in `dtype` between steps and computed with in float32.
+def _with_moments_in(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Adam that stores both moments in `dtype` between steps and computes with them in float32.
 
     (optax's mu_dtype is for the first alone.) With b2 = 0.95 a step moves the second moment by up to a twentieth, which
     bfloat16's steps of 1/256 can hold; with b2 = 0.999 they could not.
@@ -66,7 +66,7 @@ def _at_rest(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Grad
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for each parameter that is a matrix, in a tree like theirs."""
+    """Whether each parameter is a matrix: a tree of bools like that of the parameters."""
 
     def decays(path: tuple[Any, ...], p: jax.Array) -> bool:
         # Layers are stacked, so that a norm's scale is [L, D] and its axes don't tell: its name does.

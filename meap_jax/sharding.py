@@ -1,4 +1,4 @@
-"""The mesh, and which axis of an array lies on which axis of the mesh."""
+"""The mesh, and which axis of an array is split over which axis of the mesh."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -75,7 +75,7 @@ def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_l
 
 
 def spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where an array with these logical axes lies; kv heads are replicated where `tensor` does not divide them.
+    """How an array with these logical axes is split; kv heads are replicated where `tensor` does not divide them.
 
     Raises:
       ConfigError: if the mesh does not divide an axis.
@@ -161,16 +161,16 @@ def unzigzag(x: jax.Array, shards: int) -> jax.Array:
     return x if shards == 1 else jnp.take(x, np.argsort(zigzag_order(x.shape[1], shards)), axis=1)
 
 
-def put(sharding: NamedSharding, shape: tuple[int, ...], piece: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-    """A global array from the pieces that this process's devices hold; explicit transfers only.
+def put(sharding: NamedSharding, shape: tuple[int, ...], shard: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """A global array from the shards that this process's devices hold; explicit transfers only.
 
     Args:
-      sharding: where the pieces go.
+      sharding: of the global array.
       shape: of the global array.
-      piece: gives the host array at a global index.
+      shard: gives the host array at a global index.
     """
     indices = sharding.addressable_devices_indices_map(shape)
-    arrays = [jax.device_put(piece(index), device) for device, index in indices.items() if index is not None]
+    arrays = [jax.device_put(shard(index), device) for device, index in indices.items() if index is not None]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

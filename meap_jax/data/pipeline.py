@@ -92,11 +92,11 @@ class TrainBatches(Iterator[Row]):
         place = {row: i for i, row in enumerate(self._rows)}
 
         def globally(rows: np.ndarray) -> jax.Array:
-            def piece(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = index[0].indices(self._shape[0])
                 return rows[place[start] : place[stop - 1] + 1]
 
-            return put(self._sharding, self._shape, piece)
+            return put(self._sharding, self._shape, shard)
 
         return jax.tree.map(globally, local)
 

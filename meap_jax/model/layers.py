@@ -55,7 +55,7 @@ def linear(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(w: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
-    """A weight whole along `embed`, which lies over fsdp; its gradient goes back to where the weight came from.
+    """A weight gathered along `embed`, which is split over fsdp; its gradient is split again.
 
     Left to itself, the partitioner for TPUs multiplies shard by shard while they travel, and adds up the products of a
     contracted axis in memory: on v5p that was half of all memory traffic of a step of the 481M decoder.
