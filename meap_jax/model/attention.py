@@ -144,7 +144,7 @@ def _sharded(
             k, v = (sharding.unzigzag(x, context) for x in gathered)
         if kernel is not None:
             return attention_splash.attend(kernel, q, k, v, _own_queries(queries, context), queries)
-        # The two parts of the zig-zag: one is of the front half of the text and sees no more than that, one is of the back.
+        # The zig-zag has two parts: one of the front half of the text, which sees no more than that, one of the back.
         half = T // (2 * context)
         front, back = _parts(queries, context)
         first = queries.part(0, T // 2)
