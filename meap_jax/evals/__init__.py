@@ -28,6 +28,6 @@ def make_evaluators(
         blocks = prepared.blocks(source, split)
         if len(blocks):
             evaluators[f"{split}_{source}"] = Validation(config, definition, blocks, mesh)
-        if len(blocks.answers):
+        if len(blocks.spans("answer")):
             evaluators[f"{split}_{source}_answers"] = Retrieval(config, definition, blocks, mesh)
     return evaluators

@@ -5,6 +5,7 @@ forcing this equals exact match of greedy decoding: both go on only while every 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,10 @@ from meap_jax.model.decoder import Definition, Params
 from meap_jax.model.visibility import causal
 from meap_jax.objective import clean_inputs
 
+QUESTION_DTYPE = np.dtype([
+    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
+])  # fmt: skip
+
 
 class Answers(NamedTuple):
     """One entry an answer, [N] each."""
@@ -36,7 +41,7 @@ class Retrieval:
     def __init__(self, config: ml_collections.ConfigDict, definition: Definition, blocks: Blocks, mesh: Mesh):
         self._blocks, self._mesh = blocks, mesh
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
-        answers = blocks.answers
+        answers = questions(blocks.spans("fact"), blocks.spans("answer"))
         self._answers = answers[answers["row"] < config.eval.max_rows]
         self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(mesh))
 
@@ -55,6 +60,27 @@ class Retrieval:
             depth=np.asarray(self._answers["depth"], float),
             distance=np.asarray(self._answers["distance"], int),
         )
+
+
+def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """How deep the fact that an answer repeats is in its document, and how far away.
+
+    Args:
+      facts: `Blocks.spans("fact")`, the values where they are stated; its column `fact` numbers those of a document.
+      answers: `Blocks.spans("answer")`, the values where they are asked for, with the `fact` that states each.
+
+    Returns:
+      [number of answers] of QUESTION_DTYPE: `row`, `start` and `length` of the answer; `depth` of its fact, 0 for the
+      first of the document and 1 for the last; `distance` in tokens from the value's first one there to the answer's.
+    """
+    stated = {(fact["document"], fact["fact"]): int(fact["start"]) for fact in facts}
+    num_facts = Counter(facts["document"].tolist())
+    out = np.empty(len(answers), QUESTION_DTYPE)
+    for i, a in enumerate(answers):
+        depth = a["fact"] / max(num_facts[a["document"]] - 1, 1)
+        distance = a["start"] - stated[a["document"], a["fact"]]
+        out[i] = a["row"], a["start"], a["length"], depth, distance
+    return out
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from meap_jax.config import TOKENIZERS, is_path
 from meap_jax.errors import ConfigError
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
+from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from meap_jax.tokenizers.interface import Tokenizer, refusal, round_up
 
 __all__ = ["BPETokenizer", "Tokenizer", "load", "make", "mistral", "round_up", "tekken", "train_bpe"]
@@ -95,8 +96,6 @@ def _read(path: Path) -> Tokenizer:
     if isinstance(content.get("model"), dict):
         if trained_here(content):
             return BPETokenizer(serialized.decode("utf-8"))
-        from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
-
         beside = path.with_name("tokenizer_config.json")
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))

@@ -226,10 +226,3 @@ def test_the_pieces_of_a_unigram_model_that_are_special_are_not_found_in_text():
     assert alone.token_to_id("</s>") in alone.encode("a </s>", add_special_tokens=False).ids
     tokenizer = kind("unigram")
     assert tokenizer.eos_id not in tokenizer.encode("a </s>")
-
-
-def test_a_model_that_removes_extra_spaces_removes_them_in_mid_document_too():
-    tokenizer = kind("sentencepiece_normalizing")
-    assert tokenizer.encode("the   sky  is", continues=True) == tokenizer.encode("the sky is", continues=True)
-    assert tokenizer.encode("   sky", continues=True) == tokenizer.encode(" sky", continues=True)
-    assert tokenizer.encode("the sky") == tokenizer.encode("the") + tokenizer.encode(" sky", continues=True)
