@@ -262,7 +262,7 @@ def simulate(num_documents: int) -> list[dict[str, Any]]:
     """Tokenizes and packs it here; a row a stage."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for filename, content in tokenizers.mistral().files().items():
+        for filename, content in tokenizers.make("mistral").files().items():
             (folder / filename).write_bytes(content)
         store = folder / "simulated"
         store.mkdir()

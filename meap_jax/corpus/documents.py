@@ -29,30 +29,37 @@ class Document(NamedTuple):
     spans: tuple[Span, ...] = ()
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
+def encode_documents(
+    documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[int, EncodedDocument]]:
     """Encodes documents as bos + text + eos, in order and lazily, with their spans in tokens.
 
     The bos in front and the eos behind are what the official pre-training data has.
+
+    Args:
+      documents: each behind the number of its split, which stays with it.
+      tokenizer: gives the ids.
 
     Raises:
       ValueError: a span holds no character of its document.
     """
     stream = iter(documents)
     while batch := _next_batch(stream):
-        texts = [document.text for document in batch]
-        if any(document.spans for document in batch):
+        texts = [document.text for _, document in batch]
+        if any(document.spans for _, document in batch):
             encoded = tokenizer.encode_with_offsets(texts)
         else:  # Offsets take their time.
             encoded = [(ids, np.zeros((0, 2), np.int64)) for ids in tokenizer.encode_batch(texts)]
-        for document, (ids, offsets) in zip(batch, encoded, strict=True):
-            yield EncodedDocument([tokenizer.bos_id, *ids, tokenizer.eos_id], token_spans(document, offsets))
+        for (split, document), (ids, offsets) in zip(batch, encoded, strict=True):
+            ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield split, EncodedDocument(ids, token_spans(document, offsets))
 
 
-def _next_batch(stream: Iterator[Document]) -> list[Document]:
-    batch: list[Document] = []
+def _next_batch(stream: Iterator[tuple[int, Document]]) -> list[tuple[int, Document]]:
+    batch = []
     room = _BATCH_CHARACTERS
-    for document in islice(stream, _BATCH):
-        batch.append(document)
+    for split, document in islice(stream, _BATCH):
+        batch.append((split, document))
         room -= len(document.text)
         if room <= 0:
             break

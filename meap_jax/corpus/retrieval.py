@@ -119,39 +119,23 @@ def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int)
         yield document(rng, spec)
 
 
-def document(
-    rng: np.random.Generator,
-    spec: RetrievalSpec,
-    *,
-    asked: Sequence[int] | None = None,
-    num_fillers: int | None = None,
-) -> Document:
+def document(rng: np.random.Generator, spec: RetrievalSpec) -> Document:
     """Generates one document: facts, then fillers, then questions with their answers.
 
     Args:
       rng: where the draws come from.
       spec: the counts.
-      asked: which of num_facts facts (0 is the first stated) the questions ask, in their order; both drawn if None.
-      num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
 
     Returns:
       The document. A span of role fact is the value where a fact states it, and one of role answer the value where a
       question asks for it the first time: asked again, it could be read off the answer before. Both hold the space in
       front, and a column `fact`: the number of the fact, 0 being stated first.
-
-    Raises:
-      ValueError: `asked` names a fact that isn't there.
     """
-    num_facts = spec.num_facts
-    if asked is None:
-        num_facts = _num_facts(rng, spec)
-        asked = _asked(rng, spec, num_facts)
-    elif not set(asked) <= set(range(num_facts)):
-        raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
+    num_facts = _num_facts(rng, spec)
+    asked = _asked(rng, spec, num_facts)
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
     values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
-    if num_fillers is None:
-        num_fillers = int(rng.random() * (spec.max_fillers + 1))
+    num_fillers = int(rng.random() * (spec.max_fillers + 1))
 
     text, spans = "", []
 

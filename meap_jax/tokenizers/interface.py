@@ -19,6 +19,7 @@ MAX_CHUNK = 1 << 16
 _MAX_BATCH = 1 << 20
 
 _SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+_UP_TO_THE_LAST = re.compile(".*" + _SPACE_BETWEEN_WORDS.pattern, re.DOTALL)
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 Encoded = tuple[list[int], np.ndarray]  # Ids, and [N, 2] int64: where each token's characters start and end.
@@ -172,13 +173,11 @@ def cut(text: str, anywhere: bool) -> Iterator[int]:
     while len(text) - start > MAX_CHUNK:
         yield start
         stop = start + MAX_CHUNK
-        place = text.rfind(" ", start + 1, stop)
-        while place > 0 and not (text[place - 1].isalnum() and text[place + 1].isalnum()):
-            place = text.rfind(" ", start + 1, place)
-        if place < 0 and not anywhere:
+        space = _UP_TO_THE_LAST.match(text, start + 1, stop + 1)
+        if space is None and not anywhere:
             space = _SPACE_BETWEEN_WORDS.search(text, stop)
-            place = space.start() if space else len(text)
-        start = place if place > 0 else stop
+            stop = len(text)
+        start = space.end() - 1 if space else stop
     if start < len(text):
         yield start
     yield len(text)

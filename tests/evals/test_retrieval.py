@@ -36,10 +36,8 @@ def setup(tmp_path_factory):
             logits = decode(jnp.asarray(tokens[:, :-1], jnp.int32))
             tokens[row, position] = int(logits[row, position - 1].argmax())
     rows = [ids[:20] if row == 3 else ids for row, ids in enumerate(tokens)]
-    # The last answer of a row repeats the first fact.
-    places = [("fact", 1, 1, 0), ("fact", 2, 2, 1), ("fact", 4, 1, 2), ("answer", 5, 1, 2), ("answer", 9, 2, 1)]
-    spans = [TokenSpan(start, length, role, {"fact": fact}) for role, start, length, fact in places]
-    spans.append(TokenSpan(14, 3, "answer", {"fact": 0}))
+    facts, asked = [(1, 1, 0), (2, 2, 1), (4, 1, 2)], [(5, 1, 2), (9, 2, 1), (14, 3, 0)]  # Start, length, fact.
+    spans = [TokenSpan(s, n, role, {"fact": f}) for role, of in (("fact", facts), ("answer", asked)) for s, n, f in of]
     return c, definition, params, tiny_data.blocks_of(tmp_path_factory.mktemp("blocks"), rows, [spans] * 6, T + 1)
 
 
@@ -73,10 +71,8 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
 def test_depth_and_distance_are_those_of_the_fact_in_its_document(setup):
     *_, blocks = setup
     found = questions(blocks.spans("fact"), blocks.spans("answer"))
-    assert (
-        found[["start", "length", "depth", "distance"]].tolist() == [(5, 1, 1, 1), (9, 2, 0.5, 7), (14, 3, 0, 13)] * 6
-    )
-    assert found["row"].tolist() == [row for row in range(6) for _ in range(3)]
+    asked = [(5, 1, 1, 1), (9, 2, 0.5, 7), (14, 3, 0, 13)]
+    assert found.tolist() == [(row, *question) for row in range(6) for question in asked]
 
 
 def test_max_rows_limits_questions_and_rows(setup):

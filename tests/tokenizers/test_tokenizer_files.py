@@ -38,11 +38,6 @@ def test_a_file_is_known_by_its_content(tmp_path, file, content, other):
     assert tokenizers.make(str(tmp_path / file)).name == other
 
 
-def test_words_name_what_the_package_carries():
-    assert tokenizers.make("mistral").files() == kind("mistral").files()
-    assert tokenizers.make("tekken").files() == kind("tekken").files()
-
-
 def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     assert tokenizers.make(str(tmp_path)).name == "sentencepiece"
