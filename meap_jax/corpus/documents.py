@@ -19,7 +19,7 @@ class Span(NamedTuple):
     start: int
     end: int
     role: str  # Such as answer, fact, loss; a word of letters, which names the file that it is stored in.
-    columns: Mapping[str, int | float] = {}  # What else is known of it: the same names in every span of a role.
+    columns: Mapping[str, float] = {}  # What else is known of it: the same names in every span of a role.
 
 
 class Document(NamedTuple):

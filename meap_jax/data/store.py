@@ -3,7 +3,7 @@
 A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos
 included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the
 store how long it is and which split it belongs to. `spans.ROLE.npy` has a record for each span of a role, of every
-split: SPAN_DTYPE, and behind it the columns that spans of this role have.
+split: SPAN_DTYPE, and behind it the columns that spans of this role have, as float64.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
+from numpy.lib.recfunctions import unstructured_to_structured
 
 from meap_jax.errors import DataError, UserError
 
@@ -39,7 +40,7 @@ class TokenSpan(NamedTuple):
     start: int
     length: int
     role: str
-    columns: Mapping[str, int | float] = {}  # The same names in every span of a role.
+    columns: Mapping[str, float] = {}  # The same names in every span of a role.
 
 
 class EncodedDocument(NamedTuple):
@@ -89,7 +90,7 @@ def write_shard(
       TypeError: two spans of a role have different columns.
     """
     lengths, splits = array("I"), array("B")  # Not lists: a shard may hold millions of documents.
-    spans: dict[str, dict[str, array]] = {}  # Of each role the columns.
+    spans: dict[str, tuple[tuple[str, ...], array]] = {}  # Of each role the names of its columns, and all records.
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
     partial = unfinished(path)
@@ -101,7 +102,10 @@ def write_shard(
             digest.update(ids.tobytes())
             largest = max(largest, int(ids.max(initial=0)))
             for span in document.spans:
-                _append(spans, len(lengths), span)
+                names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
+                if names != tuple(span.columns):
+                    raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
+                values.extend((len(lengths), span.start, span.length, *span.columns.values()))
             lengths.append(len(ids))
             splits.append(split)
             writer.write(ids.tobytes())
@@ -116,30 +120,11 @@ def write_shard(
     index = np.empty(len(lengths), INDEX_DTYPE)
     index["length"], index["split"] = lengths, splits
     save_array(path.with_suffix(".index.npy"), index)
-    for role, columns in spans.items():
-        save_array(path.with_suffix(f".spans.{role}.npy"), _records(columns))
+    for role, (names, values) in spans.items():
+        dtype = np.dtype(SPAN_DTYPE.descr + [(name, "<f8") for name in names])
+        records = unstructured_to_structured(np.reshape(values, (-1, len(dtype.descr))), dtype)
+        save_array(path.with_suffix(f".spans.{role}.npy"), records)
     return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
-
-
-def _append(spans: dict[str, dict[str, array]], document: int, span: TokenSpan) -> None:
-    """Adds a span of a document to the columns of its role."""
-    record = {"document": document, "start": span.start, "length": span.length, **span.columns}
-    if span.role not in spans:
-        spans[span.role] = {name: array("d" if isinstance(value, float) else "q") for name, value in record.items()}
-    columns = spans[span.role]
-    if columns.keys() != record.keys():
-        raise TypeError(f"{span} has other columns than the spans of its role before: {', '.join(columns)}.")
-    for name, value in record.items():
-        columns[name].append(value)
-
-
-def _records(columns: Mapping[str, array]) -> np.ndarray:
-    """Columns as one array of records: SPAN_DTYPE, and behind it int64 or float64."""
-    fields = [(name, np.asarray(column).dtype.str) for name, column in columns.items()]
-    records = np.empty(len(columns["document"]), SPAN_DTYPE.descr + fields[len(SPAN_DTYPE.descr) :])
-    for name, column in columns.items():
-        records[name] = column
-    return records
 
 
 def put_in_place(partial: Path, path: Path) -> None:

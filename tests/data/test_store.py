@@ -87,7 +87,7 @@ def test_spans_of_every_split_and_their_columns_are_kept_with_the_documents_numb
     assert [path.name for path in index_files(tmp_path)] == ["index.npy", "spans.answer.npy", "spans.loss.npy"]
 
 
-@pytest.mark.parametrize("columns", [{}, {"fact": 1, "more": 2}, {"other": 1}, {"fact": 0.5}])
+@pytest.mark.parametrize("columns", [{}, {"fact": 1, "more": 2}, {"other": 1}])
 def test_spans_of_a_role_with_different_columns_are_refused(tmp_path, columns):
     spans = (TokenSpan(1, 1, "answer", {"fact": 0}), TokenSpan(2, 1, "answer", columns))
     with pytest.raises(TypeError):

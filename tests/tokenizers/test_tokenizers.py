@@ -82,11 +82,8 @@ def test_the_exact_byte_level_kinds_keep_even_the_space_of_sentencepiece():
         assert kind(name).decode(kind(name).encode("a\u2581b")) == "a\u2581b"
 
 
-@every_kind
-def test_lone_surrogates_become_replacement_characters_and_pairs_become_one_character(name):
-    tokenizer = kind(name)
-    assert tokenizer.encode("sky\ud800 \udcffgrey") == tokenizer.encode("sky\ufffd \ufffdgrey")
-    assert tokenizer.encode_batch(["\ud83d\ude00", "a"]) == tokenizer.encode_batch(["😀", "a"])
+def test_lone_surrogates_become_replacement_characters_and_pairs_become_one_character():
+    assert interface.clean("sky\ud800 \udcffgrey\ud83d\ude00") == "sky\ufffd \ufffdgrey😀"
 
 
 @every_kind
@@ -96,21 +93,9 @@ def test_lone_surrogates_become_replacement_characters_and_pairs_become_one_char
 def test_offsets_are_those_of_the_text_as_it_was_given(name, text):
     [(ids, offsets), (clean_ids, clean_offsets)] = kind(name).encode_with_offsets([text, interface.clean(text)])
     check_offsets(offsets, ids, text)
-    assert ids == clean_ids
+    assert ids == clean_ids == kind(name).encode(text)
     for given_at, clean_at in zip(offsets, clean_offsets, strict=True):
         assert interface.clean(text[slice(*given_at)]) == interface.clean(text)[slice(*clean_at)]
-
-
-@every_kind
-def test_words_stay_apart_or_together_in_mid_document(name):
-    tokenizer = kind(name)
-    for text, word in (("The museum grey falcon", " grey"), ("The museums of otters", "s of"), ("a. Tell", ". Tell")):
-        start = text.index(word)
-        [(ids, offsets)] = tokenizer.encode_with_offsets([text])
-        first = int(np.searchsorted(offsets[:, 0], start))
-        found = tokenizer.decode([*ids[:first], tokenizer.mask_id, *ids[first:]])
-        mask = tokenizer.decode([tokenizer.mask_id])
-        assert found == text[: offsets[first, 0]] + mask + text[offsets[first, 0] :]
 
 
 @every_kind
@@ -182,38 +167,18 @@ def test_a_long_text_has_the_ids_and_offsets_that_it_has_uncut(name, text, size)
         bounds = list(interface.cut(text, anywhere=not tokenizer._anchor[0]))
         found = tokenizer.encode_with_offsets([text, "a", text])
         assert tokenizer.encode_batch([text, "a"]) == [found[0][0], found[1][0]]
-    assert bounds[0] == 0 and bounds[-1] == len(text) and sorted(set(bounds)) == bounds
-    is_exact = all(text[i] == " " and text[i - 1].isalnum() and text[i + 1].isalnum() for i in bounds[1:-1])
-    assert is_exact or name in ("bpe", "tekken", "byte_level")
-    if is_exact:
+    assert bounds[0] == 0 and bounds[-1] == len(text)
+    for start, stop in pairwise(bounds):
+        is_longer_than_it_must_be = re.search("(?<=[^\\W_]) (?=[^\\W_])", text[start + 1 : stop - 1])
+        assert 0 < stop - start <= size or not (tokenizer._anchor[0] == "" or is_longer_than_it_must_be)
+    if all(text[i - 1].isalnum() and text[i] == " " and text[i + 1].isalnum() for i in bounds[1:-1]):
         for (ids, offsets), (uncut_ids, uncut_offsets) in zip(found, uncut, strict=True):
             assert ids == uncut_ids
             np.testing.assert_array_equal(offsets, uncut_offsets)
-    elif name in EXACT:
+    else:
+        assert name in ("bpe", "tekken", "byte_level") and tokenizer.decode(found[0][0]) == text
         check_offsets(found[0][1], found[0][0], text)
-        assert tokenizer.decode(found[0][0]) == text
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=st.text("ab .\n", max_size=200), size=st.integers(2, 20), anywhere=st.booleans())
-def test_chunks_are_no_longer_than_they_must_be(text, size, anywhere):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interface, "MAX_CHUNK", size)
-        bounds = list(interface.cut(text, anywhere))
-    for start, stop in pairwise(bounds):
-        assert stop - start <= size or not (anywhere or re.search("[ab] [ab]", text[start + 1 : stop - 1]))
-
-
-def test_a_long_text_of_words_is_encoded_in_chunks(monkeypatch):
-    text = ("\n\n".join(TEXTS * 3) + "  I'd say: 12 345, ")[-3 * interface.MAX_CHUNK - 1000 :]
-    assert len(list(interface.cut(text, anywhere=False))) == 5
-    ids = {name: kind(name).encode(text) for name in ("mistral", "tekken", "llama")}
-    monkeypatch.setattr(interface, "MAX_CHUNK", 10**9)
-    assert ids == {name: kind(name).encode(text) for name in ids}
-
-
-def test_a_batch_may_be_empty():
-    assert kind("tekken").encode_batch([]) == kind("tekken").encode_with_offsets([]) == []
+    assert tokenizer.encode_batch([]) == []
 
 
 @pytest.mark.parametrize("name", ["mistral", "tekken", "byte_level", "llama"])
