@@ -142,7 +142,8 @@ class Retrieval:
 class TokenIds:
     """A source that was prepared elsewhere: its folder in a prepared folder. Splits stay what they are there.
 
-    Spans don't come along. Documents with ids beyond the vocabulary are bad records, and so are those that can't be read.
+    Spans don't come along. Documents with ids beyond the vocabulary are bad records, and so are those that can't be
+    read.
     """
 
     folder: str

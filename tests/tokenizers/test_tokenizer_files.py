@@ -55,6 +55,9 @@ def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
         ("{}", None, b"", "but that folder holds none of tokenizer.json, tokenizer.model, tekken.json"),
         ("{}", "tokenizer.model", b"garbage", "tokenizer.model', but is not a SentencePiece model"),
         ("{}", "tokenizer.model", b"", "but is a SentencePiece model without pieces"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model()[:-100], "but is not a SentencePiece model"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model(bos_id=-1), "without bos: train it with one"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model(eos_id=-1), "without eos: train it with one"),
         ("{}", "tokenizer.json", b"{", "tokenizer.json', but is not JSON"),
         ("{}", "tokenizer.json", b"{\xff}", "tokenizer.json', but is not JSON"),
         ("{}", "tokenizer.json", b"{}", "but is neither a tokenizer.json nor a tekken.json"),
@@ -65,21 +68,10 @@ def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
 )
 def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path, name, file, content, message):
     if file:
-        (tmp_path / file).write_bytes(content)
+        (tmp_path / file).write_bytes(content() if callable(content) else content)
     with pytest.raises(ConfigError, match=message) as error:
         tokenizers.make(name.format(tmp_path))
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
-
-
-def test_a_truncated_sentencepiece_model_is_refused():
-    with pytest.raises(ConfigError, match="tokenizer.model', but is not a SentencePiece model"):
-        SentencePieceTokenizer(sentencepiece_model()[:-100])
-
-
-@pytest.mark.parametrize("bound", ["bos", "eos"])
-def test_a_sentencepiece_model_without_bos_or_eos_is_refused(bound):
-    with pytest.raises(ConfigError, match=f"without {bound}: train it with one"):
-        SentencePieceTokenizer(sentencepiece_model(**{f"{bound}_id": -1}))
 
 
 def test_a_tekken_without_eos_is_refused(tmp_path):
