@@ -6,7 +6,7 @@ import numpy as np
 
 from meap_jax.data import plans
 from meap_jax.data.prepared import Blocks
-from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, merge_indices, write_shard
+from meap_jax.data.store import EncodedDocument, Store, ids_dtype, merge_indices, write_shard
 
 PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
 
@@ -40,15 +40,12 @@ def make_store(folder, shards, num_tokens=512):
     return Store(folder, [len(documents) for documents in shards], dtype)
 
 
-def blocks_of(folder, rows, answers, block_len):
-    """Held-out blocks of one document each; `answers` holds (row, start, length, depth, distance)."""
-    documents = []
-    for row, ids in enumerate(rows):
-        spans = [AnswerSpan(s, n, s - distance, depth) for r, s, n, depth, distance in answers if r == row]
-        documents.append((1, EncodedDocument(list(map(int, ids)), tuple(spans))))
+def blocks_of(folder, rows, spans, block_len):
+    """Held-out blocks of one document each; `spans` are those of each row."""
+    documents = [(1, EncodedDocument(list(map(int, ids)), tuple(own))) for ids, own in zip(rows, spans, strict=True)]
     store = make_store(folder, [documents])
-    pieces = np.array([(i, 0, len(ids)) for i, ids in enumerate(rows)], plans.PIECE_DTYPE)
-    plan = plans.Plan(pieces, np.arange(len(rows) + 1))
+    slices = np.array([(i, 0, len(ids)) for i, ids in enumerate(rows)], plans.SLICE_DTYPE)
+    plan = plans.Plan(slices, np.arange(len(rows) + 1))
     return Blocks(store, plan, block_len, 0, is_one_segment=False)
 
 

@@ -107,8 +107,8 @@ def kind(name: str):
 
     made = {
         "bpe": lambda: tokenizers.train_bpe(CORPUS, 600),
-        "mistral": tokenizers.mistral,
-        "tekken": tokenizers.tekken,
+        "mistral": lambda: tokenizers.make("mistral"),
+        "tekken": lambda: tokenizers.make("tekken"),
         "sentencepiece": lambda: SentencePieceTokenizer(sentencepiece_model(control_symbols="[MASK]")),
         "sentencepiece_normalizing": lambda: SentencePieceTokenizer(
             sentencepiece_model(

@@ -235,7 +235,6 @@ def _grouped(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
 class Simulated:
     """A source of short texts that are made up as they are read, in parts of 100,000."""
 
-    is_whole = False
     PART = 100_000
 
     def __init__(self, num_documents: int):
@@ -249,7 +248,7 @@ class Simulated:
     def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `meap_jax.corpus.sources.Source`."""
         for i in range(part.part.start, part.part.stop or 0):
-            yield int(i % 1000 == 0), Document((f"Number {i} is followed by {i + 1} and has {len(str(i))} digits.",))
+            yield int(i % 1000 == 0), Document(f"Number {i} is followed by {i + 1} and has {len(str(i))} digits.")
 
 
 def memory(num_documents: int) -> harness.Table:
@@ -263,7 +262,7 @@ def simulate(num_documents: int) -> list[dict[str, Any]]:
     """Tokenizes and packs it here; a row a stage."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for filename, content in tokenizers.mistral().files().items():
+        for filename, content in tokenizers.make("mistral").files().items():
             (folder / filename).write_bytes(content)
         store = folder / "simulated"
         store.mkdir()

@@ -1,98 +1,92 @@
-"""Documents as pieces of text, and the same documents as token ids with the places of answers."""
+"""Documents as text with spans, and the same documents as token ids with spans of tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from meap_jax.data.store import AnswerSpan, EncodedDocument
+import numpy as np
+
+from meap_jax.data.store import EncodedDocument, TokenSpan
 from meap_jax.tokenizers import Tokenizer
 
-# Pieces are encoded in batches, and short ones are remembered: a retrieval document is made of a
-# few hundred different pieces that come back in every document.
-_BATCH = 256
-_BATCH_CHARACTERS = 4_000_000  # Ends a batch sooner: documents can be books.
-_CACHED_LENGTH = 200
-_CACHED_PIECES = 100_000
+_BATCH = 256  # Documents that are encoded at a time ...
+_BATCH_CHARACTERS = 4_000_000  # ... or fewer: documents can be books.
 
 
-class Answer(NamedTuple):
-    """Which piece of a document answers a question, and which piece had stated that answer."""
+class Span(NamedTuple):
+    """The characters start ... end - 1 of a document, and what they are."""
 
-    piece: int
-    fact: int
-    depth: float  # 0 = the first fact of the document, 1 = the last one
+    start: int
+    end: int
+    role: str  # Such as answer, fact, loss; a word of letters, which names the file that it is stored in.
+    columns: Mapping[str, float] = {}  # What else is known of it: the same names in every span of a role.
 
 
 class Document(NamedTuple):
-    """Text in order, in pieces that are tokenised one by one so that answers have exact spans."""
+    """A text and its spans, in any order."""
 
-    pieces: tuple[str, ...]
-    answers: tuple[Answer, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The document as one string."""
-        return "".join(self.pieces)
+    text: str
+    spans: tuple[Span, ...] = ()
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
-    """Encodes documents piece by piece as bos + pieces + eos, in order and lazily.
+def encode_documents(
+    documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[int, EncodedDocument]]:
+    """Encodes documents as bos + text + eos, in order and lazily, with their spans in tokens.
 
     The bos in front and the eos behind are what the official pre-training data has.
 
     Args:
-      documents: the documents.
-      tokenizer: gives the ids; the first piece opens a text, all others continue it.
+      documents: each behind the number of its split, which stays with it.
+      tokenizer: gives the ids.
 
-    Yields:
-      One `EncodedDocument` a document.
+    Raises:
+      ValueError: a span holds no character of its document.
     """
-    cache: dict[tuple[str, bool], list[int]] = {}
     stream = iter(documents)
     while batch := _next_batch(stream):
-        known = dict(cache)
-        for continues in (False, True):
-            new = [
-                piece
-                for document in batch
-                for piece in (document.pieces[1:] if continues else document.pieces[:1])
-                if (piece, continues) not in known
-            ]
-            new = list(dict.fromkeys(new))
-            for piece, ids in zip(new, tokenizer.encode_batch(new, continues), strict=True):
-                known[piece, continues] = ids
-                if len(piece) <= _CACHED_LENGTH and len(cache) < _CACHED_PIECES:
-                    cache[piece, continues] = ids
-        for document in batch:
-            yield _assemble(document, known, tokenizer)
+        texts = [document.text for _, document in batch]
+        if any(document.spans for _, document in batch):
+            encoded = tokenizer.encode_with_offsets(texts)
+        else:  # Offsets take their time.
+            encoded = [(ids, np.zeros((0, 2), np.int64)) for ids in tokenizer.encode_batch(texts)]
+        for (split, document), (ids, offsets) in zip(batch, encoded, strict=True):
+            ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield split, EncodedDocument(ids, token_spans(document, offsets))
 
 
-def _next_batch(stream: Iterator[Document]) -> list[Document]:
-    batch: list[Document] = []
+def _next_batch(stream: Iterator[tuple[int, Document]]) -> list[tuple[int, Document]]:
+    batch = []
     room = _BATCH_CHARACTERS
-    for document in islice(stream, _BATCH):
-        batch.append(document)
-        room -= sum(map(len, document.pieces))
+    for split, document in islice(stream, _BATCH):
+        batch.append((split, document))
+        room -= len(document.text)
         if room <= 0:
             break
     return batch
 
 
-def _assemble(document: Document, known: dict[tuple[str, bool], list[int]], tokenizer: Tokenizer) -> EncodedDocument:
-    ids = [tokenizer.bos_id]
-    starts = []
-    for index, piece in enumerate(document.pieces):
-        starts.append(len(ids))
-        ids.extend(known[piece, index > 0])
-    starts.append(len(ids))
-    ids.append(tokenizer.eos_id)
-    answers = tuple(
-        AnswerSpan(
-            starts[answer.piece],
-            starts[answer.piece + 1] - starts[answer.piece],
-            starts[answer.fact],
-            answer.depth,
-        )
-        for answer in document.answers
+def token_spans(document: Document, offsets: np.ndarray) -> tuple[TokenSpan, ...]:
+    """The spans of a document in tokens: a token belongs to every span that it overlaps.
+
+    Args:
+      document: the text and its spans.
+      offsets: [N, 2], the characters of each of its N tokens, as of `Tokenizer.encode_with_offsets`.
+
+    Returns:
+      A span each, in their order; positions count the bos in front. One whose characters the tokenizer drops, as some
+      do with blank space, has the length 0.
+
+    Raises:
+      ValueError: a span holds no character of the document.
+    """
+    for span in document.spans:
+        if not 0 <= span.start < span.end <= len(document.text):
+            raise ValueError(f"{span} holds no character of a text of {len(document.text)}.")
+    starts, ends = np.array([span[:2] for span in document.spans], np.int64).reshape(-1, 2).T
+    first = np.searchsorted(offsets[:, 1], starts, side="right")  # The first token that ends behind the start ...
+    stop = np.searchsorted(offsets[:, 0], ends, side="left")  # ... and the first that doesn't start before the end.
+    return tuple(
+        TokenSpan(1 + start, length, span.role, span.columns)
+        for span, start, length in zip(document.spans, first.tolist(), (stop - first).tolist(), strict=True)
     )
-    return EncodedDocument(ids, answers)

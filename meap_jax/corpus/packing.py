@@ -59,7 +59,7 @@ def make_plans(source: Path, name: str, options: Mapping[str, Any], source_optio
         counts[split]["mean_document_tokens"] = _mean_length(store, split)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
     # Not all that decides on blocks is among the options: the holdout of a cut by blocks, or the version of grain.
-    digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("pieces", "bounds"))
+    digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("slices", "bounds"))
     manifest = {"options": dict(options), "sha256": digest, "split_by": split_by, "splits": counts}
     write_manifest(partial, manifest)
     partial.rename(place)
@@ -105,7 +105,7 @@ def _pack(
     plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
     for split, part in _cut_by_blocks(plans.load(partial, "all"), name, store.folder, block_len, source_options):
         counts[split] = plans.save(partial, split, [part], lengths, block_len)
-    for kind in ("pieces", "bounds"):
+    for kind in ("slices", "bounds"):
         (partial / f"all.{kind}").unlink()
     return "block", counts
 
@@ -123,7 +123,7 @@ def _check_may_be_cut(
             f"{' and '.join(held_out)}, which get half of it each: give more of it, or lower seq_len."
         )
     if "train" in empty and (options["max_tokens"] or options["long_from"]):
-        left = sum(int(pieces["length"].sum(dtype=np.int64)) for pieces in _ranges(store, "train", options))
+        left = sum(int(slices["length"].sum(dtype=np.int64)) for slices in _ranges(store, "train", options))
         raise DataError(
             f"The source {name} has {left:,} tokens for training, less than {block}: raise {group}.max_tokens "
             f"({options['max_tokens']}) or keep_shorter ({options['keep_shorter']:g}), or lower long_from "
@@ -152,7 +152,7 @@ def _split_ranges(store: Store, split: str) -> Iterator[np.ndarray]:
 
 
 def _mean_length(store: Store, split: str) -> float:
-    totals = [(len(pieces), int(pieces["length"].sum(dtype=np.int64))) for pieces in _split_ranges(store, split)]
+    totals = [(len(slices), int(slices["length"].sum(dtype=np.int64))) for slices in _split_ranges(store, split)]
     documents, tokens = np.sum(totals, axis=0)
     return round(float(tokens / max(documents, 1)), 1)
 

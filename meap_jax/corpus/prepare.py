@@ -33,17 +33,18 @@ from meap_jax.config import data_options, is_path
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.packing import make_plans
 from meap_jax.corpus.shards import Run, jobs, read_summary, run_here, run_jobs, told
-from meap_jax.corpus.sources import TRAIN, Source, TokenIds, open_source
+from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
-from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, merge_indices
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.paths import is_url
 from meap_jax.readers import Skips
 
-# Enough for merges that no longer change, whatever the size of the corpus.
-# Generated text repeats itself, so it gets about as much as the standard library has.
-_BPE_CHARACTERS = {True: 2_500_000, False: 50_000_000}  # by Source.is_whole
+# Enough of a source for merges that no longer change, whatever its size. Generated text repeats itself, so it gets
+# about as much as the standard library has.
+_BPE_CHARACTERS = 50_000_000
+_BPE_GENERATED_CHARACTERS = 2_500_000
 
 _log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ at the door.
 
@@ -236,7 +237,7 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
     for source in sources:
         if isinstance(source, TokenIds):
             raise ConfigError("data.tokenizer is 'bpe', which is trained on text, but a source holds token ids alone.")
-        room = _BPE_CHARACTERS[source.is_whole]
+        room = _BPE_GENERATED_CHARACTERS if isinstance(source, Retrieval) else _BPE_CHARACTERS
         for part in source.parts():
             for split, document in source.read(part, skips):
                 if split == TRAIN and isinstance(document, Document) and room > 0:
@@ -324,15 +325,13 @@ def _finish_store(
         "documents": by_split,
         "tokens": sum(shard["tokens"] for shard in shards),
         "skipped": dict(skipped),
-        "files": {
-            path.name: path.stat().st_size for path in (partial / "index.npy", partial / "answers.npy") if path.exists()
-        },
+        "files": {path.name: path.stat().st_size for path in index_files(partial)},
         "shards": shards,
     }
     write_manifest(partial, manifest)
     partial.rename(place)
     # Only now, since it all has to be there for a process that is killed up to here and starts again.
-    for pattern in ("?????.json", "?????.index.npy", "?????.answers.npy", "*.partial"):
+    for pattern in ("?????.json", "?????.index.npy", "?????.spans.*.npy", "*.partial"):
         for path in place.glob(pattern):
             path.unlink(missing_ok=True)
     _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])

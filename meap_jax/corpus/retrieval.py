@@ -3,7 +3,7 @@
     The access code of the harbor is falcon. The access code of the museum is otter. It was late.
     Tell the museum otter. Tell the harbor falcon. Tell the museum otter.
 
-How deep a fact lies and how far its question is away are known for every answer.
+Spans say where each value is stated, and where it is asked for.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from meap_jax.corpus.documents import Answer, Document
+from meap_jax.corpus.documents import Document, Span
 from meap_jax.errors import ConfigError
 
 # All wording. The value follows a fact or a question after one space, and _END follows the value. A question ends in
@@ -119,52 +119,40 @@ def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int)
         yield document(rng, spec)
 
 
-def document(
-    rng: np.random.Generator,
-    spec: RetrievalSpec,
-    *,
-    asked: Sequence[int] | None = None,
-    num_fillers: int | None = None,
-) -> Document:
+def document(rng: np.random.Generator, spec: RetrievalSpec) -> Document:
     """Generates one document: facts, then fillers, then questions with their answers.
 
     Args:
       rng: where the draws come from.
       spec: the counts.
-      asked: which of num_facts facts (0 is the first stated) the questions ask, in their order; both drawn if None.
-      num_fillers: sentences between facts and questions; drawn from 0 to spec.max_fillers if None.
 
     Returns:
-      The document; its pieces from the second on begin with a space or are punctuation, so that their tokens are
-      those of the whole text. Its answers are those that ask a fact for the first time: asked again, it could be read
-      off the answer before.
-
-    Raises:
-      ValueError: `asked` names a fact that isn't there.
+      The document. A span of role fact is the value where a fact states it, and one of role answer the value where a
+      question asks for it the first time: asked again, it could be read off the answer before. Both hold the space in
+      front, and a column `fact`: the number of the fact, 0 being stated first.
     """
-    num_facts = spec.num_facts
-    if asked is None:
-        num_facts = _num_facts(rng, spec)
-        asked = _asked(rng, spec, num_facts)
-    elif not set(asked) <= set(range(num_facts)):
-        raise ValueError(f"asked is {asked}, but must be facts below {num_facts}.")
+    num_facts = _num_facts(rng, spec)
+    asked = _asked(rng, spec, num_facts)
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
     values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
-    if num_fillers is None:
-        num_fillers = int(rng.random() * (spec.max_fillers + 1))
+    num_fillers = int(rng.random() * (spec.max_fillers + 1))
 
-    pieces: list[str] = []
-    for key, value in zip(keys, values, strict=True):
-        pieces += [f" {FACT.format(key=key)}", f" {value}", _END]
-    pieces += [f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers)]
-    answers = []
+    text, spans = "", []
+
+    def say(sentence: str, fact: int, role: str | None) -> None:
+        nonlocal text
+        text += f" {sentence}" if text else sentence
+        value = f" {values[fact]}"
+        if role:
+            spans.append(Span(len(text), len(text) + len(value), role, {"fact": fact}))
+        text += f"{value}{_END}"
+
+    for fact, key in enumerate(keys):
+        say(FACT.format(key=key), fact, "fact")
+    text += "".join(f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers))
     for i, fact in enumerate(asked):
-        if fact not in asked[:i]:
-            depth = fact / max(num_facts - 1, 1)
-            answers.append(Answer(piece=len(pieces) + 1, fact=3 * fact + 1, depth=depth))
-        pieces += [f" {QUESTION.format(key=keys[fact])}", f" {values[fact]}", _END]
-    pieces[0] = pieces[0].lstrip()
-    return Document(tuple(pieces), tuple(answers))
+        say(QUESTION.format(key=keys[fact]), fact, None if fact in asked[:i] else "answer")
+    return Document(text, tuple(spans))
 
 
 def _num_facts(rng: np.random.Generator, spec: RetrievalSpec) -> int:

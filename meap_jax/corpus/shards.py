@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from meap_jax import tokenizers
-from meap_jax.corpus.documents import Document, encode_documents
+from meap_jax.corpus.documents import encode_documents
 from meap_jax.corpus.sources import Source, SourcePart, TokenIds
 from meap_jax.corpus.workers import worker_pool
-from meap_jax.data.store import EncodedDocument, ids_dtype, put_in_place, shard_file, unfinished, write_shard
+from meap_jax.data.store import ids_dtype, put_in_place, shard_file, unfinished, write_shard
 from meap_jax.errors import DataError
 from meap_jax.readers import Skips
 
@@ -140,7 +140,7 @@ def make_shard(job: Job) -> Summary:
 
     documents: Iterable[Any] = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
     if not isinstance(job.source, TokenIds):
-        documents = _encoded(documents, tokenizer)
+        documents = encode_documents(documents, tokenizer)
     written = write_shard(job.folder, job.shard, documents, dtype)
     summary = {
         **written._asdict(),
@@ -154,20 +154,6 @@ def make_shard(job: Job) -> Summary:
     partial.write_text(json.dumps(summary), encoding="utf-8")
     put_in_place(partial, path)
     return summary
-
-
-def _encoded(
-    documents: Iterable[tuple[int, Document]], tokenizer: tokenizers.Tokenizer
-) -> Iterator[tuple[int, EncodedDocument]]:
-    splits: deque[int] = deque()
-
-    def untagged() -> Iterator[Document]:
-        for split, document in documents:
-            splits.append(split)
-            yield document
-
-    for document in encode_documents(untagged(), tokenizer):
-        yield splits.popleft(), document
 
 
 @contextlib.contextmanager

@@ -31,10 +31,6 @@ class SourcePart(NamedTuple):
 class Source(Protocol):
     """Documents of one kind. Sources are handed to worker processes, and so are small and picklable."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Documents are packed whole, never cut, and have answers."""
-
     def parts(self) -> Sequence[SourcePart]:
         """What it consists of, in an order that doesn't depend on the machine."""
 
@@ -85,7 +81,6 @@ class Text:
     name: str
     corpora: tuple[Corpus, ...]
     holdout: float  # Share in each of validation and test, if there is no second corpus.
-    is_whole = False
 
     def parts(self) -> list[SourcePart]:
         """Those of the first corpus, then those of the second."""
@@ -99,7 +94,7 @@ class Text:
                 split = VALIDATION if _fraction(text) < 0.5 else TEST
             else:
                 split = TRAIN if len(self.corpora) > 1 else _split(text, self.holdout)
-            yield split, Document((text,))
+            yield split, Document(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +102,6 @@ class StandardLibrary:
     """The documentation of the running Python, `meap_jax.corpus.stdlib`."""
 
     holdout: float
-    is_whole = False
 
     def parts(self) -> list[SourcePart]:
         """One."""
@@ -115,7 +109,7 @@ class StandardLibrary:
 
     def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
-        return ((_split(text, self.holdout), Document((text,))) for text in read_stdlib())
+        return ((_split(text, self.holdout), Document(text)) for text in read_stdlib())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +119,6 @@ class Retrieval:
     specs: Mapping[str, RetrievalSpec]
     sizes: Mapping[str, int]
     seed: int
-    is_whole = True
 
     def parts(self) -> list[SourcePart]:
         """One a split."""
@@ -149,11 +142,11 @@ class Retrieval:
 class TokenIds:
     """A source that was prepared elsewhere: its folder in a prepared folder. Splits stay what they are there.
 
-    Documents with ids beyond the vocabulary are bad records, and so are those that can't be read.
+    Spans don't come along. Documents with ids beyond the vocabulary are bad records, and so are those that can't be
+    read.
     """
 
     folder: str
-    is_whole = False
 
     def __post_init__(self) -> None:
         manifest = Path(self.folder, "manifest.json")

@@ -10,7 +10,7 @@ from meap_jax.config import flatten
 from meap_jax.data.store import put_in_place
 from meap_jax.errors import ConfigError, DataError
 
-LAYOUT_VERSION = 3  # Raise when a folder's files change their meaning.
+LAYOUT_VERSION = 4  # Raise when a folder's files change their meaning.
 MANIFEST = "manifest.json"
 
 

@@ -1,4 +1,4 @@
-"""Plans: which pieces of which documents make up each block.
+"""Plans: which slices of which documents make up each block.
 
 A block has seq_len + 1 ids, so that inputs `block[:-1]` and targets `block[1:]` both have seq_len. A plan is computed
 once from the lengths of documents, and then gives any block at once, which is what makes the order of blocks a matter
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PIECE_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
+SLICE_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
 # Best fit searches among this many open blocks: with documents of web length 0.6 % of all ids are padding, with 8 bins
 # 3 %, with 1,024 0.4 %.
@@ -22,9 +22,9 @@ _BINS = 256
 
 
 class Plan(NamedTuple):
-    """Block i is made of pieces[bounds[i] : bounds[i + 1]], in order, and padding."""
+    """Block i is made of slices[bounds[i] : bounds[i + 1]], in order, and padding."""
 
-    pieces: np.ndarray  # [P] of PIECE_DTYPE: `length` ids of `document` from `start` on.
+    slices: np.ndarray  # [S] of SLICE_DTYPE: `length` ids of `document` from `start` on.
     bounds: np.ndarray  # [N + 1] int64.
 
     def __len__(self) -> int:
@@ -33,19 +33,19 @@ class Plan(NamedTuple):
     def part(self, start: int, stop: int) -> "Plan":
         """Blocks start ... stop - 1."""
         first, last = self.bounds[start], self.bounds[stop]
-        return Plan(self.pieces[first:last], self.bounds[start : stop + 1] - first)
+        return Plan(self.slices[first:last], self.bounds[start : stop + 1] - first)
 
 
 def whole(documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Documents as pieces of PIECE_DTYPE.
+    """Documents as slices of SLICE_DTYPE.
 
     Args:
       documents: [D] their numbers.
       lengths: [D] their ids.
     """
-    pieces = np.zeros(len(documents), PIECE_DTYPE)
-    pieces["document"], pieces["length"] = documents, lengths
-    return pieces
+    slices = np.zeros(len(documents), SLICE_DTYPE)
+    slices["document"], slices["length"] = documents, lengths
+    return slices
 
 
 def concat(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
@@ -55,15 +55,15 @@ def concat(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
     last block are left out.
 
     Args:
-      ranges: pieces of documents, in order.
+      ranges: slices of documents, in order.
       block_len: ids in a block, seq_len + 1.
 
     Yields:
       A plan a range; its blocks follow those of the plans before.
     """
-    rest = np.zeros(0, PIECE_DTYPE)
-    for pieces in ranges:
-        stream = np.concatenate([rest, pieces])
+    rest = np.zeros(0, SLICE_DTYPE)
+    for slices in ranges:
+        stream = np.concatenate([rest, slices])
         ends = np.cumsum(stream["length"], dtype=np.int64)
         cuts = np.arange(0, (ends[-1] if len(ends) else 0) + 1, block_len, dtype=np.int64)
         starts = _merged(cuts, ends[:-1])
@@ -90,7 +90,7 @@ def best_fit(ranges: Iterable[np.ndarray], block_len: int, each: Callable[..., I
     themselves.
 
     Args:
-      ranges: pieces of documents, in order.
+      ranges: slices of documents, in order.
       block_len: ids in a block, seq_len + 1.
       each: maps a function over the ranges, in order; it may do so in other processes.
 
@@ -101,10 +101,10 @@ def best_fit(ranges: Iterable[np.ndarray], block_len: int, each: Callable[..., I
 
 
 def _fit(block_len: int, documents: np.ndarray) -> Plan:
-    pieces = _cut(documents, block_len)
-    blocks = list(_packed(pieces["length"], block_len))
+    slices = _cut(documents, block_len)
+    blocks = list(_packed(slices["length"], block_len))
     order = np.concatenate([np.zeros(0, np.int64), *blocks])
-    return Plan(pieces[order], np.cumsum([0, *map(len, blocks)], dtype=np.int64))
+    return Plan(slices[order], np.cumsum([0, *map(len, blocks)], dtype=np.int64))
 
 
 def _cut(documents: np.ndarray, block_len: int) -> np.ndarray:
@@ -113,25 +113,25 @@ def _cut(documents: np.ndarray, block_len: int) -> np.ndarray:
     counts = -(-lengths // block_len)
     which = np.repeat(np.arange(len(documents)), counts)
     nth = np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
-    pieces = documents[which]
-    pieces["start"] += (nth * block_len).astype(np.uint32)
-    pieces["length"] = np.minimum(lengths[which] - nth * block_len, block_len)
-    return pieces
+    slices = documents[which]
+    slices["start"] += (nth * block_len).astype(np.uint32)
+    slices["length"] = np.minimum(lengths[which] - nth * block_len, block_len)
+    return slices
 
 
 def _packed(lengths: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
-    """The numbers of the pieces of each block; grain packs pieces that hold nothing but their own number."""
+    """The numbers of the slices of each block; grain packs slices that hold nothing but their own number."""
     import grain  # Here, since it imports JAX, which workers do without.
     from grain.experimental import BestFitPackIterDataset
 
     elements = grain.MapDataset.source(_Numbers(lengths)).to_iter_dataset(grain.ReadOptions(0, 0))
-    for row in BestFitPackIterDataset(elements, length_struct={"piece": block_len}, num_packing_bins=_BINS):
-        segments = row["piece_segment_ids"]
-        yield row["piece"][np.flatnonzero((np.diff(segments, prepend=0) != 0) & (segments != 0))].astype(np.int64)
+    for row in BestFitPackIterDataset(elements, length_struct={"slice": block_len}, num_packing_bins=_BINS):
+        segments = row["slice_segment_ids"]
+        yield row["slice"][np.flatnonzero((np.diff(segments, prepend=0) != 0) & (segments != 0))].astype(np.int64)
 
 
 class _Numbers:
-    """Element i is {"piece": [i, i, ...]}, as long as piece i."""
+    """Element i is {"slice": [i, i, ...]}, as long as slice i."""
 
     def __init__(self, lengths: np.ndarray):
         self._lengths = lengths
@@ -140,16 +140,16 @@ class _Numbers:
         return len(self._lengths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
-        return {"piece": np.full(int(self._lengths[index]), index, np.int32)}
+        return {"slice": np.full(int(self._lengths[index]), index, np.int32)}
 
 
 def first_tokens(ranges: Iterable[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
     """The first documents that hold `max_tokens` together, the one that reaches it included; 0: all."""
     room = max_tokens
-    for pieces in ranges:
-        before = np.cumsum(pieces["length"], dtype=np.int64) - pieces["length"]
-        yield pieces[before < room] if max_tokens else pieces
-        room -= int(pieces["length"].sum(dtype=np.int64))
+    for slices in ranges:
+        before = np.cumsum(slices["length"], dtype=np.int64) - slices["length"]
+        yield slices[before < room] if max_tokens else slices
+        room -= int(slices["length"].sum(dtype=np.int64))
         if max_tokens and room <= 0:
             return
 
@@ -166,9 +166,9 @@ def keep_long(ranges: Iterable[np.ndarray], *, long_from: int, keep_shorter: flo
       keep_shorter: the probability that another one does.
       seed: of the draw.
     """
-    for i, pieces in enumerate(ranges):
-        draws = np.random.default_rng((seed, i)).random(len(pieces))
-        yield pieces[(pieces["length"] >= long_from) | (draws < keep_shorter)]
+    for i, slices in enumerate(ranges):
+        draws = np.random.default_rng((seed, i)).random(len(slices))
+        yield slices[(slices["length"] >= long_from) | (draws < keep_shorter)]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -184,17 +184,17 @@ def save(folder: Path, name: str, parts: Iterable[Plan], lengths: np.ndarray, bl
       lengths: of every document of the store, by number.
       block_len: ids in a block.
     """
-    num_blocks = num_pieces = num_tokens = num_whole = num_documents = 0
-    with (folder / f"{name}.pieces").open("wb") as pieces_file, (folder / f"{name}.bounds").open("wb") as bounds_file:
+    num_blocks = num_slices = num_tokens = num_whole = num_documents = 0
+    with (folder / f"{name}.slices").open("wb") as slices_file, (folder / f"{name}.bounds").open("wb") as bounds_file:
         bounds_file.write(np.zeros(1, "<i8").tobytes())
-        for pieces, bounds in parts:
-            pieces_file.write(pieces.tobytes())
-            bounds_file.write((num_pieces + bounds[1:]).astype("<i8").tobytes())
+        for slices, bounds in parts:
+            slices_file.write(slices.tobytes())
+            bounds_file.write((num_slices + bounds[1:]).astype("<i8").tobytes())
             num_blocks += len(bounds) - 1
-            num_pieces += len(pieces)
-            num_tokens += int(pieces["length"].sum(dtype=np.int64))
-            num_documents += int(np.count_nonzero(pieces["start"] == 0))
-            num_whole += int(np.count_nonzero(pieces["length"] == lengths[pieces["document"]]))
+            num_slices += len(slices)
+            num_tokens += int(slices["length"].sum(dtype=np.int64))
+            num_documents += int(np.count_nonzero(slices["start"] == 0))
+            num_whole += int(np.count_nonzero(slices["length"] == lengths[slices["document"]]))
     return {
         "blocks": num_blocks,
         "tokens": num_tokens,
@@ -211,4 +211,4 @@ def load(folder: Path, name: str) -> Plan:
         path = folder / f"{name}.{kind}"
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-    return Plan(mapped("pieces", PIECE_DTYPE), mapped("bounds", np.dtype("<i8")))
+    return Plan(mapped("slices", SLICE_DTYPE), mapped("bounds", np.dtype("<i8")))

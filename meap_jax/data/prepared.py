@@ -11,16 +11,17 @@ import numpy as np
 
 from meap_jax import tokenizers
 from meap_jax.data import plans as plans_lib
-from meap_jax.data.manifest import LAYOUT_VERSION, hash_of, read_manifest
-from meap_jax.data.store import SPLITS, Store, ids_dtype, shard_file
+from meap_jax.data.manifest import hash_of, read_manifest
+from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import DataError
 from meap_jax.rows import Row
 from meap_jax.tokenizers import Tokenizer
 
-# One record an answer: block[row, start : start + length] are its ids; see `store.ANSWER_DTYPE`.
-ROW_ANSWER_DTYPE = np.dtype([
-    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
-])  # fmt: skip
+# Part of the fingerprint by which a run knows its data. Change it only when the same ids and blocks mean something
+# else, not with the files' layout, so that a run goes on after its data was prepared again.
+_FINGERPRINT_VERSION = 3
+# A record of `Blocks.spans`, without the columns of its role: block[row, start : start + length] are its ids.
+ROW_SPAN_DTYPE = np.dtype([("row", "<i4"), ("document", "<u4"), ("start", "<i4"), ("length", "<i4")])
 
 
 class Blocks:
@@ -42,41 +43,54 @@ class Blocks:
           DataError: it can't be read.
         """
         first, last = self._plan.bounds[index : index + 2]
-        pieces = self._plan.pieces[first:last].tolist()
-        documents = self._store.read([document for document, _, _ in pieces])
+        slices = self._plan.slices[first:last].tolist()
+        documents = self._store.read([document for document, _, _ in slices])
         tokens = np.full(self.block_len, self._pad_id, np.int32)
         segment_ids = np.zeros(self.block_len, np.int32)
         end = 0
-        for segment, ((_, skip, length), ids) in enumerate(zip(pieces, documents, strict=True), 1):
+        for segment, ((_, skip, length), ids) in enumerate(zip(slices, documents, strict=True), 1):
             start, end = end, end + length
             tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
         return Row(tokens, segment_ids)
 
-    @property
-    def answers(self) -> np.ndarray:
-        """What these blocks are asked: [number of answers] of ROW_ANSWER_DTYPE, ordered by row and start.
+    def spans(self, role: str) -> np.ndarray:
+        """Where the spans of a role stand in these blocks.
 
-        Answers of documents that are not in the plan are left out; documents with answers are never cut.
+        Returns:
+          [number of spans] records of ROW_SPAN_DTYPE and the role's columns, ordered by row and start. A span that is
+          cut with its document has a record for each part; one that is in no block has none.
         """
-        answers = self._store.answers
-        pieces, bounds = self._plan
-        if not len(answers) or not len(pieces):
-            return np.zeros(0, ROW_ANSWER_DTYPE)
-        row_of_piece = np.repeat(np.arange(len(self)), np.diff(bounds))
-        lengths = pieces["length"].astype(np.int64)
-        before = np.cumsum(lengths) - lengths  # Ids in front of each piece, of all blocks ...
-        start_in_row = before - before[bounds[:-1]][row_of_piece]  # ... and of its own block.
-        order = np.argsort(pieces["document"])
-        place = np.searchsorted(pieces["document"], answers["document"], sorter=order)
-        piece = order[np.minimum(place, len(order) - 1)]
-        is_here = pieces["document"][piece] == answers["document"]
-        answers, piece = answers[is_here], piece[is_here]
-        out = np.empty(len(answers), ROW_ANSWER_DTYPE)
-        out["row"], out["start"] = row_of_piece[piece], start_in_row[piece] + answers["start"]
-        for field in ("length", "depth", "distance"):
-            out[field] = answers[field]
-        return np.sort(out, order=("row", "start"))
+        spans, (slices, bounds) = self._store.spans(role), self._plan
+        order = np.lexsort((slices["start"], slices["document"]))
+        starts, ends = _extent(slices[order])
+        span_starts, span_ends = _extent(spans)
+        first = np.searchsorted(ends, span_starts, side="right")  # The first slice that ends behind the start ...
+        stop = np.searchsorted(starts, span_ends, side="left")  # ... and the first that doesn't start before its end.
+        counts = np.maximum(stop - first, 0)
+        which = np.repeat(np.arange(len(spans)), counts)
+        nth = np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
+        place = first[which] + nth
+
+        lengths = slices["length"].astype(np.int64)
+        before = np.cumsum(lengths) - lengths  # Ids in front of each slice, of all blocks ...
+        row = np.repeat(np.arange(len(self)), np.diff(bounds))
+        start_in_row = before - before[bounds[:-1]][row]  # ... and of its own block.
+
+        out = np.empty(len(which), ROW_SPAN_DTYPE.descr + spans.dtype.descr[len(SPAN_DTYPE.descr) :])
+        for name in spans.dtype.names or ():
+            out[name] = spans[name][which]
+        begin = np.maximum(span_starts[which], starts[place])
+        out["row"] = row[order[place]]
+        out["start"] = start_in_row[order[place]] + (begin - starts[place]).astype(np.int64)
+        out["length"] = np.minimum(span_ends[which], ends[place]) - begin
+        return out[np.lexsort((out["start"], out["row"]))]
+
+
+def _extent(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where slices or spans start and end, as uint64 that ascend from document to document and in each."""
+    starts = (records["document"].astype(np.uint64) << np.uint64(32)) + records["start"]
+    return starts, starts + records["length"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class Prepared:
     def fingerprint(self) -> str:
         """Of the tokenizer, every document and every block's place; not of paths, dates or the Python version."""
         content = {
-            "layout_version": LAYOUT_VERSION,
+            "layout_version": _FINGERPRINT_VERSION,
             "tokenizer": self.tokenizer_hash,
             "sources": {
                 source: [self.manifest(source)["fingerprint"], self.plan_manifest(source)["sha256"], dict(plan)]
@@ -152,7 +166,7 @@ class Prepared:
             plan = plans_lib.load(folder, split)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is damaged ({error}): delete it to make it again.") from error
-        if len(plan) != told or (told and plan.bounds[-1] != len(plan.pieces)):
+        if len(plan) != told or (told and plan.bounds[-1] != len(plan.slices)):
             raise DataError(f"{folder} is damaged: its {split} has not the {told} blocks of its manifest. Delete it.")
         return plan
 

@@ -2,8 +2,8 @@
 
 A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos
 included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the
-store how long it is and which split it belongs to; `answers.npy`, where there are any, what held-out documents are
-asked.
+store how long it is and which split it belongs to. `spans.ROLE.npy` has a record for each span of a role, of every
+split: SPAN_DTYPE, and behind it the columns that spans of this role have, as float64.
 """
 
 import hashlib
@@ -11,24 +11,21 @@ import os
 import threading
 import uuid
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
+from numpy.lib.recfunctions import unstructured_to_structured
 
 from meap_jax.errors import DataError, UserError
 
 SPLITS = ("train", "validation", "test")  # A document's split is its place here.
-MAX_DOCUMENTS = 2**32  # Of a store: plans and answers number them so.
+MAX_DOCUMENTS = 2**32  # Of a store: plans and spans number them so.
 INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
-# One record an answer: ids[start : start + length] of its document; `distance` counts the tokens from the first one of
-# the value where its fact states it to the first one of the answer.
-ANSWER_DTYPE = np.dtype([
-    ("document", "<u4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
-])  # fmt: skip
+SPAN_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
 # Blocks take runs of documents, so that neighbours lie together; compressed (zstd:1) they would take two thirds of the
 # disk and blocks twice the time to read.
@@ -37,20 +34,20 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_reco
 _OPEN_FILES = 256  # Of a thread; many systems allow 1,024 a process.
 
 
-class AnswerSpan(NamedTuple):
-    """An answer in tokens: `ids[start : start + length]`, stated first at `fact_start`."""
+class TokenSpan(NamedTuple):
+    """The tokens `ids[start : start + length]` of a document, and what they are."""
 
     start: int
     length: int
-    fact_start: int
-    depth: float
+    role: str
+    columns: Mapping[str, float] = {}  # The same names in every span of a role.
 
 
 class EncodedDocument(NamedTuple):
-    """Token ids of a document, bos and eos included, and the spans of its answers."""
+    """Token ids of a document, bos and eos included, and its spans."""
 
     ids: list[int]
-    answers: tuple[AnswerSpan, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
 
 
 class ShardSummary(NamedTuple):
@@ -80,7 +77,7 @@ def unfinished(path: Path) -> Path:
 def write_shard(
     folder: Path, shard: int, documents: Iterable[tuple[int, EncodedDocument]], dtype: np.dtype
 ) -> ShardSummary:
-    """Writes a shard's records, index and answers; a file that is there under its name is complete.
+    """Writes a shard's records, index and spans; a file that is there under its name is complete.
 
     Args:
       folder: of the store.
@@ -90,9 +87,10 @@ def write_shard(
 
     Raises:
       OSError: the disk is full or can't be written; and whatever `documents` raises.
+      TypeError: two spans of a role have different columns.
     """
     lengths, splits = array("I"), array("B")  # Not lists: a shard may hold millions of documents.
-    answers: list[tuple[int, int, int, float, int]] = []
+    spans: dict[str, tuple[tuple[str, ...], array]] = {}  # Of each role the names of its columns, and all records.
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
     partial = unfinished(path)
@@ -103,11 +101,11 @@ def write_shard(
             digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
             digest.update(ids.tobytes())
             largest = max(largest, int(ids.max(initial=0)))
-            if SPLITS[split] != "train":
-                answers += [
-                    (len(lengths), span.start, span.length, span.depth, span.start - span.fact_start)
-                    for span in document.answers
-                ]
+            for span in document.spans:
+                names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
+                if names != tuple(span.columns):
+                    raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
+                values.extend((len(lengths), span.start, span.length, *span.columns.values()))
             lengths.append(len(ids))
             splits.append(split)
             writer.write(ids.tobytes())
@@ -122,8 +120,10 @@ def write_shard(
     index = np.empty(len(lengths), INDEX_DTYPE)
     index["length"], index["split"] = lengths, splits
     save_array(path.with_suffix(".index.npy"), index)
-    if answers:
-        save_array(path.with_suffix(".answers.npy"), np.array(answers, ANSWER_DTYPE))
+    for role, (names, values) in spans.items():
+        dtype = np.dtype(SPAN_DTYPE.descr + [(name, "<f8") for name in names])
+        records = unstructured_to_structured(np.reshape(values, (-1, len(dtype.descr))), dtype)
+        save_array(path.with_suffix(f".spans.{role}.npy"), records)
     return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
 
 
@@ -143,20 +143,23 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def merge_indices(folder: Path, num_shards: int) -> None:
-    """Joins the indices and answers of all shards into those of the store."""
-    indices, answers, first = [], [], 0
+    """Joins the indices of all shards, and the spans of each role, into those of the store."""
+    indices, spans, first = [np.zeros(0, INDEX_DTYPE)], defaultdict[str, list[np.ndarray]](list), 0
     for shard in range(num_shards):
-        index = np.load(shard_file(folder, shard).with_suffix(".index.npy"))
-        indices.append(index)
-        path = shard_file(folder, shard).with_suffix(".answers.npy")
-        if path.exists():
+        for path in sorted(folder.glob(f"{shard:05}.spans.*.npy")):
             records = np.load(path)
             records["document"] += first
-            answers.append(records)
-        first += len(index)
-    save_array(folder / "index.npy", np.concatenate([np.zeros(0, INDEX_DTYPE), *indices]))
-    if answers:
-        save_array(folder / "answers.npy", np.concatenate(answers))
+            spans[path.name.partition(".")[2]].append(records)
+        indices.append(np.load(shard_file(folder, shard).with_suffix(".index.npy")))
+        first += len(indices[-1])
+    save_array(folder / "index.npy", np.concatenate(indices))
+    for name, parts in spans.items():
+        save_array(folder / name, np.concatenate(parts))
+
+
+def index_files(folder: Path) -> list[Path]:
+    """What a store has beside its shards: the index, and the spans of each role."""
+    return [folder / "index.npy", *sorted(folder.glob("spans.*.npy"))]
 
 
 class Store:
@@ -187,11 +190,10 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_open": threading.local()}
 
-    @property
-    def answers(self) -> np.ndarray:
-        """[number of answers] of ANSWER_DTYPE, ordered by document."""
-        path = self.folder / "answers.npy"
-        return np.load(path) if path.exists() else np.zeros(0, ANSWER_DTYPE)
+    def spans(self, role: str) -> np.ndarray:
+        """[number of spans] of SPAN_DTYPE and the role's columns, ordered by document; SPAN_DTYPE if there are none."""
+        path = self.folder / f"spans.{role}.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else np.zeros(0, SPAN_DTYPE)
 
     def documents(self, split: str) -> np.ndarray:
         """The numbers of a split's documents, in order."""

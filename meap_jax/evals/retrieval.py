@@ -5,6 +5,7 @@ forcing this equals exact match of greedy decoding: both go on only while every 
 """
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ from meap_jax.objective import clean_inputs
 from meap_jax.results import Result
 from meap_jax.rows import Row
 
+QUESTION_DTYPE = np.dtype([
+    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
+])  # fmt: skip
+
 
 def make(setting: Setting) -> dict[str, "Retrieval"]:
     """One for each source whose held-out documents ask for something."""
@@ -27,7 +32,7 @@ def make(setting: Setting) -> dict[str, "Retrieval"]:
     return {
         f"{setting.split}_{name}_answers": Retrieval(setting, blocks)
         for name, blocks in sources.items()
-        if len(blocks.answers)
+        if len(blocks.spans("answer"))
     }
 
 
@@ -37,7 +42,7 @@ class Retrieval:
     def __init__(self, setting: Setting, blocks: Blocks):
         (config, self._mesh, definition), self._blocks = setting.model, blocks
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
-        answers = blocks.answers
+        answers = questions(blocks.spans("fact"), blocks.spans("answer"))
         self._answers = answers[answers["row"] < config.eval.max_rows]
         self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(self._mesh))
 
@@ -85,6 +90,27 @@ def answer_positions(answers: np.ndarray, num_rows: int, seq_len: int) -> np.nda
         is_asked[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]] = True
     first_asked = np.argsort(~is_asked, axis=1, kind="stable").astype(np.int32)
     return first_asked[:, : is_asked.sum(axis=1).max(initial=0)]
+
+
+def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """How deep the fact that an answer repeats is in its document, and how far away.
+
+    Args:
+      facts: `Blocks.spans("fact")`, the values where they are stated; its column `fact` numbers those of a document.
+      answers: `Blocks.spans("answer")`, the values where they are asked for, with the `fact` that states each.
+
+    Returns:
+      [number of answers] of QUESTION_DTYPE: `row`, `start` and `length` of the answer; `depth` of its fact, 0 for the
+      first of the document and 1 for the last; `distance` in tokens from the value's first one there to the answer's.
+    """
+    stated = {(fact["document"], fact["fact"]): int(fact["start"]) for fact in facts}
+    num_facts = Counter(facts["document"].tolist())
+    out = np.empty(len(answers), QUESTION_DTYPE)
+    for i, a in enumerate(answers):
+        depth = a["fact"] / max(num_facts[a["document"]] - 1, 1)
+        distance = a["start"] - stated[a["document"], a["fact"]]
+        out[i] = a["row"], a["start"], a["length"], depth, distance
+    return out
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:

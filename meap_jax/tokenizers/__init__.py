@@ -13,13 +13,16 @@ from pathlib import Path
 from meap_jax.config import TOKENIZERS, is_path
 from meap_jax.errors import ConfigError
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
-from meap_jax.tokenizers.interface import Tokenizer, refusal, round_up
+from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
+from meap_jax.tokenizers.interface import Tokenizer, refusal
 
-__all__ = ["BPETokenizer", "Tokenizer", "load", "make", "mistral", "round_up", "tekken", "train_bpe"]
+__all__ = ["BPETokenizer", "Tokenizer", "load", "make", "train_bpe"]
 
 # Where a folder holds several, the first: what others read in a folder of the Hugging Face hub, so that ids are those
 # of the weights beside it.
 _FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")
+# Files of the package mistral-common (Apache-2.0): a model of 32,000 pieces, and the Tekken of 131,072 ids.
+_CARRIED = {"mistral": "tokenizer.model.v1", "tekken": "tekken_*.json"}
 
 
 def make(name_or_path: str) -> Tokenizer:
@@ -29,12 +32,11 @@ def make(name_or_path: str) -> Tokenizer:
       name_or_path: mistral, tekken, or the path of a local file or folder. A file's kind is told by its content.
 
     Raises:
-      ConfigError: an unknown word, a path where nothing is, or a file that is no tokenizer or lacks bos or eos.
+      ConfigError: an unknown word, a package that isn't installed, a path where nothing is, or a file that is no
+        tokenizer or lacks bos or eos.
     """
-    if name_or_path == "mistral":
-        return mistral()
-    if name_or_path == "tekken":
-        return tekken()
+    if name_or_path in _CARRIED:
+        return _read(_carried(name_or_path, _CARRIED[name_or_path]))
     if not is_path(name_or_path):
         choices = ", ".join(word for word in TOKENIZERS if word != "bpe")
         raise refusal(name_or_path, f"must be one of {choices}, or a path, such as ./{name_or_path}")
@@ -47,24 +49,6 @@ def make(name_or_path: str) -> Tokenizer:
     if not path.is_file():
         raise refusal(name_or_path, "no such file or folder is on this machine")
     return _read(path)
-
-
-def mistral() -> Tokenizer:
-    """The 32,000-piece model that the package mistral-common (Apache-2.0) carries.
-
-    Raises:
-      ConfigError: the package isn't installed.
-    """
-    return _read(_carried("mistral", "tokenizer.model.v1"))
-
-
-def tekken() -> Tokenizer:
-    """The Tekken of 131,072 ids that the package mistral-common (Apache-2.0) carries.
-
-    Raises:
-      ConfigError: the package isn't installed, or is of a version without it.
-    """
-    return _read(_carried("tekken", "tekken_*.json"))
 
 
 def load(folder: str | Path) -> Tokenizer:
@@ -95,8 +79,6 @@ def _read(path: Path) -> Tokenizer:
     if isinstance(content.get("model"), dict):
         if trained_here(content):
             return BPETokenizer(serialized.decode("utf-8"))
-        from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
-
         beside = path.with_name("tokenizer_config.json")
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))

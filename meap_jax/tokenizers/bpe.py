@@ -1,45 +1,29 @@
 """The byte-level BPE that is trained on a run's own corpus."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import tokenizers
 from meap_jax.errors import ConfigError
-from meap_jax.tokenizers.interface import encode_texts, round_up
+from meap_jax.tokenizers.hugging_face import PackageTokenizer
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "[MASK]")  # ids 0 to 3 of every BPE
 _SMALLEST_BPE = len(_SPECIALS) + 256
 
 
-class BPETokenizer:
+class BPETokenizer(PackageTokenizer):
     """Byte-level BPE: `decode(encode(text)) == text` for every text."""
 
     name = "bpe"
     pad_id, bos_id, eos_id, mask_id = range(4)
+    _specials = dict(enumerate(_SPECIALS))
 
     def __init__(self, serialized: str):
         """Rebuilds a tokenizer from the JSON of the `tokenizers` package."""
         self._serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         self.num_tokens: int = self._tokenizer.get_vocab_size()
-        self.vocab_size = round_up(self.num_tokens)
-
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Ids of a text; bytes read the same at the beginning and in the middle of a document."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false is in the environment."""
-        return encode_texts(texts, continues, self._encode)
-
-    def _encode(self, texts: list[str], continues: bool) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def files(self) -> dict[str, bytes]:
         """The JSON file of the `tokenizers` package."""

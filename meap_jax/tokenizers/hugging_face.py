@@ -1,11 +1,13 @@
 """Any `tokenizer.json` of the Hugging Face hub, by the `tokenizers` package."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 import tokenizers
-from meap_jax.tokenizers.interface import decode_ids, encode_texts, refusal, round_up
+from meap_jax.tokenizers.interface import Encoded, Tokenizer, refusal
 
 # What a tokenizer_config.json beside it doesn't say is looked for among the added tokens, the first name first.
 _NAMES = {
@@ -15,11 +17,25 @@ _NAMES = {
     "mask_token": ("[MASK]", "<mask>", "<|mask|>"),
 }
 _UNKNOWN_NAMES = ("<unk>", "[UNK]")
-# Pre-tokenizers that drop the spaces between words: the mark that they are given instead must stay in mid-document.
-_SPLITS_WORDS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 
-class HuggingFaceTokenizer:
+class PackageTokenizer(Tokenizer):
+    """What encodes and decodes by the package `tokenizers`."""
+
+    _tokenizer: tokenizers.Tokenizer
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_with_offsets(self, texts: list[str]) -> list[Encoded]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(found.ids, np.array(found.offsets, np.int64).reshape(-1, 2)) for found in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class HuggingFaceTokenizer(PackageTokenizer):
     """A tokenizer.json with its own ids, plus [MASK] at the next free id unless it has a mask token.
 
     The begin and end of documents are what its tokenizer_config.json says, else added tokens with usual names; a
@@ -61,7 +77,6 @@ class HuggingFaceTokenizer:
         if self.pad_id in (-1, self.bos_id, self.eos_id, self.mask_id):
             self.pad_id = free
         self.num_tokens = max(free, self.pad_id + 1)
-        self.vocab_size = round_up(self.num_tokens)
 
         for token in content["added_tokens"]:
             token["special"] |= token["id"] in (self.bos_id, self.eos_id, self.mask_id, self.pad_id)
@@ -69,28 +84,7 @@ class HuggingFaceTokenizer:
         self._specials.setdefault(self.mask_id, "[MASK]")
         self._specials.setdefault(self.pad_id, "<pad>")
         _hide_specials(content)
-        self._opens = _build(content)
-        middle = _middle(content)
-        self._continues = self._opens if middle == content else _build(middle)
-
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Ids of a text; where the tokenizer puts a space in front, it does only where a document begins."""
-        return self.encode_batch([text], continues)[0]
-
-    def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false is in the environment."""
-        return encode_texts(texts, continues, self._encode)
-
-    def _encode(self, texts: list[str], continues: bool) -> list[list[int]]:
-        tokenizer = self._continues if continues else self._opens
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return decode_ids(ids, self._specials, self.bos_id, self.num_tokens, self._decode)
-
-    def _decode(self, ids: list[int], continues: bool) -> str:
-        return (self._continues if continues else self._opens).decode(ids, skip_special_tokens=False)
+        self._tokenizer = _build(content)
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer.json as it was, and a tokenizer_config.json of the special tokens' names alone."""
@@ -165,42 +159,3 @@ def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     tokenizer.encode_special_tokens = True  # special tokens in text are text
     return tokenizer
-
-
-def _middle(content: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer for text that continues a document.
-
-    No space is put in front of what it encodes, and what it decodes keeps its first space.
-    """
-
-    def normalizer(step: dict[str, Any]) -> dict[str, Any] | None:
-        if step["type"] == "Prepend":
-            return None
-        return step | {"strip_left": False} if step["type"] == "Strip" else step
-
-    def splitter(step: dict[str, Any]) -> dict[str, Any]:
-        if step["type"] == "Metaspace" and not splits_words:
-            return step | {"prepend_scheme": "never"}
-        return step | {"add_prefix_space": False} if step["type"] == "ByteLevel" else step
-
-    def decoder(step: dict[str, Any]) -> dict[str, Any] | None:
-        if step["type"] == "Strip" and step["content"] == " ":
-            return None
-        return step | {"prepend_scheme": "never"} if step["type"] == "Metaspace" else step
-
-    splits = content["pre_tokenizer"] or {}
-    splits_words = any(step["type"] in _SPLITS_WORDS for step in (splits, *splits.get("pretokenizers", ())) if step)
-    return content | {
-        "normalizer": _edit(content["normalizer"], normalizer),
-        "pre_tokenizer": _edit(content["pre_tokenizer"], splitter),
-        "decoder": _edit(content["decoder"], decoder),
-    }
-
-
-def _edit(part: dict[str, Any] | None, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Any:
-    """Changes each step of a normalizer, pre-tokenizer or decoder; None takes it out."""
-    if part is None or part["type"] != "Sequence":
-        return part and change(part)
-    [name] = part.keys() - {"type"}  # normalizers, pretokenizers or decoders
-    steps = (_edit(step, change) for step in part[name])
-    return part | {name: [step for step in steps if step is not None]}

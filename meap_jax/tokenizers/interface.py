@@ -1,20 +1,31 @@
-"""What every tokenizer promises, and what they share: cleaning, cutting and batching of texts, and specials by name."""
+"""What tokenizers promise, and what all kinds share: cleaning, cutting and batching of texts; specials by name."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+import abc
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
 
 from meap_jax.errors import ConfigError
 
-# Longer texts are encoded in pieces of at most so many characters. That keeps memory flat, and out of reach of what
+# Longer texts are encoded in chunks of about so many characters. That keeps memory flat, and out of reach of what
 # libraries do with a million equal characters: the regular expression of Tekken overflows its stack at one million
 # spaces (at 100,000 it is fast).
-MAX_PIECE = 1 << 16
+MAX_CHUNK = 1 << 16
 # What is handed to a library at once, in characters: Hugging Face's encodings take about 100 bytes an id until ours
 # are taken out of them.
 _MAX_BATCH = 1 << 20
 
+_SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+_UP_TO_THE_LAST = re.compile(".*" + _SPACE_BETWEEN_WORDS.pattern, re.DOTALL)
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
-class Tokenizer(Protocol):
+Encoded = tuple[list[int], np.ndarray]  # Ids, and [N, 2] int64: where each token's characters start and end.
+
+
+class Tokenizer(abc.ABC):
     """What the rest of the code knows of a tokenizer. Text never encodes to bos, eos or [MASK].
 
     Nor to the padding id, unless the tokenizer pads with its unknown token and text gives that.
@@ -22,50 +33,105 @@ class Tokenizer(Protocol):
     Lone surrogates, which JSON can smuggle into a str, are encoded as U+FFFD; everything else that a str can hold
     is the tokenizer's own matter: byte-level and byte-fallback ones without a normalizer give every text back.
 
-    A text of more than `MAX_PIECE` characters is cut at a space between two words, which no usual tokenizer joins:
-    its ids are those of the uncut text. Only where a piece holds no such space (65,536 characters of Chinese, of one
-    letter, of blanks) it is cut hard, and the ids next to the cut may differ; the text they decode to doesn't.
+    A text of more than `MAX_CHUNK` characters is cut at spaces between two words, which no usual tokenizer joins: its
+    ids are those of the uncut text. Where a chunk would hold no such space (65,536 characters of Chinese, of one
+    letter, of blanks) it runs on to the next one. Only a tokenizer that puts nothing in front of a text is cut there
+    all the same: the ids next to that cut may differ from those of the uncut text, but not the text they decode to.
     """
 
-    @property
-    def name(self) -> str:
-        """Its kind: bpe, sentencepiece, huggingface or tekken."""
+    name: str  # Its kind: bpe, sentencepiece, huggingface or tekken.
+    bos_id: int  # Begins every document; the same as eos_id where a tokenizer has only one of them, as GPT-2's.
+    eos_id: int  # Ends every document.
+    pad_id: int  # Fills what is left of a block; never seen by the loss. Distinct from bos, eos and [MASK].
+    mask_id: int  # The [MASK] of MEAP: the tokenizer's own if it has one, else the first free id.
+    num_tokens: int  # Ids that have a meaning, specials included.
+    _specials: Mapping[int, str]  # The names of special ids, which `_decode` never sees.
 
-    @property
-    def bos_id(self) -> int:
-        """Begins every document; the same as eos_id where a tokenizer has only one of them, as GPT-2's."""
+    @abc.abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """File names and contents that `load` rebuilds this tokenizer from."""
 
-    @property
-    def eos_id(self) -> int:
-        """Ends every document."""
+    @abc.abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that need no cutting."""
 
-    @property
-    def pad_id(self) -> int:
-        """Fills what is left of a block; never seen by the loss. Distinct from bos, eos and [MASK]."""
+    @abc.abstractmethod
+    def _encode_with_offsets(self, texts: list[str]) -> list[Encoded]:
+        """The same with offsets; of several tokens of one character, some may hold an empty range in front of it."""
 
-    @property
-    def mask_id(self) -> int:
-        """The [MASK] of MEAP: the tokenizer's own if it has one, else the first free id."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Ids that have a meaning, specials included."""
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids that open a document, without specials."""
 
     @property
     def vocab_size(self) -> int:
         """Rows of the model's embedding: `num_tokens` rounded up to a multiple of 64."""
+        return round_up(self.num_tokens)
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Ids of a text, without specials; `continues` if it stands in the middle of a document."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without specials."""
+        return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
-        """The same for many texts, faster."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts; Hugging Face's kinds take all cores unless TOKENIZERS_PARALLELISM=false is set."""
+        no_offsets = np.zeros((0, 2), np.int64)
+        encoded = self._encode_all(texts, lambda batch: [(ids, no_offsets) for ids in self._encode(batch)])
+        return [ids for ids, _ in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, an array's or a list's; specials appear by name."""
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
+        """Ids of each text, and which characters each id comes from.
 
-    def files(self) -> dict[str, bytes]:
-        """File names and contents that `load` rebuilds this tokenizer from."""
+        Returns:
+          For each text its N ids and offsets, [N, 2] int64: id i comes from text[offsets[i, 0] : offsets[i, 1]], the
+          space in front of it included if there is one. Neither column ever decreases. Ids that share a character, as
+          bytes do, all hold the whole of it; so does a space that the tokenizer puts in front of a text.
+        """
+        encoded = self._encode_all(texts, self._encode_with_offsets)
+        return [(ids, _of_given(text, offsets)) for text, (ids, offsets) in zip(texts, encoded, strict=True)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, an array's or a list's; specials appear by name, rows that pad the vocabulary as <id>."""
+        text, run, opens = "", [], True
+        for token in map(int, ids):
+            if token < self.num_tokens and token not in self._specials:
+                run.append(token)
+                continue
+            text += self._decode_run(run, opens) + self._specials.get(token, f"<{token}>")
+            run, opens = [], token == self.bos_id
+        return text + self._decode_run(run, opens)
+
+    def _decode_run(self, ids: list[int], opens: bool) -> str:
+        """The text of ids between specials; where they don't open a document, it keeps its first space."""
+        before = [] if opens else self._anchor[1]
+        return self._decode([*before, *ids]).removeprefix(self._decode(before)) if ids else ""
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[str, list[int]]:
+        """A word that stands for what is in front of a text in mid-document, and its ids.
+
+        Both are empty where nothing is needed: the tokenizer neither puts a space in front of a text nor removes one.
+        """
+        a, space_a = self._encode(["a", " a"])
+        return ("", []) if self._decode(a + a + space_a) == "aa a" else ("a", a)
+
+    def _encode_all(self, texts: Sequence[str], encode: Callable[[list[str]], list[Encoded]]) -> list[Encoded]:
+        """Cleans texts, cuts long ones, and has them encoded in batches of limited size."""
+        encoded: list[Encoded] = []
+        for batch in _batches(map(clean, texts)):
+            encoded += [self._encode_long(batch[0], encode)] if len(batch[0]) > MAX_CHUNK else encode(batch)
+        return encoded
+
+    def _encode_long(self, text: str, encode: Callable[[list[str]], list[Encoded]]) -> Encoded:
+        """Encodes a text chunk by chunk, each but the first behind the anchor, whose ids are then taken off."""
+        anchor, anchor_ids = self._anchor
+        all_ids: list[int] = []
+        all_offsets: list[np.ndarray] = []
+        for start, stop in pairwise(cut(text, anywhere=not anchor)):
+            before, skip = (anchor, len(anchor_ids)) if start else ("", 0)
+            [(ids, offsets)] = encode([before + text[start:stop]])
+            all_ids += ids[skip:]
+            all_offsets.append(offsets[skip:] + (start - len(before)))
+        return all_ids, np.concatenate(all_offsets)
 
 
 def refusal(where: str, problem: str) -> ConfigError:
@@ -89,76 +155,46 @@ def clean(text: str) -> str:
     return text
 
 
-def cut(text: str) -> Iterator[str]:
-    """Cuts a text into pieces of at most `MAX_PIECE` characters, if it can in front of a space between two words."""
+def _of_given(text: str, offsets: np.ndarray) -> np.ndarray:
+    """Offsets in `clean(text)` as offsets in `text`; none is empty."""
+    pairs = [pair.start() - i for i, pair in enumerate(_SURROGATE_PAIR.finditer(text))]  # Where they stand as one.
+    offsets[:, 1] = np.clip(offsets[:, 1], offsets[:, 0] + 1, len(text) - len(pairs))
+    return offsets + np.searchsorted(pairs, offsets)
+
+
+def cut(text: str, anywhere: bool) -> Iterator[int]:
+    """The bounds of a text's chunks: 0, places in front of spaces between two words, and its end.
+
+    Args:
+      text: of any length.
+      anywhere: a chunk has `MAX_CHUNK` characters at most, even if it is cut where there is no such space.
+    """
     start = 0
-    while len(text) - start > MAX_PIECE:
-        stop = start + MAX_PIECE
-        place = text.rfind(" ", start + 1, stop)
-        while place > 0 and not (text[place - 1].isalnum() and text[place + 1].isalnum()):
-            place = text.rfind(" ", start + 1, place)
-        stop = place if place > 0 else stop
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+    while len(text) - start > MAX_CHUNK:
+        yield start
+        stop = start + MAX_CHUNK
+        space = _UP_TO_THE_LAST.match(text, start + 1, stop + 1)
+        if space is None and not anywhere:
+            space = _SPACE_BETWEEN_WORDS.search(text, stop)
+            stop = len(text)
+        start = space.end() - 1 if space else stop
+    if start < len(text):
+        yield start
+    yield len(text)
 
 
-def encode_texts(
-    texts: Sequence[str], continues: bool, encode: Callable[[list[str], bool], list[list[int]]]
-) -> list[list[int]]:
-    """Cleans texts, cuts long ones, and has them encoded in batches of limited size.
-
-    Args:
-      texts: any strings.
-      continues: whether they stand in the middle of documents.
-      encode: what encodes a list of short texts, which all open a document or all continue one.
-
-    Returns:
-      The ids of each text.
-    """
-    results: list[list[int]] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive texts of `_MAX_BATCH` characters at most; one that is to be cut is a batch by itself."""
     batch: list[str] = []
-    num_characters = 0
-    for text in map(clean, texts):
-        if batch and num_characters + len(text) > _MAX_BATCH:
-            results += encode(batch, continues)
-            batch, num_characters = [], 0
-        if len(text) <= MAX_PIECE:
-            batch.append(text)
-            num_characters += len(text)
-            continue
-        if batch:
-            results += encode(batch, continues)
-            batch, num_characters = [], 0
-        ids: list[int] = []
-        for index, piece in enumerate(cut(text)):
-            ids += encode([piece], continues or index > 0)[0]
-        results.append(ids)
-    return results + encode(batch, continues) if batch else results
-
-
-def decode_ids(
-    ids: Sequence[int],
-    specials: Mapping[int, str],
-    bos_id: int,
-    num_tokens: int,
-    decode: Callable[[list[int], bool], str],
-) -> str:
-    """Decodes what stands between specials, and puts these in by name.
-
-    Args:
-      ids: of text and specials; rows that only pad the vocabulary appear as <id>.
-      specials: the name of each special id.
-      bos_id: what follows it opens a document.
-      num_tokens: ids from this one on mean nothing.
-      decode: gives the text of ids without specials; its second argument is False where they open a document, and
-        True where they continue one, whose first space is to be kept.
-    """
-    text, run, continues = "", [], False
-    for token in map(int, ids):
-        if token < num_tokens and token not in specials:
-            run.append(token)
-            continue
-        text += (decode(run, continues) if run else "") + specials.get(token, f"<{token}>")
-        run, continues = [], token != bos_id
-    return text + (decode(run, continues) if run else "")
+    size = 0
+    for text in texts:
+        if batch and (len(text) > MAX_CHUNK or size + len(text) > _MAX_BATCH):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+        if len(text) > MAX_CHUNK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,22 +1,22 @@
 """Tekken, Mistral's byte-level tokenizer of 131,072 ids, by tiktoken."""
 
 import base64
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tiktoken
 
-from meap_jax.tokenizers.interface import decode_ids, encode_texts, refusal, round_up
+from meap_jax.tokenizers.interface import Encoded, Tokenizer, refusal
 
 # The first special ids of files that don't list them, v3 and v7, as the package mistral-common numbers them.
 _UNLISTED = {0: "<unk>", 1: "<s>", 2: "</s>", 11: "<pad>"}
 _MASK_NAMES = ("[MASK]", "<mask>")
 
 
-class TekkenTokenizer:
+class TekkenTokenizer(Tokenizer):
     """Special ids come first, then those of text; [MASK] is the next free one, 131072, unless the file has one.
 
-    `decode(encode(text)) == text` for every text.
+    `decode(encode(text)) == text` for every text. Bytes that are no UTF-8, as of half a character, decode to U+FFFD.
     """
 
     name = "tekken"
@@ -59,26 +59,24 @@ class TekkenTokenizer:
         # A Tekken without <pad> has its <unk>, which bytes never give, in the place 0.
         self.pad_id: int = ids.get("<pad>", ids.get("<unk>", 0))
         self.num_tokens: int = max(size, self.mask_id + 1)
-        self.vocab_size = round_up(self.num_tokens)
         self._specials = {index: f"<SPECIAL_{index}>" for index in range(num_special)}
         self._specials |= {self.mask_id: "[MASK]"} | names
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Ids of a text; bytes read the same at the beginning and in the middle of a document."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
-        """Ids of many texts, on one core."""
-        return encode_texts(texts, continues, self._encode)
-
-    def _encode(self, texts: list[str], continues: bool) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; bytes that are no UTF-8, as of half a character, become U+FFFD."""
-        return decode_ids(ids, self._specials, self.bos_id, self.num_tokens, self._decode)
+    def _encode_with_offsets(self, texts: list[str]) -> list[Encoded]:
+        return [(ids, self._offsets(text, ids)) for text, ids in zip(texts, self._encode(texts), strict=True)]
 
-    def _decode(self, ids: list[int], continues: bool) -> str:
+    def _offsets(self, text: str, ids: list[int]) -> np.ndarray:
+        """The characters that hold each token's bytes, [N, 2]."""
+        begins_character = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
+        character = np.cumsum(begins_character) - 1  # Of each byte.
+        ends = np.cumsum([len(token) for token in self._encoding.decode_tokens_bytes(ids)], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+        return np.stack([character[starts], character[ends - 1] + 1], axis=1)
+
+    def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
 
     def files(self) -> dict[str, bytes]:

@@ -138,7 +138,7 @@ def test_retrieval_documents_keep_their_answers(tmp_path):
         "plans": {"retrieval": tiny_data.PLAN | {"packing": "best_fit"}},
     }
     made = prepare_on_beam(tmp_path / "data", options, (), f"file://{tmp_path}/data")
-    assert len(made.blocks("retrieval", "test").answers)
+    assert len(made.blocks("retrieval", "test").spans("answer"))
     assert content(made) == content(prepare(tmp_path / "alone", options, workers=1))
 
 

@@ -16,6 +16,7 @@ from meap_jax.corpus import prepare as prepare_module
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.evals.retrieval import questions
 from meap_jax.rows import stacked
 
 RETRIEVAL = {
@@ -80,15 +81,17 @@ def test_every_answer_stands_where_the_blocks_say(prepared):
     for split in ("validation", "test"):
         blocks = prepared.blocks("retrieval", split)
         documents = prepared.plan_manifest("retrieval")["splits"][split]["documents"]
-        assert len(blocks.answers) == 4 * documents  # Held-out documents ask each of their four facts once.
-        for answer in blocks.answers:
+        asked = questions(blocks.spans("fact"), blocks.spans("answer"))
+        assert len(asked) == 4 * documents  # Held-out documents ask each of their four facts once.
+        for answer in asked:
             block = blocks[answer["row"]]
             start, length, distance = answer["start"], answer["length"], answer["distance"]
             found = block.tokens[start : start + length]
             assert np.array_equal(found, block.tokens[start - distance : start - distance + length])
             assert block.segment_ids[start] == block.segment_ids[start - distance] > 0
             assert prepared.tokenizer.decode(block.tokens[start - distance - 1 : start - distance]) == " is"
-    assert len(prepared.blocks("retrieval", "train").answers) == 0
+    assert len(prepared.blocks("retrieval", "train").spans("fact")) == 4 * 300
+    assert not len(prepared.blocks("text", "train").spans("fact"))
 
 
 def test_the_manifests_count_what_is_there(prepared):
@@ -176,7 +179,7 @@ def test_other_options_of_a_source_are_named_too(books, tmp_path):
     "name",
     [
         "tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy",
-        "text/plans/concat-97-*/train.pieces", "text/plans/concat-97-*/train.bounds",
+        "text/plans/concat-97-*/train.slices", "text/plans/concat-97-*/train.bounds",
     ],
 )  # fmt: skip
 def test_a_missing_or_cut_file_is_named(copy, books, name):

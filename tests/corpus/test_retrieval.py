@@ -26,6 +26,10 @@ def _rng(seed=0):
     return np.random.Generator(np.random.PCG64(seed))
 
 
+def spans_of(made, role):
+    return [span for span in made.spans if span.role == role]
+
+
 def _pairs(template, text):
     pattern = re.escape(template).replace(r"\{key\}", r"(\w+)") + r" (\w+)\."
     return re.findall(pattern, text)
@@ -45,10 +49,13 @@ def test_every_answer_is_the_value_that_its_fact_stated_and_counts_once(spec, se
         assert len(asked) == max(1, int(spec.questions_per_fact * len(facts))) and set(asked) <= set(facts)
     # Asked again, a fact could be read off the first answer: only that one says what was retrieved.
     first_time = [pair for i, pair in enumerate(asked) if pair not in asked[:i]]
-    for answer, (key, value) in zip(made.answers, first_time, strict=True):
-        assert made.pieces[answer.piece] == made.pieces[answer.fact] == f" {value}"
-        assert made.pieces[answer.piece - 1].split()[-1] == key
-        assert answer.depth == facts.index((key, value)) / max(len(facts) - 1, 1)
+    stated, answers = spans_of(made, "fact"), spans_of(made, "answer")
+    assert [fact.columns["fact"] for fact in stated] == list(range(len(facts)))
+    assert [made.text[fact.start : fact.end] for fact in stated] == [f" {value}" for _, value in facts]
+    for answer, (key, value) in zip(answers, first_time, strict=True):
+        assert made.text[answer.start : answer.end] == f" {value}"
+        assert made.text[: answer.start].endswith(f" {key}")
+        assert facts[answer.columns["fact"]] == (key, value)
 
 
 def test_short_documents_prevail_as_one_over_the_square_of_their_facts():
@@ -77,26 +84,11 @@ def test_draws_come_from_the_bare_bit_stream_of_pcg64():
     assert retrieval._choose(_rng(7), 16, 4) == expected
 
 
-def test_depth_and_fillers_can_be_chosen():
-    spec = RetrievalSpec(16, 16, 5, 0.1, 2)
-    made = document(_rng(), spec, asked=[4, 0], num_fillers=7)
-    assert [answer.depth for answer in made.answers] == [1.0, 0.0]
-    assert sum(piece.strip() in FILLERS for piece in made.pieces) == 7
-    values = [value for _, value in _pairs(FACT, made.text)]
-    assert [made.pieces[answer.piece] for answer in made.answers] == [
-        f" {values[4]}",
-        f" {values[0]}",
-    ]
-    for wrong in ([5], [-1]):
-        with pytest.raises(ValueError, match="asked"):
-            document(_rng(), spec, asked=wrong)
-
-
 def test_all_depths_and_numbers_of_fillers_turn_up_equally_often():
     spec = RetrievalSpec(16, 16, 4, 0.1, 2)
     documents = list(retrieval.generate(spec, 0, 1200))
-    depths = np.unique([d.answers[0].depth for d in documents], return_counts=True)[1]
-    fillers = np.unique([len(d.pieces) for d in documents], return_counts=True)[1]
+    depths = np.unique([spans_of(d, "answer")[0].columns["fact"] for d in documents], return_counts=True)[1]
+    fillers = np.unique([sum(map(d.text.count, FILLERS)) for d in documents], return_counts=True)[1]
     assert len(depths) == 4 and np.all(np.abs(depths - 300) < 75)  # five standard deviations
     assert len(fillers) == 3 and np.all(np.abs(fillers - 400) < 82)
 

@@ -16,8 +16,8 @@ sizes_of_ranges = st.integers(1, 12)
 def ranges_of(lengths, size=10):
     """Documents with numbers that are not their places, in ranges of a size, an empty one among them."""
     numbers = np.arange(len(lengths)) * 3 + 1
-    pieces = plans.whole(numbers, np.array(lengths, np.int64))
-    return [pieces[:0], *(pieces[i : i + size] for i in range(0, len(pieces), size))]
+    slices = plans.whole(numbers, np.array(lengths, np.int64))
+    return [slices[:0], *(slices[i : i + size] for i in range(0, len(slices), size))]
 
 
 def blocks_of(parts):
@@ -25,8 +25,8 @@ def blocks_of(parts):
     blocks = []
     for plan in parts:
         for i in range(len(plan)):
-            pieces = plan.pieces[plan.bounds[i] : plan.bounds[i + 1]].tolist()
-            blocks.append([(d, s + j) for d, s, n in pieces for j in range(n)])
+            slices = plan.slices[plan.bounds[i] : plan.bounds[i + 1]].tolist()
+            blocks.append([(d, s + j) for d, s, n in slices for j in range(n)])
     return blocks
 
 
@@ -47,13 +47,13 @@ def test_best_fit_loses_no_id_and_cuts_only_documents_that_are_longer_than_a_blo
     blocks = blocks_of(parts)
     assert all(0 < len(block) <= block_len for block in blocks)
     assert sorted(sum(blocks, [])) == stream_of(lengths)
-    found = Counter(document for plan in parts for document in plan.pieces["document"].tolist())
+    found = Counter(document for plan in parts for document in plan.slices["document"].tolist())
     assert found == {i * 3 + 1: -(-n // block_len) for i, n in enumerate(lengths)}
 
 
 def test_best_fit_fills_the_fullest_block_that_has_room():
     [plan] = plans.best_fit([plans.whole(np.arange(4), np.array([6, 8, 2, 4]))], 10)
-    blocks = [plan.pieces["document"][plan.bounds[i] : plan.bounds[i + 1]].tolist() for i in range(len(plan))]
+    blocks = [plan.slices["document"][plan.bounds[i] : plan.bounds[i + 1]].tolist() for i in range(len(plan))]
     assert blocks == [[0, 3], [1, 2]]
 
 
@@ -92,7 +92,7 @@ def test_what_is_told_of_a_plan_is_what_a_count_gives(tmp_path):
 
 @given(lengths_of_documents, st.integers(0, 200), sizes_of_ranges)
 def test_the_first_tokens_end_with_the_document_that_reaches_them(lengths, most, size):
-    kept = [d for pieces in plans.first_tokens(ranges_of(lengths, size), most) for d in pieces["document"].tolist()]
+    kept = [d for slices in plans.first_tokens(ranges_of(lengths, size), most) for d in slices["document"].tolist()]
     assert kept == [i * 3 + 1 for i in range(len(kept))]
     if not most:
         assert len(kept) == len(lengths)
@@ -103,8 +103,8 @@ def test_the_first_tokens_end_with_the_document_that_reaches_them(lengths, most,
 
 
 def test_short_documents_are_dropped_at_random_and_long_ones_never():
-    pieces = plans.whole(np.arange(20_000), np.tile([100, 5000], 10_000))
-    ranges = [pieces[:7000], pieces[7000:]]
+    slices = plans.whole(np.arange(20_000), np.tile([100, 5000], 10_000))
+    ranges = [slices[:7000], slices[7000:]]
 
     def kept(seed):
         return np.concatenate(list(plans.keep_long(ranges, long_from=4096, keep_shorter=0.1, seed=seed)))

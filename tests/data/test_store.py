@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 import tiny_data
 from meap_jax.data import store as store_module
-from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, shard_file, write_shard
+from meap_jax.data.store import (
+    SPAN_DTYPE,
+    EncodedDocument,
+    Store,
+    TokenSpan,
+    ids_dtype,
+    index_files,
+    shard_file,
+    write_shard,
+)
 from meap_jax.errors import DataError
 
 
@@ -66,10 +75,23 @@ def test_ids_that_need_it_take_four_bytes(tmp_path):
     assert store[0].tolist() == [131_071, 0, 65_536]
 
 
-def test_answers_of_held_out_documents_are_kept_with_the_documents_number(tmp_path):
-    with_answer = EncodedDocument([1, 5, 6, 5, 2], (AnswerSpan(3, 1, 1, 0.5),))
-    store = tiny_data.make_store(tmp_path, [[(0, with_answer), (1, with_answer)], [(2, with_answer)]])
-    assert store.answers.tolist() == [(1, 3, 1, 0.5, 2), (2, 3, 1, 0.5, 2)]
+def test_spans_of_every_split_and_their_columns_are_kept_with_the_documents_number(tmp_path):
+    spans = (TokenSpan(3, 1, "answer", {"fact": 2, "score": 0.5}), TokenSpan(1, 2, "loss"), TokenSpan(3, 2, "loss"))
+    document = EncodedDocument([1, 5, 6, 5, 2], spans)
+    store = tiny_data.make_store(tmp_path, [[(0, document), (0, EncodedDocument([1]))], [], [(1, document)]])
+    answers = store.spans("answer")
+    assert answers.tolist() == [(0, 3, 1, 2, 0.5), (2, 3, 1, 2, 0.5)]
+    assert answers.dtype.names == ("document", "start", "length", "fact", "score")
+    assert store.spans("loss").tolist() == [(0, 1, 2), (0, 3, 2), (2, 1, 2), (2, 3, 2)]
+    assert store.spans("absent").dtype == SPAN_DTYPE and not len(store.spans("absent"))
+    assert [path.name for path in index_files(tmp_path)] == ["index.npy", "spans.answer.npy", "spans.loss.npy"]
+
+
+@pytest.mark.parametrize("columns", [{}, {"fact": 1, "more": 2}, {"other": 1}])
+def test_spans_of_a_role_with_different_columns_are_refused(tmp_path, columns):
+    spans = (TokenSpan(1, 1, "answer", {"fact": 0}), TokenSpan(2, 1, "answer", columns))
+    with pytest.raises(TypeError):
+        tiny_data.make_store(tmp_path, [[(0, EncodedDocument([1, 2, 3], spans))]])
 
 
 def test_the_hash_of_a_shard_depends_on_ids_and_splits_alone(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 import tiny_data
 from meap_jax import sharding
 from meap_jax.config import base
-from meap_jax.data.prepared import ROW_ANSWER_DTYPE
+from meap_jax.data.store import TokenSpan
 from meap_jax.evals import Setting
-from meap_jax.evals.retrieval import Retrieval, _hits, answer_positions, exact_matches
+from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, _hits, answer_positions, exact_matches, questions
 from meap_jax.evals.statistics import binomial_interval
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
@@ -34,15 +34,17 @@ def setup(tmp_path_factory):
     params["head"] = params["head"] * 20
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, V, (6, T + 1)).astype(np.uint8)
-    answers = [(row, start, length, 0.5, 7) for row in range(6) for start, length in ((5, 1), (9, 2), (14, 3))]
+    answers = [(row, start, length) for row in range(6) for start, length in ((5, 1), (9, 2), (14, 3))]
     # Some answers are made right: what greedy decoding gives is written into the block.
     decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
-    for row, start, length, *_ in answers[::2]:
+    for row, start, length in answers[::2]:
         for position in range(start, start + length):
             logits = decode(jnp.asarray(tokens[:, :-1], jnp.int32))
             tokens[row, position] = int(logits[row, position - 1].argmax())
     rows = [ids[:20] if row == 3 else ids for row, ids in enumerate(tokens)]
-    return c, definition, params, tiny_data.blocks_of(tmp_path_factory.mktemp("blocks"), rows, answers, T + 1)
+    facts, asked = [(1, 1, 0), (2, 2, 1), (4, 1, 2)], [(5, 1, 2), (9, 2, 1), (14, 3, 0)]  # Start, length, fact.
+    spans = [TokenSpan(s, n, role, {"fact": f}) for role, of in (("fact", facts), ("answer", asked)) for s, n, f in of]
+    return c, definition, params, tiny_data.blocks_of(tmp_path_factory.mktemp("blocks"), rows, [spans] * 6, T + 1)
 
 
 def setting(config, definition, num_devices):
@@ -56,7 +58,7 @@ def test_teacher_forced_matches_equal_greedy_exact_match(setup):
 
     decode = jax.jit(lambda t: definition.apply(params, t, causal(t)))
     expected = []
-    for a in blocks.answers:
+    for a in blocks.spans("answer"):
         row = blocks[a["row"]].tokens
         truth = row[a["start"] : a["start"] + a["length"]].copy()
         row[a["start"] :] = 0  # Nothing of the answer is given away.
@@ -70,7 +72,7 @@ def test_teacher_forced_matches_equal_greedy_exact_match(setup):
 
 def test_logits_of_answers_alone_are_computed(setup):
     _, definition, params, blocks = setup
-    batch, at = stacked([blocks[i] for i in range(4)]), answer_positions(blocks.answers, 6, T)[:4]
+    batch, at = stacked([blocks[i] for i in range(4)]), answer_positions(blocks.spans("answer"), 6, T)[:4]
     assert at.tolist() == [[4, 8, 9, 13, 14, 15]] * 4
     program = str(jax.make_jaxpr(functools.partial(_hits, definition))(params, batch, at))
     assert f"f32[{4 * 6},{V}]" in program and f"f32[{4 * T},{V}]" not in program
@@ -80,11 +82,18 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
     answers = np.array(
-        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], ROW_ANSWER_DTYPE
+        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], QUESTION_DTYPE
     )
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
     # Other positions fill up the rows that are asked less, or nothing.
     assert answer_positions(answers, 3, 10).tolist() == [[3, 4, 5, 6], [4, 0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_depth_and_distance_are_those_of_the_fact_in_its_document(setup):
+    *_, blocks = setup
+    found = questions(blocks.spans("fact"), blocks.spans("answer"))
+    asked = [(5, 1, 1, 1), (9, 2, 0.5, 7), (14, 3, 0, 13)]
+    assert found.tolist() == [(row, *question) for row in range(6) for question in asked]
 
 
 def test_max_rows_limits_questions_and_rows(setup):

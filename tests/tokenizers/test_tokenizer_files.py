@@ -38,11 +38,6 @@ def test_a_file_is_known_by_its_content(tmp_path, file, content, other):
     assert tokenizers.make(str(tmp_path / file)).name == other
 
 
-def test_words_name_what_the_package_carries():
-    assert tokenizers.make("mistral").files() == kind("mistral").files()
-    assert tokenizers.make("tekken").files() == kind("tekken").files()
-
-
 def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     assert tokenizers.make(str(tmp_path)).name == "sentencepiece"
@@ -60,6 +55,9 @@ def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
         ("{}", None, b"", "but that folder holds none of tokenizer.json, tokenizer.model, tekken.json"),
         ("{}", "tokenizer.model", b"garbage", "tokenizer.model', but is not a SentencePiece model"),
         ("{}", "tokenizer.model", b"", "but is a SentencePiece model without pieces"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model()[:-100], "but is not a SentencePiece model"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model(bos_id=-1), "without bos: train it with one"),
+        ("{}", "tokenizer.model", lambda: sentencepiece_model(eos_id=-1), "without eos: train it with one"),
         ("{}", "tokenizer.json", b"{", "tokenizer.json', but is not JSON"),
         ("{}", "tokenizer.json", b"{\xff}", "tokenizer.json', but is not JSON"),
         ("{}", "tokenizer.json", b"{}", "but is neither a tokenizer.json nor a tekken.json"),
@@ -70,21 +68,10 @@ def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
 )
 def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path, name, file, content, message):
     if file:
-        (tmp_path / file).write_bytes(content)
+        (tmp_path / file).write_bytes(content() if callable(content) else content)
     with pytest.raises(ConfigError, match=message) as error:
         tokenizers.make(name.format(tmp_path))
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
-
-
-def test_a_truncated_sentencepiece_model_is_refused():
-    with pytest.raises(ConfigError, match="tokenizer.model', but is not a SentencePiece model"):
-        SentencePieceTokenizer(sentencepiece_model()[:-100])
-
-
-@pytest.mark.parametrize("bound", ["bos", "eos"])
-def test_a_sentencepiece_model_without_bos_or_eos_is_refused(bound):
-    with pytest.raises(ConfigError, match=f"without {bound}: train it with one"):
-        SentencePieceTokenizer(sentencepiece_model(**{f"{bound}_id": -1}))
 
 
 def test_a_tekken_without_eos_is_refused(tmp_path):
@@ -226,10 +213,3 @@ def test_the_pieces_of_a_unigram_model_that_are_special_are_not_found_in_text():
     assert alone.token_to_id("</s>") in alone.encode("a </s>", add_special_tokens=False).ids
     tokenizer = kind("unigram")
     assert tokenizer.eos_id not in tokenizer.encode("a </s>")
-
-
-def test_a_model_that_removes_extra_spaces_removes_them_in_mid_document_too():
-    tokenizer = kind("sentencepiece_normalizing")
-    assert tokenizer.encode("the   sky  is", continues=True) == tokenizer.encode("the sky is", continues=True)
-    assert tokenizer.encode("   sky", continues=True) == tokenizer.encode(" sky", continues=True)
-    assert tokenizer.encode("the sky") == tokenizer.encode("the") + tokenizer.encode(" sky", continues=True)

@@ -1,9 +1,11 @@
 """What every kind of tokenizer promises."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from meap_jax import tokenizers
-from meap_jax.corpus.retrieval import RetrievalSpec, generate
+from meap_jax.corpus.documents import Document, Span, token_spans
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError
 from meap_jax.tokenizers import interface
@@ -40,26 +42,39 @@ def opened(name, text):
     return text.lstrip(" ") if name == "llama_metaspace" else text
 
 
+def check_offsets(offsets, ids, text):
+    """What holds for every kind: a range of characters a token, in order, none empty."""
+    assert offsets.shape == (len(ids), 2) and offsets.dtype == np.int64
+    assert (np.diff(offsets, axis=0) >= 0).all() and (offsets[:, 0] < offsets[:, 1]).all()
+    assert not len(ids) or 0 <= offsets[0, 0] and offsets[-1, 1] <= len(text)
+
+
 @exact_kinds
 @settings(max_examples=100, deadline=None)
-@given(text=texts, rest=texts)
-@example(text="", rest="")
-def test_every_text_comes_back_whole_and_in_two_parts(name, text, rest):
+@given(text=texts, data=st.data())
+@example(text="", data=None)
+@example(text="👩‍👩‍👧 🇨🇭 e\u0301\ufffd", data=None)
+def test_every_text_comes_back_and_its_offsets_cover_it(name, text, data):
     tokenizer = kind(name)
     text = opened(name, text)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    both = tokenizer.encode(text) + tokenizer.encode(rest, continues=True)
-    if text:  # nothing is continued otherwise
-        assert tokenizer.decode(both) == text + rest
-    assert tokenizer.encode_batch([text, text]) == [tokenizer.encode(text)] * 2
-
-
-@exact_kinds
-@pytest.mark.parametrize("text", ODD)
-def test_odd_characters_come_back(name, text):
-    tokenizer = kind(name)
-    assert tokenizer.decode(tokenizer.encode(opened(name, text))) == opened(name, text)
-    assert tokenizer.decode(tokenizer.encode("a") + tokenizer.encode(text, continues=True)) == "a" + text
+    [(ids, offsets), again] = tokenizer.encode_with_offsets([text, text])
+    assert ids == again[0] == tokenizer.encode(text) and tokenizer.decode(ids) == text
+    check_offsets(offsets, ids, text)
+    if not text:
+        return
+    assert offsets[0, 0] == 0 and offsets[-1, 1] == len(text) and (offsets[1:, 0] <= offsets[:-1, 1]).all()
+    start = data.draw(st.integers(0, len(text) - 1)) if data else 0
+    stop = data.draw(st.integers(start + 1, len(text))) if data else len(text)
+    [span] = token_spans(Document(text, (Span(start, stop, "answer"),)), offsets)
+    inside = [i for i, (begin, end) in enumerate(offsets) if begin < stop and end > start]
+    assert list(range(span.start - 1, span.start - 1 + span.length)) == inside  # Behind bos.
+    first, last = inside[0], inside[-1] + 1
+    mask = tokenizer.decode([tokenizer.mask_id])
+    shares_character = (offsets[last:, 0] < offsets[last - 1, 1]).any()
+    if first and not shares_character and mask not in text:  # A document would open behind a mask in front of it.
+        marked = [*ids[:first], tokenizer.mask_id, *ids[first:last], tokenizer.mask_id, *ids[last:]]
+        found = tokenizer.decode(marked).split(mask)
+        assert "".join(found) == text and text[start:stop] in found[1]
 
 
 def test_the_exact_byte_level_kinds_keep_even_the_space_of_sentencepiece():
@@ -67,20 +82,20 @@ def test_the_exact_byte_level_kinds_keep_even_the_space_of_sentencepiece():
         assert kind(name).decode(kind(name).encode("a\u2581b")) == "a\u2581b"
 
 
-@every_kind
-def test_lone_surrogates_become_replacement_characters_and_pairs_become_one_character(name):
-    tokenizer = kind(name)
-    assert tokenizer.encode("sky\ud800 \udcffgrey") == tokenizer.encode("sky\ufffd \ufffdgrey")
-    assert tokenizer.encode_batch(["\ud83d\ude00", "a"]) == tokenizer.encode_batch(["😀", "a"])
+def test_lone_surrogates_become_replacement_characters_and_pairs_become_one_character():
+    assert interface.clean("sky\ud800 \udcffgrey\ud83d\ude00") == "sky\ufffd \ufffdgrey😀"
 
 
 @every_kind
-@pytest.mark.parametrize("rest", [" grey falcon", "s of otters", ". Tell the harbor"])
-def test_words_stay_apart_or_together_where_a_text_is_continued(name, rest):
-    tokenizer = kind(name)
-    ids = tokenizer.encode("The museum") + tokenizer.encode(rest, continues=True)
-    assert tokenizer.decode(ids) == "The museum" + rest
-    assert tokenizer.encode_batch([rest, "", rest], continues=True)[2] == tokenizer.encode(rest, continues=True)
+@settings(max_examples=50, deadline=None)
+@given(text=texts | st.text(st.characters(min_codepoint=0xD700, max_codepoint=0xE000)))
+@example(text="a\ud83d\ude00 \ud800b")
+def test_offsets_are_those_of_the_text_as_it_was_given(name, text):
+    [(ids, offsets), (clean_ids, clean_offsets)] = kind(name).encode_with_offsets([text, interface.clean(text)])
+    check_offsets(offsets, ids, text)
+    assert ids == clean_ids == kind(name).encode(text)
+    for given_at, clean_at in zip(offsets, clean_offsets, strict=True):
+        assert interface.clean(text[slice(*given_at)]) == interface.clean(text)[slice(*clean_at)]
 
 
 @every_kind
@@ -88,7 +103,7 @@ def test_words_stay_apart_or_together_where_a_text_is_continued(name, rest):
 @given(text=texts)
 def test_no_text_becomes_a_special_id(name, text):
     tokenizer = kind(name)
-    ids = tokenizer.encode(text + "".join(SPECIALS)) + tokenizer.encode("".join(SPECIALS) + text, continues=True)
+    ids = tokenizer.encode(text + "".join(SPECIALS) + text)
     assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id} & set(ids)
     assert name not in EXACT or tokenizer.pad_id not in ids
     assert all(0 <= i < tokenizer.num_tokens for i in ids)
@@ -103,23 +118,6 @@ def test_each_role_has_an_id_of_its_own(name):
     assert tokenizer.vocab_size % 64 == 0
 
 
-# Those whose pieces end at words and punctuation; the small Llamas have learnt "falcon." as one.
-@pytest.mark.parametrize("name", ["bpe", "mistral", "tekken", "sentencepiece", "byte_level"])
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_pieces_of_a_retrieval_document_read_like_its_whole_text(name, seed):
-    tokenizer = kind(name)
-    [document] = generate(RetrievalSpec(60, 60, 6, 0.7, 3), seed, 1)
-    first, *rest = document.pieces
-    pieces = [tokenizer.encode(first), *tokenizer.encode_batch(rest, continues=True)]
-    assert sum(pieces, []) == tokenizer.encode(document.text)
-    answer = document.answers[0]
-    question = pieces[answer.piece - 1]
-    assert tokenizer.decode(question + pieces[answer.piece]) == (
-        tokenizer.decode(question) + document.pieces[answer.piece]
-    )
-
-
 @every_kind
 def test_the_frozen_files_give_the_same_tokenizer(name, tmp_path):
     tokenizer = kind(name)
@@ -130,7 +128,6 @@ def test_the_frozen_files_give_the_same_tokenizer(name, tmp_path):
         assert type(loaded) is type(tokenizer) and loaded.files() == tokenizer.files()
         assert hash_of(loaded.files()) == hash_of(tokenizer.files())
         assert loaded.encode(text) == tokenizer.encode(text)
-        assert loaded.encode(text, continues=True) == tokenizer.encode(text, continues=True)
         for field in ("vocab_size", "num_tokens", "pad_id", "bos_id", "eos_id", "mask_id", "name"):
             assert getattr(loaded, field) == getattr(tokenizer, field)
 
@@ -142,8 +139,8 @@ def test_fingerprints_differ_between_tokenizers():
 @every_kind
 def test_specials_are_visible_when_decoded(name):
     tokenizer = kind(name)
-    ids = [tokenizer.bos_id, *tokenizer.encode("The sky"), tokenizer.mask_id]
-    ids += [*tokenizer.encode(" grey", continues=True), tokenizer.eos_id]
+    sky = tokenizer.encode("The sky")
+    ids = [tokenizer.bos_id, *sky, tokenizer.mask_id, *tokenizer.encode("The sky grey")[len(sky) :], tokenizer.eos_id]
     bos, eos = {"bpe": ("<bos>", "<eos>"), "byte_level": ("<|endoftext|>",) * 2}.get(name, ("<s>", "</s>"))
     mask = "<mask>" if name == "unigram" else "[MASK]"
     assert tokenizer.decode(ids) == f"{bos}The sky{mask} grey{eos}"
@@ -158,30 +155,30 @@ def test_rows_that_pad_the_vocabulary_decode_to_their_number(name):
     assert row >= tokenizer.num_tokens and tokenizer.decode([row]) == f"<{row}>"
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_a_long_text_has_the_ids_that_it_has_uncut(name, monkeypatch):
-    text = ("\n\n".join(TEXTS * 3) + "  I'd say: 12 345, ")[-3 * interface.MAX_PIECE - 1000 :]
-    assert len(list(interface.cut(text))) == 4
-    ids = kind(name).encode(text)
-    monkeypatch.setattr(interface, "MAX_PIECE", 10**9)
-    assert kind(name).encode(text) == ids
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=st.text("ab .\n", max_size=200), size=st.integers(2, 20))
-def test_a_cut_text_is_the_text(text, size):
+@every_kind
+@settings(max_examples=20, deadline=None)
+@given(text=st.text("ab .\n中é😀", min_size=30, max_size=200), size=st.integers(15, 30))
+def test_a_long_text_has_the_ids_and_offsets_that_it_has_uncut(name, text, size):
+    tokenizer = kind(name)
+    uncut = tokenizer.encode_with_offsets([text, "a", text])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interface, "MAX_PIECE", size)
-        pieces = list(interface.cut(text))
-    assert "".join(pieces) == text and all(len(piece) <= size for piece in pieces)
-
-
-def test_batches_of_limited_size_keep_the_order(monkeypatch):
-    monkeypatch.setattr(interface, "MAX_PIECE", 40)
-    monkeypatch.setattr(interface, "_MAX_BATCH", 60)
-    mixed = ["a", "", "word " * 30, "b" * 39, "c" * 39, "d", "e" * 100, "f"]
-    assert kind("tekken").encode_batch(mixed) == [kind("tekken").encode(text) for text in mixed]
-    assert kind("tekken").encode_batch([]) == []
+        patch.setattr(interface, "MAX_CHUNK", size)
+        patch.setattr(interface, "_MAX_BATCH", 2 * size)
+        bounds = list(interface.cut(text, anywhere=not tokenizer._anchor[0]))
+        found = tokenizer.encode_with_offsets([text, "a", text])
+        assert tokenizer.encode_batch([text, "a"]) == [found[0][0], found[1][0]]
+    assert bounds[0] == 0 and bounds[-1] == len(text)
+    for start, stop in pairwise(bounds):
+        is_longer_than_it_must_be = re.search("(?<=[^\\W_]) (?=[^\\W_])", text[start + 1 : stop - 1])
+        assert 0 < stop - start <= size or not (tokenizer._anchor[0] == "" or is_longer_than_it_must_be)
+    if all(text[i - 1].isalnum() and text[i] == " " and text[i + 1].isalnum() for i in bounds[1:-1]):
+        for (ids, offsets), (uncut_ids, uncut_offsets) in zip(found, uncut, strict=True):
+            assert ids == uncut_ids
+            np.testing.assert_array_equal(offsets, uncut_offsets)
+    else:
+        assert name in ("bpe", "tekken", "byte_level") and tokenizer.decode(found[0][0]) == text
+        check_offsets(found[0][1], found[0][0], text)
+    assert tokenizer.encode_batch([]) == []
 
 
 @pytest.mark.parametrize("name", ["mistral", "tekken", "byte_level", "llama"])
