@@ -16,9 +16,6 @@ from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
 from experiments.benchmarks.workload import config_of
 from meap_jax.errors import ConfigError
 
-HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers: requirements-bench.txt")
-
 # Columns that every row has, of each table in turn; a star marks a ratio, which must be finite and positive.
 TABLES = {
     "masking": [{"decoder", "T", "B", "*MEAP / NTP"}, {"strategy", "*share of a step (tiny, T = 32)"}],
@@ -101,16 +98,6 @@ def test_quick_train_step_without_torch_prints_our_side(tmp_path, capsys):
     result = run("train_step", tmp_path, "--no-torch", "--repeats=1")
     check(result, "train_step", capsys.readouterr().out)
     assert not any("torch" in column for column in result["tables"][0]["rows"][0])
-
-
-@needs_torch
-def test_quick_train_step_compares_with_torch(tmp_path, capsys):
-    result = run("train_step", tmp_path, "--repeats=1")
-    check(result, "train_step", capsys.readouterr().out)
-    (row,) = result["tables"][0]["rows"]
-    ratios = [row[f"ours / {name}"]["median"] for name in ("torch eager", "torch compiled", "faster torch")]
-    assert all(ratio > 0 for ratio in ratios)
-    assert ratios[2] == pytest.approx(min(ratios[:2]))  # One round: the faster has the smaller ratio.
 
 
 def test_without_torch_the_command_says_how_to_get_it(monkeypatch):
