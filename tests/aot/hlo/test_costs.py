@@ -8,13 +8,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meap_jax import hlo
-from meap_jax.aot.hlo import Traffic
+from meap_jax.aot.hlo import Traffic, analyze
 
 
 def compiled(f, *shapes, **options):
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) if isinstance(s, tuple) else s for s in shapes]
-    return hlo.analyze(jax.jit(f, **options).lower(*arguments).compile().as_text(), jax.device_count())
+    return analyze(jax.jit(f, **options).lower(*arguments).compile().as_text(), jax.device_count())
 
 
 def product(n, layers=1):
@@ -93,7 +92,7 @@ def test_without_loops_memory_traffic_is_what_xla_counts():
     weights = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3
     x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
     program = jax.jit(jax.value_and_grad(loss)).lower(weights, x).compile()
-    assert hlo.analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
+    assert analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
 
 
 def test_a_scan_reads_a_slice_of_its_inputs_a_trip():
@@ -114,7 +113,7 @@ def mesh():
 def collectives(mesh, f, in_spec, out_spec, size=(64, 64)):
     mapped = jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
     x = jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, in_spec))
-    return hlo.analyze(jax.jit(mapped).lower(x).compile().as_text(), 8).collectives
+    return analyze(jax.jit(mapped).lower(x).compile().as_text(), 8).collectives
 
 
 WHOLE = 64 * 64 * 4
@@ -188,7 +187,7 @@ def test_a_loop_without_a_known_length_is_counted_by_its_constants():
         step,
         body,
     )
-    costs = hlo.analyze(text)
+    costs = analyze(text)
     assert costs.flops == 4 * product(8)
     assert not costs.unknown_loops
 
@@ -221,7 +220,7 @@ def test_products_written_as_convolutions_count_what_meets(shapes, attributes, f
             f"  ROOT %c = {out}{{1,0}} convolution(%p, %k), {attributes}",
         ]
     )
-    assert hlo.analyze(text).flops == flops
+    assert analyze(text).flops == flops
 
 
 def test_on_chip_memory_is_no_traffic():
@@ -233,8 +232,8 @@ def test_on_chip_memory_is_no_traffic():
             "  ROOT %t = f32[1024]{0:S(1)} tanh(%done)",
         ]
     )
-    assert hlo.analyze(text).bytes == 4096
-    assert hlo.analyze(text, hbm_spaces=(0, 1)).bytes == 4 * 4096
+    assert analyze(text).bytes == 4096
+    assert analyze(text, hbm_spaces=(0, 1)).bytes == 4 * 4096
 
 
 def test_an_asynchronous_collective_in_pieces_counts_once():
@@ -265,7 +264,7 @@ def test_an_asynchronous_collective_in_pieces_counts_once():
         middle,
         end,
     )
-    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
+    assert analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
 
 
 def test_what_another_core_runs_asynchronously_counts_once():
@@ -283,7 +282,7 @@ def test_what_another_core_runs_asynchronously_counts_once():
         ],
         other,
     )
-    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
+    assert analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +302,7 @@ def test_groups_of_a_collective_in_each_notation(groups, size):
             f"  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add",
         ]
     )
-    assert hlo.analyze(text, 8).collectives == {"all-reduce": Traffic(1, 2 * 256 * (size - 1) // size)}
+    assert analyze(text, 8).collectives == {"all-reduce": Traffic(1, 2 * 256 * (size - 1) // size)}
 
 
 CUDNN = (
@@ -323,7 +322,7 @@ def test_cudnn_attention_counts_its_products(mask, share, target, products):
             f"backend_config={{{CUDNN.format(mask=mask)}}}",
         ]
     )
-    costs = hlo.analyze(text)
+    costs = analyze(text)
     assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 * share
     assert costs.kernels == {"attend": 1}
 
@@ -351,7 +350,7 @@ def test_splash_attention_counts_its_products_over_half_of_the_pairs(name, resul
             "}}",
         ]
     )
-    costs = hlo.analyze(text)
+    costs = analyze(text)
     assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 // 2
     assert costs.kernels == {name: 1}
 
@@ -363,7 +362,7 @@ def test_a_kernel_that_no_formula_covers_is_named():
             '  ROOT %mine.4 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
         ]
     )
-    costs = hlo.analyze(text)
+    costs = analyze(text)
     assert (costs.flops, costs.unknown_kernels) == (0, {"mine": 1})
 
 
@@ -376,9 +375,9 @@ def test_cublas_products_count_by_their_config():
             'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
         ]
     )
-    assert hlo.analyze(text).flops == 2 * 64 * 32 * 16
+    assert analyze(text).flops == 2 * 64 * 32 * 16
 
 
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        hlo.analyze("nothing")
+        analyze("nothing")
