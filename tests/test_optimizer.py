@@ -40,13 +40,9 @@ def test_the_papers_rate_peaks_at_4e_4_after_a_tenth_and_ends_at_4e_5():
     assert (np.diff(rates[:191]) > 0).all() and (np.diff(rates[190:]) <= 0).all()
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
-    np.testing.assert_allclose(learning_rate(run_config(warmup_fraction=0.0))(0), 1.0)
-
-
-@pytest.mark.parametrize("warmup_fraction", [0.0, 0.5, 1.0])
-def test_a_run_of_one_step_has_a_rate(warmup_fraction):
-    np.testing.assert_allclose(learning_rate(run_config(1, warmup_fraction=warmup_fraction))(0), 1.0)
+@pytest.mark.parametrize("num_steps, warmup_fraction", [(10, 0.0), (1, 0.0), (1, 0.5), (1, 1.0)])
+def test_without_warm_up_and_in_a_run_of_one_step_the_first_has_the_peak(num_steps, warmup_fraction):
+    np.testing.assert_allclose(learning_rate(run_config(num_steps, warmup_fraction=warmup_fraction))(0), 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
@@ -61,9 +57,16 @@ NORMS = {("layers", "attn_norm", "scale"), ("final_norm", "scale")}
 
 
 def gradients(step):
-    """Of global norm far below 1 at the first step and far above it later, so that clipping shows."""
+    """Of global norm far below 1 at the first step and far above it later, so that clipping shows.
+
+    The first element of each array is 0, as for a token that never comes: Adam's eps is all that it is divided by.
+    """
     rng = np.random.default_rng(step)
-    return jax.tree.map(lambda p: np.float32(rng.normal(0, [0.01, 5, 0.1, 2][step], p.shape)), PARAMS)
+
+    def gradient(p):
+        return np.float32(rng.normal(0, [0.01, 5, 0.1, 2][step], p.shape) * (np.arange(p.size) > 0).reshape(p.shape))
+
+    return jax.tree.map(gradient, PARAMS)
 
 
 def trained(c, num_steps=4):
@@ -97,15 +100,3 @@ def test_four_steps_equal_a_slow_loop(decay_on):
             params[path] = p - rate * (adam + decay * p)
     for path, p in leaves(trained(c)).items():
         np.testing.assert_allclose(p, params[path], rtol=2e-5, atol=1e-6, err_msg=str(path))
-
-
-@pytest.mark.parametrize("decay_on", ["all", "matrices"])
-def test_decay_shrinks_every_parameter_or_spares_the_norms(decay_on):
-    optimizer = make_optimizer(run_config(decay_on=decay_on))
-    update = jax.jit(
-        lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    )
-    updates, _ = update(PARAMS)
-    for path, update in leaves(updates).items():
-        spared = decay_on == "matrices" and path in NORMS
-        np.testing.assert_allclose(update, 0 if spared else -0.5 * 0.1 * leaves(PARAMS)[path], rtol=1e-6)
