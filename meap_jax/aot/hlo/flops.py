@@ -10,7 +10,7 @@ from meap_jax.aot.hlo.text import Instruction, Shape
 
 
 def product_flops(i: Instruction, operands: list[Shape]) -> int:
-    """A matrix product: XLA's `lhs_contracting_dims={1}`, or `"lhs_contracting_dimensions":["1"]` in cuBLAS's config."""
+    """Of a matrix product, by the dimensions that XLA's text or, in JSON, cuBLAS's config says are contracted."""
     match = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{\[]([^}\]]*)', i.attributes)
     if match is None:
         raise ValueError(f"{i.name} = {i.opcode} {i.target()}: no contracted dimensions in {i.attributes[:200]}")
