@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 
 import fsspec
 import jax
@@ -10,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from tensorboardX.proto import event_pb2
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
-from tensorboard_reader import read_scalars
 
 # A hundred tokens on four devices that could each do 1,000 operations a second.
 WORK = StepWork(tokens=100, flops=8_000, num_devices=4, peak_flops=1_000.0)
@@ -44,6 +45,20 @@ def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
 
 def test_mfu_is_left_out_where_the_chip_is_unknown():
     assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
+
+
+def read_scalars(folder):
+    """{tag: [(step, value)]}, from records of the TFRecord format: 12 bytes before each event and 4 after it."""
+    scalars = {}
+    for file in sorted(folder.glob("*tfevents*")):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

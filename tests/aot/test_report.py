@@ -100,10 +100,7 @@ def test_slices_are_of_tpus(topology, slices):
 
 @pytest.mark.parametrize(
     "topology, module, file",
-    [
-        ("v5e:2x2", "libtpu", "requirements-tpu-aot.txt"),
-        ("h100:8", "jax_plugins", "requirements-gpu-aot.txt"),
-    ],
+    [("v5e:2x2", "libtpu", "requirements-tpu-aot.txt"), ("h100:8", "jax_plugins", "requirements-gpu-aot.txt")],
 )
 def test_a_compiler_that_is_missing_is_named_with_the_way_to_get_it(topology, module, file):
     if importlib.util.find_spec(module):

@@ -184,23 +184,18 @@ def test_a_loop_without_a_known_length_is_counted_by_its_constants():
     assert not costs.unknown_loops
 
 
+PAIR = "f32[2,16,8] f32[2,16,32] f32[2,32,8]"
+
+
 @pytest.mark.parametrize(
     "shapes, attributes, flops",
     [
         # A plain product as TPUs write it: [4096, 768] by [768, 2048].
         ("f32[4096,2048] f32[4096,768] f32[768,2048]", "dim_labels=bf_io->bf", 2 * 4096 * 768 * 2048),
         # A window over two positions and a padded one on each side: of 2 x 2 pairs, one meets padding.
-        (
-            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
-            "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf",
-            2 * 16 * 32 * 8 * 3,
-        ),
+        (PAIR, "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf", 2 * 16 * 32 * 8 * 3),
         # A batch of two products: the gaps of the dilated input keep each matrix to its own.
-        (
-            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
-            "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf",
-            2 * 16 * 32 * 8 * 2,
-        ),
+        (PAIR, "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf", 2 * 16 * 32 * 8 * 2),
     ],
 )
 def test_products_written_as_convolutions_count_what_meets(shapes, attributes, flops):
