@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from fsspec.registry import _registry as implementations
 from tensorboardX.proto import event_pb2
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
@@ -93,7 +94,7 @@ def bucket(monkeypatch):
     """gs:// served from memory, by the same fsspec door that a real bucket goes through."""
     memory = fsspec.filesystem("memory")
     for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
-        monkeypatch.setitem(fsspec.registry._registry, protocol, type(memory))
+        monkeypatch.setitem(implementations, protocol, type(memory))
     yield epath.Path("gs://bucket/run")
     memory.store.clear()
 

@@ -156,6 +156,13 @@ def test_step_and_seed_change_the_draw_and_the_same_ones_repeat_it():
         assert (other.is_masked != first.is_masked).any()
 
 
+def test_the_noise_of_a_step_is_its_own():
+    # All but the last of each document is hidden at ratio 1, so that the gaps of both steps are the same.
+    first, second = (inputs_of("random_tokens", step, mask_ratio=1.0) for step in (0, 1))
+    np.testing.assert_array_equal(first.is_masked, second.is_masked)
+    assert (first.tokens != second.tokens).any()
+
+
 def test_the_same_seed_gives_the_same_keys_and_every_use_has_its_own():
     keys = key_data(run_config())
     assert list(keys) == ["init", "data", "mask", "noise"]

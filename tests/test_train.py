@@ -279,6 +279,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_is_never_sav
     assert saves == [(5, 5)]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too():
+    def step_fn(state, batch):
+        state, metrics = FakeStep()(state, batch)
+        return state, metrics | {"grad_norm": np.float32(np.inf)}
+
+    _, saves, go = loop(tiny_config(num_steps=2), step_fn)
+    with pytest.raises(train.Diverged, match="step 1: the loss is 1.0 and the gradient norm inf"):
+        go()
+    assert not saves
+
+
 def test_metrics_are_fetched_after_the_next_step_was_dispatched():
     config = tiny_config(**{"num_steps": 6, "log.every": 1, "eval.every": 100, "checkpoint.every": 100})
     writer, _, _ = loop(config, FakeStep())
