@@ -337,6 +337,7 @@ def test_bad_arguments_are_refused_with_their_value(arguments, message):
         draw(**arguments)
 
 
-def test_a_mask_id_that_the_ids_cannot_hold_is_refused():
+def test_ids_keep_their_dtype_and_a_mask_id_that_it_cannot_hold_is_refused():
+    assert mask_tokens(jax.random.key(0), IDS.astype(jnp.uint16), 0.15)[0].dtype == jnp.uint16
     with pytest.raises(ValueError, match="mask_id must be .* int8, can hold, got 32000"):
         mask_tokens(jax.random.key(0), IDS.astype(jnp.int8), 0.15)

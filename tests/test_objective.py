@@ -118,6 +118,11 @@ def test_meap_at_ratio_0_is_ntp(ratio):
     jax.tree.map(np.testing.assert_array_equal, meap, inputs_of("ntp"))
 
 
+def test_spans_have_the_length_of_the_config():
+    short, long = (inputs_of("meap", strategy="span", span_length=n).is_masked for n in (1, 5))
+    assert (short != long).any()
+
+
 def test_a_ratio_given_replaces_that_of_the_config():
     given, configured = inputs_of("meap", ratio=jnp.float32(0.5)), inputs_of("meap", mask_ratio=0.5)
     np.testing.assert_array_equal(given.is_masked, configured.is_masked)
