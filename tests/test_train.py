@@ -187,6 +187,11 @@ def test_moments_at_rest_in_bfloat16_take_half_the_memory_and_train_alike(on_one
     assert losses != on_one_device[0]
 
 
+def test_the_loss_has_the_z_loss_of_the_config(on_one_device):
+    losses, _ = run_steps(tiny_config(**{"loss.z_loss": 0.1}), 1, jax.devices()[:1])
+    assert losses[0] > 1.1 * on_one_device[0][0]  # With 64 words log Z is above 3 at first.
+
+
 def test_rows_of_one_segment_need_no_segment_ids():
     config = tiny_config(**{"data.mixture": "stdlib=1"})
     definition = define(ModelConfig.of(config.model))
