@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-data test-aot test-cloud lint bench .venv .beam .cloud
+.PHONY: help quickstart test test-data test-parity test-aot test-cloud lint bench .venv .beam .parity .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -27,7 +27,7 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 	torch=
 	.venv/bin/python -c 'import torch, transformers' 2>/dev/null || {
 	    torch=--no-torch
-	    echo "Without PyTorch; for the comparison: .venv/bin/python -m pip install -r requirements-bench.txt"
+	    echo "Without PyTorch; for the comparison: .venv/bin/python -m pip install -r requirements-parity.txt"
 	}
 	.venv/bin/python -m experiments.benchmarks.train_step $$torch $(BENCH)
 	datasets=
@@ -39,13 +39,19 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers --ignore=tests/parity
 
 test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	@cd "$(ROOT)"
 	.beam/bin/python -c 'import apache_beam, tensorflow_datasets'
 	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/corpus/test_beam.py \
 	    tests/corpus/test_prepare_tfds.py tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
+
+# The first line fails where tests would be skipped for want of what they compare with.
+test-parity: .parity ## compare the decoder, the optimizer and a training step with PyTorch's
+	@cd "$(ROOT)"
+	.parity/bin/python -c 'import datasets, safetensors, torch, transformers'
+	JAX_PLATFORMS=cpu .parity/bin/python -m pytest -q -rs -n 2 tests/parity
 
 # The compilers stand beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
 # last, is what .venv/stamp is for .venv.
@@ -116,18 +122,24 @@ lint: .venv ## check style, types and the direction of imports
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	printf '%s\n' "$$wanted" > .venv/stamp
 
-# Apache Beam needs older versions of some packages of .venv. They go into .beam, in front of .venv, and all others are
-# .venv's. .beam/stamp is like .venv/stamp, but with anything else written in it .beam is made anew.
+# .beam and .parity stand in front of .venv: what their requirements files add, in other versions of some packages than
+# .venv's where Apache Beam needs older ones, and all of .venv. Their stamps are like .venv/stamp, but with anything else
+# written in them they are made anew.
 .beam: .venv ## install requirements-beam.txt into .beam, if it is not there already
+.parity: .venv ## install requirements-parity.txt into .parity, if it is not there already
+.beam: size := 0.4 GB
+.parity: size := 1 GB
+.beam .parity:
 	@cd "$(ROOT)"
-	wanted=$$(cat .venv/stamp requirements-beam.txt)
-	if [ "$$(cat .beam/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
-	echo "Making .beam, about 0.4 GB, once"
-	.venv/bin/python -m venv --clear .beam
+	requirements=requirements-$(@:.%=%).txt
+	wanted=$$(cat .venv/stamp $$requirements)
+	if [ "$$(cat $@/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
+	echo "Making $@, about $(size), once"
+	.venv/bin/python -m venv --clear --without-pip $@ # .venv's pip does.
 	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-	.venv/bin/python -c "$$packages" > "$$(.beam/bin/python -c "$$packages")/venv.pth"
-	.beam/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-beam.txt
-	printf '%s\n' "$$wanted" > .beam/stamp
+	.venv/bin/python -c "$$packages" > "$$($@/bin/python -c "$$packages")/venv.pth"
+	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $$requirements
+	printf '%s\n' "$$wanted" > $@/stamp
 
 # .cloud/stamp is like .venv/stamp, but with anything else written in it .cloud is made anew.
 .cloud: .venv ## install requirements-cloud.txt into .cloud, if it is not there already

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from tiny_runs import ROOT, environment
 
 # A door whose command compiles two programs, tells how many of them it found, and what came out.
@@ -23,59 +21,60 @@ cli.run_command(command)
 """
 
 
-def door(**variables):
+def start(**variables):
+    """The door, in the environment of a user, who has not set what these tests set for themselves."""
+    unset = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
+    env = {name: str(x) for name, x in {**environment(), **unset, **variables}.items() if x is not None}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", DOOR], env=env, cwd=ROOT, **pipes)
+
+
+def said_by(process):
     """Hits, result, folder, and what it said."""
-    env = {**environment(), **variables}
-    env = {name: str(value) for name, value in env.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", DOOR], env=env, cwd=ROOT, text=True, capture_output=True, check=True)
-    hits, result, folder = done.stdout.split()
-    return int(hits), float(result), folder, done.stderr
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    hits, result, folder = out.split()
+    return int(hits), float(result), folder, err
 
 
-@pytest.fixture
-def unset():
-    """What a user's environment lacks and that of the tests has."""
-    return {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": None}
+def door(**variables):
+    return said_by(start(**variables))
 
 
-def test_the_second_process_finds_what_the_first_compiled_in_the_users_cache_folder(tmp_path, unset):
-    cold = door(**unset, XDG_CACHE_HOME=tmp_path)
-    warm = door(**unset, XDG_CACHE_HOME=tmp_path)
+def test_the_second_process_finds_what_the_first_compiled_in_the_users_cache_folder(tmp_path):
+    cold = door(XDG_CACHE_HOME=tmp_path)
+    warm = door(XDG_CACHE_HOME=tmp_path)
     assert cold[0] == 0 < warm[0] and cold[1] == warm[1]
     assert warm[2] == str(tmp_path / "meap_jax" / "xla")
-    home = door(**unset, XDG_CACHE_HOME=None, HOME=tmp_path)
+    home = door(XDG_CACHE_HOME=None, HOME=tmp_path)
     assert home[2] == str(tmp_path / ".cache" / "meap_jax" / "xla")
 
 
-def test_the_users_own_folder_wins_and_an_empty_one_turns_it_off(tmp_path, unset):
-    own = {**unset, "XDG_CACHE_HOME": tmp_path / "xdg"}
-    assert door(**{**own, "JAX_COMPILATION_CACHE_DIR": tmp_path / "own"})[2] == str(tmp_path / "own")
-    assert list((tmp_path / "own").iterdir())
-    hits = [door(**{**own, "JAX_COMPILATION_CACHE_DIR": ""})[0] for _ in range(2)]
-    assert hits == [0, 0] and not (tmp_path / "xdg").exists()
+def test_the_users_own_folder_wins_and_an_empty_one_turns_it_off(tmp_path):
+    xdg, own = tmp_path / "xdg", tmp_path / "own"
+    assert door(XDG_CACHE_HOME=xdg, JAX_COMPILATION_CACHE_DIR=own)[2] == str(own)
+    assert list(own.iterdir())
+    hits = [door(XDG_CACHE_HOME=xdg, JAX_COMPILATION_CACHE_DIR="")[0] for _ in range(2)]
+    assert hits == [0, 0] and not xdg.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_line_and_done_without(tmp_path, unset):
+def test_a_folder_that_cannot_be_written_is_said_in_a_line_and_done_without(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    hits, _, folder, said = door(**unset, XDG_CACHE_HOME=tmp_path / "file")
+    hits, _, folder, said = door(XDG_CACHE_HOME=tmp_path / "file")
     assert (hits, folder) == (0, "None")
     [line] = said.splitlines()
     assert "compiled programs are not kept" in line and "Not a directory" in line
 
 
-def test_an_entry_cut_short_by_a_kill_is_compiled_anew(tmp_path, unset):
-    cold = door(**unset, XDG_CACHE_HOME=tmp_path)
+def test_an_entry_cut_short_by_a_kill_is_compiled_anew(tmp_path):
+    cold = door(XDG_CACHE_HOME=tmp_path)
     for entry in (tmp_path / "meap_jax" / "xla").glob("*-cache"):
         entry.write_bytes(entry.read_bytes()[:-100])
-    again = door(**unset, XDG_CACHE_HOME=tmp_path)
+    again = door(XDG_CACHE_HOME=tmp_path)
     assert again[0] == 0 and again[1] == cold[1]
     assert "Error reading persistent compilation cache entry" in again[3]
 
 
-def test_processes_that_start_together_share_a_fresh_folder(tmp_path, unset):
-    env = {**environment(), **unset, "XDG_CACHE_HOME": str(tmp_path)}
-    env = {name: value for name, value in env.items() if value is not None}
-    start = lambda: subprocess.Popen([sys.executable, "-c", DOOR], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: E731
-    together = [start() for _ in range(3)]
-    results = {process.communicate(timeout=120)[0].split()[1] for process in together}
-    assert all(process.returncode == 0 for process in together) and len(results) == 1
+def test_processes_that_start_together_share_a_fresh_folder(tmp_path):
+    together = [start(XDG_CACHE_HOME=tmp_path) for _ in range(3)]
+    assert len({said_by(process)[1] for process in together}) == 1

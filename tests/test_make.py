@@ -46,13 +46,13 @@ def checkout(tmp_path):
     return folder
 
 
-def make(*arguments, python=None, cwd="/"):
-    """Types `make [arguments] .venv` in a shell that stands in `cwd`."""
+def make(*arguments, python=None, cwd="/", target=".venv"):
+    """Types `make [arguments] TARGET` in a shell that stands in `cwd`."""
     of_this_run = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "PYTHONPATH")
     environment = {name: x for name, x in os.environ.items() if name not in of_this_run}
     if python:
         environment["PYTHON"] = str(python)
-    command = ["make", "--no-print-directory", *map(str, arguments), ".venv"]
+    command = ["make", "--no-print-directory", *map(str, arguments), target]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
@@ -202,3 +202,23 @@ def test_another_interpreter_rebuilds_and_is_kept_when_none_is_named(checkout, p
     assert not (checkout / ".venv" / "of-the-first").exists()
     assert make("-C", checkout).returncode == 0
     assert len(installs(checkout)) == 2
+
+
+@pytest.mark.parametrize("name", ["beam", "parity"])
+def test_an_environment_in_front_of_venv_has_its_packages_and_is_made_anew_for_other_requirements(
+    checkout, python, name
+):
+    environment, requirements = checkout / f".{name}", checkout / f"requirements-{name}.txt"
+    requirements.touch()
+    answer = make("-C", checkout, python=python, target=environment.name)
+    assert answer.returncode == 0, answer.stderr
+    assert installs(checkout)[1:] == [f"install --quiet --disable-pip-version-check -r {requirements.name}"]
+    (packages,) = (checkout / ".venv" / "lib").glob("python3*/site-packages")
+    (packages / "of_venv.py").touch()
+    subprocess.run([environment / "bin" / "python", "-c", "import of_venv"], check=True)
+
+    assert make("-C", checkout, target=environment.name).stdout == ""
+    (environment / "of-the-first").touch()
+    requirements.write_text("torch\n")
+    assert make("-C", checkout, target=environment.name).returncode == 0
+    assert not (environment / "of-the-first").exists()

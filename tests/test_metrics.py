@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 
 import fsspec
 import jax
@@ -10,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from fsspec.registry import _registry as implementations
+from tensorboardX.proto import event_pb2
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
-from tensorboard_reader import read_scalars
 
 # A hundred tokens on four devices that could each do 1,000 operations a second.
 WORK = StepWork(tokens=100, flops=8_000, num_devices=4, peak_flops=1_000.0)
@@ -25,11 +27,17 @@ def writer(workdir, start=0):
     return MetricsWriter(epath.Path(workdir), start=start, num_steps=10, work=WORK)
 
 
-def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
-    w = writer(tmp_path)
-    w.write(5, {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75})
+def write(workdir, records, start=0):
+    """Writes {step: values} and closes; returns what then stands in the log."""
+    w = writer(workdir, start)
+    for step, values in records.items():
+        w.write(step, values)
     w.close()
-    [record] = read_metrics(epath.Path(tmp_path))
+    return read_metrics(epath.Path(workdir))
+
+
+def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
+    [record] = write(tmp_path, {5: {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75}})
     assert record == {
         "step": 5, "loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75,
         "tokens_per_second": 25.0, "tokens_per_second_per_device": 6.25, "model_flops_per_second": 500.0, "mfu": 0.5,
@@ -40,19 +48,22 @@ def test_mfu_is_left_out_where_the_chip_is_unknown():
     assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
 
 
-def test_plain_lines_tell_speed_and_mfu(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="meap_jax"):
-        w = writer(tmp_path)
-        w.write(5, {"loss": 2.5, "step_seconds": 4.0})
-        w.close()
-    assert "loss 2.5000  25 tokens/s, MFU 50.0%" in caplog.text
+def read_scalars(folder):
+    """{tag: [(step, value)]}, from records of the TFRecord format: 12 bytes before each event and 4 after it."""
+    scalars = {}
+    for file in sorted(folder.glob("*tfevents*")):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    w = writer(tmp_path)
-    w.write(1, {"loss": 2.5})
-    w.write(2, {"loss": 2.0, "validation/accuracy": 0.5})
-    w.close()
+    write(tmp_path, {1: {"loss": 2.5}, 2: {"loss": 2.0, "validation/accuracy": 0.5}})
     scalars = read_scalars(tmp_path / "tensorboard")
     assert scalars["loss"] == [(1, 2.5), (2, 2.0)]
     assert scalars["validation/accuracy"] == [(2, 0.5)]
@@ -60,24 +71,15 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="meap_jax"):
-        w = writer(tmp_path)
-        w.write(5, {"loss": 2.5, "validation/accuracy": 0.25})
-        w.close()
-    assert "step 5/10  loss 2.5000" in caplog.text and "left" in caplog.text
+        write(tmp_path, {5: {"loss": 2.5, "step_seconds": 4.0, "validation/accuracy": 0.25}})
+    assert "step 5/10  loss 2.5000  25 tokens/s, MFU 50.0%  ? left" in caplog.text
     assert "validation/accuracy 0.2500" in caplog.text
 
 
 def test_resume_cuts_back_to_the_restored_step_so_that_no_step_stands_twice(tmp_path):
-    w = writer(tmp_path)
-    for step in range(1, 8):
-        w.write(step, {"loss": float(step)})
-    w.close()
-    w = writer(tmp_path, start=4)
-    w.write(5, {"loss": 55.0})
-    w.close()
-    records = read_metrics(epath.Path(tmp_path))
-    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
-    assert records[-1]["loss"] == 55.0
+    write(tmp_path, {step: {"loss": float(step)} for step in range(1, 8)})
+    records = write(tmp_path, {5: {"loss": 55.0}}, start=4)
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 55)]
 
 
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
@@ -88,11 +90,11 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
 
 
 @pytest.fixture
-def bucket():
+def bucket(monkeypatch):
     """gs:// served from memory, by the same fsspec door that a real bucket goes through."""
     memory = fsspec.filesystem("memory")
-    for protocol in ("gs", "gcs"):
-        fsspec.register_implementation(protocol, type(memory), clobber=True)
+    for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
+        monkeypatch.setitem(implementations, protocol, type(memory))
     yield epath.Path("gs://bucket/run")
     memory.store.clear()
 
@@ -108,10 +110,8 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "host2"))
     (tmp_path / "host2").mkdir()
-    w = writer(bucket, start=1)
-    w.write(2, {"loss": 2.5})
-    w.close()
-    assert [(r["step"], r["loss"]) for r in read_metrics(bucket)] == [(1, 3.0), (2, 2.5)]
+    records = write(bucket, {2: {"loss": 2.5}}, start=1)
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 3.0), (2, 2.5)]
     assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())
 
 

@@ -121,6 +121,11 @@ def test_meap_at_ratio_0_is_ntp(ratio):
     jax.tree.map(np.testing.assert_array_equal, meap, inputs_of("ntp"))
 
 
+def test_spans_have_the_length_of_the_config():
+    short, long = (inputs_of("meap", strategy="span", span_length=n).is_masked for n in (1, 5))
+    assert (short != long).any()
+
+
 def test_a_ratio_given_replaces_that_of_the_config():
     given, configured = inputs_of("meap", ratio=jnp.float32(0.5)), inputs_of("meap", mask_ratio=0.5)
     np.testing.assert_array_equal(given.is_masked, configured.is_masked)
@@ -195,6 +200,13 @@ def test_step_and_seed_change_the_draw_and_the_same_ones_repeat_it():
     jax.tree.map(np.testing.assert_array_equal, first, inputs_of("random_tokens", step=5, seed=1))
     for other in (inputs_of("random_tokens", step=6, seed=1), inputs_of("random_tokens", step=5, seed=2)):
         assert (other.is_masked != first.is_masked).any()
+
+
+def test_the_noise_of_a_step_is_its_own():
+    # All but the last of each document is hidden at ratio 1, so that the gaps of both steps are the same.
+    first, second = (inputs_of("random_tokens", step, mask_ratio=1.0) for step in (0, 1))
+    np.testing.assert_array_equal(first.is_masked, second.is_masked)
+    assert (first.tokens != second.tokens).any()
 
 
 def test_the_same_seed_gives_the_same_keys_and_every_use_has_its_own():

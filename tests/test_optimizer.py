@@ -1,4 +1,4 @@
-"""The schedule by hand at a few steps, and AdamW against a slow loop and against PyTorch's."""
+"""The schedule by hand at a few steps, and AdamW against a slow loop; tests/parity has PyTorch's."""
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,9 @@ def test_the_papers_rate_peaks_at_4e_4_after_a_tenth_and_ends_at_4e_5():
     assert (np.diff(rates[:191]) > 0).all() and (np.diff(rates[190:]) <= 0).all()
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
-    np.testing.assert_allclose(learning_rate(run_config(warmup_fraction=0.0))(0), 1.0)
-
-
-@pytest.mark.parametrize("warmup_fraction", [0.0, 0.5, 1.0])
-def test_a_run_of_one_step_has_a_rate(warmup_fraction):
-    np.testing.assert_allclose(learning_rate(run_config(1, warmup_fraction=warmup_fraction))(0), 1.0)
+@pytest.mark.parametrize("num_steps, warmup_fraction", [(10, 0.0), (1, 0.0), (1, 0.5), (1, 1.0)])
+def test_without_warm_up_and_in_a_run_of_one_step_the_first_has_the_peak(num_steps, warmup_fraction):
+    np.testing.assert_allclose(learning_rate(run_config(num_steps, warmup_fraction=warmup_fraction))(0), 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
@@ -61,9 +57,16 @@ NORMS = {("layers", "attn_norm", "scale"), ("final_norm", "scale")}
 
 
 def gradients(step):
-    """Of global norm far below 1 at the first step and far above it later, so that clipping shows."""
+    """Of global norm far below 1 at the first step and far above it later, so that clipping shows.
+
+    The first element of each array is 0, as for a token that never comes: Adam's eps is all that it is divided by.
+    """
     rng = np.random.default_rng(step)
-    return jax.tree.map(lambda p: np.float32(rng.normal(0, [0.01, 5, 0.1, 2][step], p.shape)), PARAMS)
+
+    def gradient(p):
+        return np.float32(rng.normal(0, [0.01, 5, 0.1, 2][step], p.shape) * (np.arange(p.size) > 0).reshape(p.shape))
+
+    return jax.tree.map(gradient, PARAMS)
 
 
 def trained(c, num_steps=4):
@@ -80,9 +83,12 @@ def leaves(tree):
     return {tuple(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("decay_on", ["all", "matrices"])
-def test_four_steps_equal_a_slow_loop(decay_on):
-    c = run_config(decay_on=decay_on, clip_norm=1.0, learning_rate=0.1)
+@pytest.mark.parametrize(
+    "decay_on, moment_dtype", [("all", "float32"), ("matrices", "float32"), ("matrices", "bfloat16")]
+)
+def test_four_steps_equal_a_slow_loop(decay_on, moment_dtype):
+    """Moments are computed with in float32, whatever they are kept in between steps."""
+    c = run_config(decay_on=decay_on, moment_dtype=moment_dtype, clip_norm=1.0, learning_rate=0.1)
     params = {path: x.astype(np.float64) for path, x in leaves(PARAMS).items()}
     m, v = ({path: np.zeros(x.shape) for path, x in params.items()} for _ in range(2))
     for step, rate in enumerate([0.05, 0.1, 0.09657457, 0.08681981]):  # 0.1 * (0.1 + 0.9 * (1 + cos(pi * t / 8)) / 2)
@@ -95,32 +101,6 @@ def test_four_steps_equal_a_slow_loop(decay_on):
             adam = m[path] / (1 - 0.9 ** (step + 1)) / (np.sqrt(v[path] / (1 - 0.95 ** (step + 1))) + 1e-8)
             decay = 0.0 if decay_on == "matrices" and path in NORMS else 0.1
             params[path] = p - rate * (adam + decay * p)
+            m[path], v[path] = (x.astype(moment_dtype).astype(np.float64) for x in (m[path], v[path]))
     for path, p in leaves(trained(c)).items():
         np.testing.assert_allclose(p, params[path], rtol=2e-5, atol=1e-6, err_msg=str(path))
-
-
-@pytest.mark.parametrize("decay_on", ["all", "matrices"])
-def test_decay_shrinks_every_parameter_or_spares_the_norms(decay_on):
-    optimizer = make_optimizer(run_config(decay_on=decay_on))
-    update = jax.jit(
-        lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    )
-    updates, _ = update(PARAMS)
-    for path, update in leaves(updates).items():
-        spared = decay_on == "matrices" and path in NORMS
-        np.testing.assert_allclose(update, 0 if spared else -0.5 * 0.1 * leaves(PARAMS)[path], rtol=1e-6)
-
-
-def test_four_steps_equal_pytorchs_adamw():
-    torch = pytest.importorskip("torch")
-    c = run_config(clip_norm=1.0, learning_rate=0.1)
-    params = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in leaves(PARAMS).items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for step in range(4):
-        for path, g in leaves(gradients(step)).items():
-            params[path].grad = torch.tensor(g)
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = float(learning_rate(c)(step))
-        optimizer.step()
-    for path, p in leaves(trained(c)).items():
-        np.testing.assert_allclose(p, params[path].detach(), rtol=2e-5, atol=1e-6, err_msg=str(path))

@@ -9,15 +9,22 @@ from meap_jax.timing import Clock
 from tiny_runs import ROOT
 
 
-def clock_at(time):
-    return Clock(now=lambda: time[0])
+@pytest.fixture
+def time():
+    """Now, in a list that a test sets on."""
+    return [0.0]
+
+
+@pytest.fixture
+def clock(time):
+    """The clock of a loop that begins at 0."""
+    clock = Clock(now=lambda: time[0])
+    clock.start_steps()
+    return clock
 
 
 @pytest.mark.parametrize(("device_is_busy", "data_wait", "goodput"), [(True, 0.0, 1.0), (False, 0.5, 0.5)])
-def test_a_wait_for_data_costs_nothing_while_the_device_is_busy(device_is_busy, data_wait, goodput):
-    time = [0.0]
-    clock = clock_at(time)
-    clock.start_steps()
+def test_a_wait_for_data_costs_nothing_while_the_device_is_busy(time, clock, device_is_busy, data_wait, goodput):
     with clock.waiting_for_data(lambda: device_is_busy):
         time[0] += 2.0
     time[0] += 2.0
@@ -27,10 +34,7 @@ def test_a_wait_for_data_costs_nothing_while_the_device_is_busy(device_is_busy, 
     assert (report["data_wait"], report["goodput"]) == (data_wait, goodput)
 
 
-def test_percentiles_are_of_the_steps_since_the_last_report():
-    time = [0.0]
-    clock = clock_at(time)
-    clock.start_steps()
+def test_percentiles_are_of_the_steps_since_the_last_report(time, clock):
     for step_times in ([100.0], range(11)):
         for seconds in step_times:
             time[0] += seconds
@@ -40,10 +44,7 @@ def test_percentiles_are_of_the_steps_since_the_last_report():
     assert clock.report() == {}
 
 
-def test_time_set_aside_is_told_even_if_what_took_it_failed():
-    time = [0.0]
-    clock = clock_at(time)
-    clock.start_steps()
+def test_time_set_aside_is_told_even_if_what_took_it_failed(time, clock):
     with pytest.raises(OSError), clock.aside("saves"):
         time[0] += 3.0
         raise OSError

@@ -193,6 +193,11 @@ def test_moments_at_rest_in_bfloat16_take_half_the_memory_and_train_alike(on_one
     assert losses != on_one_device[0]
 
 
+def test_the_loss_has_the_z_loss_of_the_config(on_one_device):
+    losses, _ = run_steps(tiny_config(**{"loss.z_loss": 0.1}), 1, jax.devices()[:1])
+    assert losses[0] > 1.1 * on_one_device[0][0]  # With 64 words log Z is above 3 at first.
+
+
 def test_rows_of_one_segment_need_no_segment_ids():
     config = tiny_config(**{"data.mixture": "stdlib=1"})
     definition = define(ModelConfig.of(config.model))
@@ -283,6 +288,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_is_never_sav
     with pytest.raises(train.Diverged, match="step 10: the loss is nan"):
         go()
     assert saves == [(5, 5)]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too():
+    def step_fn(state, batch):
+        state, metrics = FakeStep()(state, batch)
+        return state, metrics | {"grad_norm": np.float32(np.inf)}
+
+    _, saves, go = loop(tiny_config(num_steps=2), step_fn)
+    with pytest.raises(train.Diverged, match="step 1: the loss is 1.0 and the gradient norm inf"):
+        go()
+    assert not saves
 
 
 def test_metrics_are_fetched_after_the_next_step_was_dispatched():

@@ -1,7 +1,7 @@
 """How fast corpora are tokenized and prepared ones read, against the `datasets` package, and in how much memory.
 
 python -m experiments.benchmarks.corpus [--no-datasets] [--documents=N] [--repeats=N] [--quick] [--json=FILE]
-pip install -r requirements-bench.txt   # datasets among others, before the first comparison
+pip install -r requirements-parity.txt   # datasets among others, before the first comparison
 
 All on one core. Tokenizing goes from a .jsonl of the standard library's text to ids on disk, with one BPE for both:
 ours is a shard as `meap_jax.corpus.prepare` makes it, theirs `load_dataset("json")` and a batched `map`.
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
     """The tables of this benchmark."""
     if not args.no_datasets and importlib.util.find_spec("datasets") is None:
         raise ConfigError(
-            "the package datasets is not installed here: pip install -r requirements-bench.txt, or give --no-datasets "
+            "the package datasets is not installed here: pip install -r requirements-parity.txt, or give --no-datasets "
             "for our side alone."
         )
     with tempfile.TemporaryDirectory() as name, one_core():

@@ -1,7 +1,7 @@
 """Our train step against PyTorch's on the same machine, and against what the machine can do.
 
 python -m experiments.benchmarks.train_step [--no-torch] [--sizes=1M,10M,50M] [--repeats=N] [--quick] [--json=FILE]
-pip install -r requirements-bench.txt   # torch and transformers, before the first comparison
+pip install -r requirements-parity.txt   # torch and transformers, before the first comparison
 
 On a CPU: decoders of about 1, 10 and 50 million parameters at T = 256 and 512, in float32. Ours is `train.compile_step`
 under NTP with all its metrics and its layers unrolled (`model.unroll`, which changes the program and never the state);
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
             raise ConfigError(f"--sizes is {args.sizes!r}, but must be some of {', '.join(SIZES)}.")
     if not args.no_torch and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         raise ConfigError(
-            "torch or transformers is not installed here: pip install -r requirements-bench.txt, or give --no-torch "
+            "torch or transformers is not installed here: pip install -r requirements-parity.txt, or give --no-torch "
             "for our side alone."
         )
     engines = ["ours"] if args.no_torch else list(ENGINES)

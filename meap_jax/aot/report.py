@@ -19,6 +19,11 @@ from meap_jax.train import abstract_inputs, compile_step
 
 _log = logging.getLogger("meap_jax.aot")
 
+# What a report has of a program that compiled, and None of one that did not.
+OF_THE_PROGRAM = (
+    "compiled_flops compiled_over_model_flops bytes_accessed collectives attention_kernels uncounted roofline "
+    "step_seconds mfu_bound".split()
+)
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 
 
@@ -59,15 +64,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         "hbm_capacity": usable_bytes(target),
         "fits": False,
         "model_flops": wanted,
-        "compiled_flops": None,
-        "compiled_over_model_flops": None,
-        "bytes_accessed": None,
-        "collectives": None,
-        "attention_kernels": None,
-        "uncounted": None,
-        "roofline": None,
-        "step_seconds": None,
-        "mfu_bound": None,
+        **dict.fromkeys(OF_THE_PROGRAM),
     }
     step: Any = compile_step(config, definition, mesh)  # Any: typed as a function, it is one of jax.jit.
     inputs = abstract_inputs(config, definition, mesh)

@@ -6,8 +6,9 @@ import json
 import jax
 import pytest
 
-from meap_jax import aot
 from meap_jax import config as config_lib
+from meap_jax.aot.__main__ import command
+from meap_jax.aot.report import compile_report
 from meap_jax.aot.targets import Target, find_target, usable_bytes
 from meap_jax.errors import ConfigError
 from meap_jax.hardware import CHIPS
@@ -28,7 +29,7 @@ def small(num_layers, **model):
 
 
 def report_here(config):
-    return aot.compile_report(config, Target(jax.devices(), CHIPS["v5e"], "tpu"))
+    return compile_report(config, Target(jax.devices(), CHIPS["v5e"], "tpu"))
 
 
 def as_counted_in_full(config):
@@ -99,10 +100,7 @@ def test_slices_are_of_tpus(topology, slices):
 
 @pytest.mark.parametrize(
     "topology, module, file",
-    [
-        ("v5e:2x2", "libtpu", "requirements-tpu-aot.txt"),
-        ("h100:8", "jax_plugins", "requirements-gpu-aot.txt"),
-    ],
+    [("v5e:2x2", "libtpu", "requirements-tpu-aot.txt"), ("h100:8", "jax_plugins", "requirements-gpu-aot.txt")],
 )
 def test_a_compiler_that_is_missing_is_named_with_the_way_to_get_it(topology, module, file):
     if importlib.util.find_spec(module):
@@ -127,4 +125,4 @@ def test_a_compiler_that_is_missing_is_named_with_the_way_to_get_it(topology, mo
 def test_what_the_command_refuses(arguments, sentence):
     """No data is needed to come so far: the paper's configs leave data.path to be set."""
     with pytest.raises(ConfigError, match=sentence):
-        aot.command(["aot", "--config=configs/meap_100m.py", *arguments])
+        command(["aot", "--config=configs/meap_100m.py", *arguments])

@@ -149,7 +149,7 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
     worker_folder = worker_folder and worker_folder.format(folder)
     program = tmp_path / "program.py"
     program.write_text(
-        "import functools\nfrom meap_jax.data import beam, prepare, shards\nshards.SHARD_BYTES = 1\n"
+        "import functools\nfrom meap_jax.corpus import beam, prepare, shards\nshards.SHARD_BYTES = 1\n"
         f"run = functools.partial(beam.run_on_beam, options=beam.beam_options([]), worker_folder={worker_folder!r})\n"
         f"prepare.prepare({str(folder)!r}, {tiny_data.text_options(corpus)!r}, run=run)\n"
     )

@@ -1,6 +1,7 @@
 """The order of blocks: one global sequence, whatever the mesh and the number of processes."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -103,6 +104,18 @@ def test_sources_are_mixed_by_weight(prepared):
     text = {blocks[i].tokens.tobytes() for i in range(len(blocks))}
     share = np.mean([sequence[i].tokens.tobytes() in text for i in range(400)])
     assert share == pytest.approx(0.25, abs=0.01)
+
+
+def test_sources_of_equal_size_come_in_different_orders():
+    class Blocks(list):
+        is_one_segment = True
+
+    equal = Blocks({"tokens": np.full(4, i)} for i in range(50))
+    sequence = global_sequence(SimpleNamespace(blocks=lambda source, split: equal), {"a": 1.0, "b": 1.0}, seed=0)
+    drawn = [int(sequence[i]["tokens"][0]) for i in range(100)]
+    first, second = drawn[::2], drawn[1::2]  # By turns.
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
 
 
 def test_a_restored_iterator_gives_the_next_batch_bit_for_bit(prepared):

@@ -41,6 +41,12 @@ def test_concat_is_one_stream_in_order_cut_into_blocks_without_its_tail(lengths,
     assert blocks_of(plans.concat(ranges_of(lengths, size), block_len)) == cut
 
 
+def test_a_range_may_have_more_ids_than_32_bits_count():
+    [plan] = plans.concat([plans.whole(np.arange(3), np.full(3, 2**31))], 2**30)
+    assert len(plan) == 6
+    assert (plan.pieces["length"] == 2**30).all() and plan.pieces["document"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
 @given(lengths_of_documents, st.integers(2, 20), sizes_of_ranges)
 def test_best_fit_loses_no_id_and_cuts_only_documents_that_are_longer_than_a_block(lengths, block_len, size):
     parts = list(plans.best_fit(ranges_of(lengths, size), block_len))
@@ -103,8 +109,8 @@ def test_the_first_tokens_end_with_the_document_that_reaches_them(lengths, most,
 
 
 def test_short_documents_are_dropped_at_random_and_long_ones_never():
-    slices = plans.whole(np.arange(20_000), np.tile([100, 5000], 10_000))
-    ranges = [slices[:7000], slices[7000:]]
+    slices = plans.whole(np.arange(20_000), np.tile([100, 4096], 10_000))
+    ranges = [slices[:10_000], slices[10_000:]]
 
     def kept(seed):
         return np.concatenate(list(plans.keep_long(ranges, long_from=4096, keep_shorter=0.1, seed=seed)))
@@ -114,3 +120,5 @@ def test_short_documents_are_dropped_at_random_and_long_ones_never():
     assert (~is_long).sum() == pytest.approx(1000, abs=120)
     np.testing.assert_array_equal(kept(0), kept(0))
     assert not np.array_equal(kept(0), kept(1))
+    short = kept(0)["document"][~is_long]
+    assert set(short[short < 10_000]) != set(short[short >= 10_000] - 10_000)  # Each range has draws of its own.

@@ -45,8 +45,3 @@ def test_every_preset_is_a_run_on_one_device_and_on_eight(preset, millions):
         mesh = sharding.make_mesh(c.mesh, jax.devices()[:num])
         sharding.check_batch(mesh, c.global_batch_size, c.grad_accum_steps, c.seq_len)
     assert c.num_steps % c.eval.every == 0 and c.num_steps % c.checkpoint.every == 0
-
-
-def test_this_machine_has_a_preset():
-    device = jax.devices()[0]
-    assert preset_for(device.platform, device.device_kind) == ("CPU", QUICKSTART)

@@ -1,4 +1,4 @@
-"""The decoder: its size, its laws, and its logits beside those of transformers' Llama."""
+"""The decoder: its size and its laws; tests/parity has its logits beside those of transformers' Llama."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from meap_jax import config as config_lib
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.layers import RMSNorm
-from meap_jax.model.visibility import Visibility, causal
+from meap_jax.model.visibility import causal
 from tiny_models import numbers
 
 B, T = 2, 12
@@ -190,66 +190,3 @@ def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, lo
     assert np.isfinite(error).all()
     assert 0 < np.sqrt(np.square(error).mean()) < 0.03 * np.std(logits)
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradients))
-
-
-# ------------------------------------------------------------------------------------------------------------ elsewhere
-
-
-def llama(model: ModelConfig, params):
-    """transformers' Llama with these weights: theirs are [outputs, inputs], and one array a layer."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers", minversion="5")
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.embed_dim,
-            intermediate_size=model.mlp_dim,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            rms_norm_eps=model.norm_eps,
-            rope_parameters=dict(rope_type="default", rope_theta=model.rope_base),
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
-    layers = params["layers"]
-    state = {
-        "model.embed_tokens.weight": params["embedding"],
-        "model.norm.weight": params["final_norm"]["scale"],
-        "lm_head.weight": params["head"].T,
-    }
-    for i in range(model.num_layers):
-        layer = f"model.layers.{i}"
-        state[f"{layer}.input_layernorm.weight"] = layers["attn_norm"]["scale"][i]
-        state[f"{layer}.post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
-        for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{layer}.self_attn.{name}.weight"] = layers["attn"][name][i].reshape(model.embed_dim, -1).T
-        state[f"{layer}.self_attn.o_proj.weight"] = layers["attn"]["o_proj"][i].reshape(-1, model.embed_dim).T
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            state[f"{layer}.mlp.{name}.weight"] = layers["mlp"][name][i].T
-    theirs.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in state.items()})
-    return theirs.eval()
-
-
-@pytest.mark.parametrize("num_kv_heads, rope_base", [(2, 10_000.0), (1, 640_000.0), (4, 500.0)])
-def test_logits_are_those_of_transformers_llama(tiny, num_kv_heads, rope_base):
-    torch = pytest.importorskip("torch")
-    model = dataclasses.replace(tiny, num_kv_heads=num_kv_heads, rope_base=rope_base)
-    ours = define(model)
-    params = numbers(ours)
-    theirs = llama(model, params)
-    # A row with gaps between its positions, and a row of two documents.
-    positions = np.int32([[0, 1, 2, 7, 8, 9, 30, 31, 32, 33, 90, 91], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    segment_ids = np.int32([[1] * 12, [1] * 5 + [2] * 7])
-    sees = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(T, dtype=bool)
-    with torch.no_grad():
-        expected = theirs(
-            input_ids=torch.tensor(TOKENS, dtype=torch.long),
-            position_ids=torch.tensor(positions, dtype=torch.long),
-            attention_mask=torch.tensor(np.where(sees, 0, np.finfo(np.float32).min)[:, None], dtype=torch.float32),
-        ).logits.numpy()
-    logits = jax.jit(ours.apply)(params, TOKENS, Visibility(jnp.asarray(segment_ids), jnp.asarray(positions)))
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)

@@ -1,5 +1,6 @@
 """Corpora in Parquet files."""
 
+import io
 import random
 
 import fsspec
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from corpus_reader import read
 from meap_jax.errors import DataError
 from meap_jax.readers import Skips, open_corpus
 from meap_jax.readers.files import FileCorpus
@@ -16,10 +18,6 @@ TEXTS = [f"document {number} {random.Random(number).getrandbits(800):x}" for num
 TABLE = pa.table(
     {"text": TEXTS, "meta": [{"set": "ab"[number % 2], "id": number} for number in range(100)], "n": list(range(100))}
 )
-
-
-def read(corpus, skips=None):
-    return [text for part in corpus.parts() for text in corpus.read(part, skips or Skips(0))]
 
 
 def write(path, table=TABLE, rows=10, **options):
@@ -163,28 +161,18 @@ def test_a_file_that_changes_between_dividing_and_reading_stops_the_work(tmp_pat
 def test_an_error_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet")
 
-    class Failing:
+    class Failing(io.FileIO):
         """A file on a connection that is lost after the footer was read."""
 
-        def __init__(self, file):
-            self.file, self.reads = file, 0
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
+        num_reads = 0
 
         def read(self, size=-1):
-            self.reads += 1
-            if self.reads > 3:
+            self.num_reads += 1
+            if self.num_reads > 3:
                 raise ConnectionResetError("connection lost")
-            return self.file.read(size)
+            return super().read(size)
 
-    monkeypatch.setattr("meap_jax.readers.parquet.open_part", lambda part: Failing(open(part.path, "rb")))
+    monkeypatch.setattr("meap_jax.readers.parquet.open_part", lambda part: Failing(part.path))
     skips = Skips(1_000)
     with pytest.raises(ConnectionResetError):
         read(open_corpus(path), skips)

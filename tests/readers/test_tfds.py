@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from corpus_reader import read
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.readers import Part, Skips, open_corpus
 from meap_jax.readers.records import Selection
@@ -63,10 +64,6 @@ def data_dir(built, tmp_path, monkeypatch):
 
 def shard(data_dir, index):
     return data_dir / "little_texts" / "1.0.0" / f"little_texts-train.array_record-{index:05d}-of-00003"
-
-
-def read(corpus, skips=None):
-    return [text for part in corpus.parts() for text in corpus.read(part, skips or Skips(0))]
 
 
 def numbers(texts):

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from meap_jax.aot.hlo.flops import attention_flops, convolution_flops, dot_flops, gemm_flops, kernel_name
+from meap_jax.aot.hlo.flops import attention_flops, convolution_flops, kernel_name, product_flops
 from meap_jax.aot.hlo.loops import trip_count
 from meap_jax.aot.hlo.text import Computation, Instruction, Module, Shape, parse
 
@@ -95,7 +95,7 @@ class _Counter:
         elif i.opcode == "fusion":
             total.add(self.costs(i.called("calls"), fused=True))
         elif i.opcode == "dot":
-            total.flops += dot_flops(i, self.operands(computation, i))
+            total.flops += product_flops(i, self.operands(computation, i))
         elif i.opcode == "convolution":
             total.flops += convolution_flops(i, self.operands(computation, i))
         elif kind in COLLECTIVES and not _continues(computation):
@@ -108,7 +108,7 @@ class _Counter:
     def add_custom_call(self, total: Costs, computation: Computation, i: Instruction) -> None:
         target, shapes = i.target(), self.operands(computation, i)
         if "gemm" in target or "matmul" in target:
-            total.flops += gemm_flops(i, shapes)
+            total.flops += product_flops(i, shapes)
         elif (flops := attention_flops(i, shapes)) is not None:
             total.flops += flops
             total.kernels[kernel_name(i)] += 1

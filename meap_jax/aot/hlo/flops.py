@@ -9,17 +9,11 @@ import numpy as np
 from meap_jax.aot.hlo.text import Instruction, Shape
 
 
-def dot_flops(i: Instruction, operands: list[Shape]) -> int:
-    """Two a multiplication and addition."""
-    contracted = i.numbers("lhs_contracting_dims")
-    return 2 * math.prod(i.shapes[0].dims) * math.prod(operands[0].dims[d] for d in contracted)
-
-
-def gemm_flops(i: Instruction, operands: list[Shape]) -> int:
-    """A matrix product by cuBLAS; its dimension numbers stand in the backend's config."""
-    match = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', i.attributes)
+def product_flops(i: Instruction, operands: list[Shape]) -> int:
+    """Of a matrix product, by the dimensions that XLA's text or, in JSON, cuBLAS's config says are contracted."""
+    match = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{\[]([^}\]]*)', i.attributes)
     if match is None:
-        raise ValueError(f"{i.name} = {i.opcode} {i.target()}: no lhs_contracting_dimensions in {i.attributes[:200]}")
+        raise ValueError(f"{i.name} = {i.opcode} {i.target()}: no contracted dimensions in {i.attributes[:200]}")
     contracted = [int(d) for d in re.findall(r"\d+", match.group(1))]
     return 2 * math.prod(i.shapes[0].dims) * math.prod(operands[0].dims[d] for d in contracted)
 

@@ -44,8 +44,7 @@ class Instruction:
 
     def called(self, attribute: str) -> str:
         """The computation that an attribute names; "" if there is none."""
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
-        return match.group(1) if match else ""
+        return self._first(rf"\b{attribute}=%?([\w.\-]+)")
 
     def branches(self) -> list[str]:
         """The computations of a conditional."""
@@ -55,12 +54,15 @@ class Instruction:
 
     def numbers(self, attribute: str) -> list[int]:
         """`attribute={0,2}` or `attribute=1` as integers; [] if it isn't there."""
-        match = re.search(rf"\b{attribute}=(?:\{{([\d,]*)\}}|(\d+))", self.attributes)
-        return [int(n) for n in re.findall(r"\d+", match.group(1) or match.group(2) or "")] if match else []
+        return [int(n) for n in re.findall(r"\d+", self._first(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)"))]
 
     def target(self) -> str:
         """Of a custom call, the function it calls."""
-        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return self._first(r'custom_call_target="([^"]*)"')
+
+    def _first(self, pattern: str) -> str:
+        """What the group of a pattern matches in the attributes; "" if nothing does."""
+        match = re.search(pattern, self.attributes)
         return match.group(1) if match else ""
 
     def integer(self) -> int | None:

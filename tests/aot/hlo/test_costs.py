@@ -8,17 +8,24 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meap_jax import hlo
-from meap_jax.aot.hlo import Traffic
+from meap_jax.aot.hlo import Traffic, analyze
 
 
-def compiled(f, *shapes, **options):
+def compiled(f, *shapes):
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) if isinstance(s, tuple) else s for s in shapes]
-    return hlo.analyze(jax.jit(f, **options).lower(*arguments).compile().as_text(), jax.device_count())
+    return analyze(jax.jit(f).lower(*arguments).compile().as_text(), jax.device_count())
 
 
 def product(n, layers=1):
     return 2 * n**3 * layers
+
+
+def times(x, w):
+    return jnp.tanh(x @ w)
+
+
+def scanned(body, x, weights, **options):
+    return jax.lax.scan(lambda x, w: (body(x, w), None), x, weights, **options)[0]
 
 
 def test_a_matrix_product_is_two_operations_an_element_and_summand():
@@ -31,25 +38,19 @@ def test_batched_and_transposed_products_count_their_contracted_axes():
 
 
 def test_a_loop_counts_as_often_as_it_runs():
-    def run(x, weights):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
-
-    assert compiled(run, (64, 64), (7, 64, 64)).flops == product(64, 7)
+    assert compiled(functools.partial(scanned, times), (64, 64), (7, 64, 64)).flops == product(64, 7)
 
 
 def test_loops_within_loops_multiply():
-    def run(x, weights):
-        def body(x, w):
-            return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x), None
+    def five_times(x, w):
+        return jax.lax.fori_loop(0, 5, lambda _, x: times(x, w), x)
 
-        return jax.lax.scan(body, x, weights)[0]
-
-    assert compiled(run, (64, 64), (3, 64, 64)).flops == product(64, 15)
+    assert compiled(functools.partial(scanned, five_times), (64, 64), (3, 64, 64)).flops == product(64, 15)
 
 
 def test_scanned_and_unrolled_layers_count_the_same_with_their_gradient():
     def loss(weights, x, unroll):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights, unroll=unroll)[0].sum()
+        return scanned(times, x, weights, unroll=unroll).sum()
 
     counts = [
         compiled(jax.grad(functools.partial(loss, unroll=unroll)), (4, 64, 64), (64, 64)).flops for unroll in (1, 4)
@@ -93,82 +94,78 @@ def test_without_loops_memory_traffic_is_what_xla_counts():
     weights = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3
     x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
     program = jax.jit(jax.value_and_grad(loss)).lower(weights, x).compile()
-    assert hlo.analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
+    assert analyze(program.as_text()).bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.01)
 
 
 def test_a_scan_reads_a_slice_of_its_inputs_a_trip():
     """Not all of them each time, which would be 64 times too much."""
-
-    def run(x, weights):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x, weights)[0]
-
     inputs = 64 * 1024 * 1024 * 4
-    assert inputs < compiled(run, (1024, 1024), (64, 1024, 1024)).bytes < 8 * inputs
+    costs = compiled(functools.partial(scanned, jnp.add), (1024, 1024), (64, 1024, 1024))
+    assert inputs < costs.bytes < 8 * inputs
 
 
-@pytest.fixture
-def mesh():
-    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-
-
-def collectives(mesh, f, in_spec, out_spec, size=(64, 64)):
+def collectives(f, in_spec, out_spec):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     mapped = jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
-    x = jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, in_spec))
-    return hlo.analyze(jax.jit(mapped).lower(x).compile().as_text(), 8).collectives
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, in_spec))
+    return compiled(mapped, x).collectives
 
 
 WHOLE = 64 * 64 * 4
 
 
-def test_gathering_sends_ones_own_part_to_each_of_the_others(mesh):
-    found = collectives(mesh, lambda x: jax.lax.all_gather(x, "b", tiled=True), P("b"), P())
+def test_gathering_sends_ones_own_part_to_each_of_the_others():
+    found = collectives(lambda x: jax.lax.all_gather(x, "b", tiled=True), P("b"), P())
     assert found == {"all-gather": Traffic(1, WHOLE // 4 * 3)}
 
 
-def test_reducing_sends_everything_nearly_twice(mesh):
-    found = collectives(mesh, lambda x: jax.lax.psum(x, "b"), P(), P())
+def test_reducing_sends_everything_nearly_twice():
+    found = collectives(lambda x: jax.lax.psum(x, "b"), P(), P())
     assert found == {"all-reduce": Traffic(1, 2 * WHOLE * 3 // 4)}
 
 
-def test_a_permutation_sends_everything_once(mesh):
+def test_a_permutation_sends_everything_once():
     pairs = [(i, (i + 1) % 4) for i in range(4)]
-    found = collectives(mesh, lambda x: jax.lax.ppermute(x, "b", pairs), P("b"), P("b"))
+    found = collectives(lambda x: jax.lax.ppermute(x, "b", pairs), P("b"), P("b"))
     assert found == {"collective-permute": Traffic(1, WHOLE // 4)}
 
 
-def test_exchanging_keeps_ones_own_part(mesh):
-    found = collectives(mesh, lambda x: jax.lax.all_to_all(x, "b", 0, 0, tiled=True), P("b"), P("b"))
+def test_exchanging_keeps_ones_own_part():
+    found = collectives(lambda x: jax.lax.all_to_all(x, "b", 0, 0, tiled=True), P("b"), P("b"))
     assert found == {"all-to-all": Traffic(1, WHOLE // 4 * 3 // 4)}
 
 
-def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh):
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
     def run(x):
         return jax.lax.fori_loop(0, 6, lambda _, x: jnp.tanh(jax.lax.psum(x, "a")), x)
 
-    assert collectives(mesh, run, P(), P()) == {"all-reduce": Traffic(6, 6 * WHOLE)}
+    assert collectives(run, P(), P()) == {"all-reduce": Traffic(6, 6 * WHOLE)}
 
 
 # Lines of programs for TPUs and GPUs, as their compilers write them.
 
 
-def program(body, *computations):
-    return "\n".join(["HloModule m", *computations, "ENTRY %main (p: f32[]) -> f32[] {", *body, "}"])
+def count(entry, computations="", **options):
+    """Of a program with these lines in its entry computation, and with other computations."""
+    text = f"HloModule m\n{computations}\nENTRY %main (p: f32[]) -> f32[] {{\n{entry}\n}}"
+    return analyze(text, num_devices=8, **options)
 
 
 def test_a_loop_without_a_known_length_is_counted_by_its_constants():
     """libtpu says no trip count; this is its collective matmul, which takes two steps of eight a trip."""
-    condition = """%cond (c: (u32[], f32[8,8])) -> pred[] {
+    computations = """
+%cond (c: (u32[], f32[8,8])) -> pred[] {
   %end = u32[]{:T(128)} constant(8)
   %c = (u32[]{:T(128)}, f32[8,8]{1,0}) parameter(0)
   %i = u32[]{:T(128)} get-tuple-element(%c), index=0
   ROOT %less = pred[] compare(%i, %end), direction=LT
-}"""
-    step = """%step (i.2: u32[]) -> u32[] {
+}
+%step (i.2: u32[]) -> u32[] {
   %i.2 = u32[] parameter(0)
   %two = u32[] constant(2)
   ROOT %next = u32[] add(%i.2, %two)
-}"""
-    body = """%body (b: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+}
+%body (b: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
   %b = (u32[], f32[8,8]{1,0}) parameter(0)
   %i.3 = u32[] get-tuple-element(%b), index=0
   %x = f32[8,8]{1,0} get-tuple-element(%b), index=1
@@ -176,21 +173,18 @@ def test_a_loop_without_a_known_length_is_counted_by_its_constants():
   %fusion = u32[] fusion(%i.3), kind=kLoop, calls=%step
   ROOT %both = (u32[], f32[8,8]{1,0}) tuple(%fusion, %y)
 }"""
-    text = program(
-        [
-            "  %p = f32[8,8]{1,0} parameter(0)",
-            "  %zero = u32[] constant(0)",
-            "  %copied = u32[] copy(%zero)",
-            "  %init = (u32[], f32[8,8]{1,0}) tuple(%copied, %p)",
-            "  ROOT %while = (u32[], f32[8,8]{1,0}) while(%init), condition=%cond, body=%body",
-        ],
-        condition,
-        step,
-        body,
-    )
-    costs = hlo.analyze(text)
+    entry = """
+  %p = f32[8,8]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %copied = u32[] copy(%zero)
+  %init = (u32[], f32[8,8]{1,0}) tuple(%copied, %p)
+  ROOT %while = (u32[], f32[8,8]{1,0}) while(%init), condition=%cond, body=%body"""
+    costs = count(entry, computations)
     assert costs.flops == 4 * product(8)
     assert not costs.unknown_loops
+
+
+PAIR = "f32[2,16,8] f32[2,16,32] f32[2,32,8]"
 
 
 @pytest.mark.parametrize(
@@ -199,91 +193,66 @@ def test_a_loop_without_a_known_length_is_counted_by_its_constants():
         # A plain product as TPUs write it: [4096, 768] by [768, 2048].
         ("f32[4096,2048] f32[4096,768] f32[768,2048]", "dim_labels=bf_io->bf", 2 * 4096 * 768 * 2048),
         # A window over two positions and a padded one on each side: of 2 x 2 pairs, one meets padding.
-        (
-            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
-            "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf",
-            2 * 16 * 32 * 8 * 3,
-        ),
+        (PAIR, "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf", 2 * 16 * 32 * 8 * 3),
         # A batch of two products: the gaps of the dilated input keep each matrix to its own.
-        (
-            "f32[2,16,8] f32[2,16,32] f32[2,32,8]",
-            "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf",
-            2 * 16 * 32 * 8 * 2,
-        ),
+        (PAIR, "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf", 2 * 16 * 32 * 8 * 2),
     ],
 )
 def test_products_written_as_convolutions_count_what_meets(shapes, attributes, flops):
     out, lhs, rhs = shapes.split()
-    text = program(
-        [
-            f"  %p = {lhs}{{1,0:T(8,128)S(1)}} parameter(0)",
-            f"  %k = {rhs}{{1,0}} parameter(1)",
-            f"  ROOT %c = {out}{{1,0}} convolution(%p, %k), {attributes}",
-        ]
-    )
-    assert hlo.analyze(text).flops == flops
+    costs = count(f"""
+  %p = {lhs}{{1,0:T(8,128)S(1)}} parameter(0)
+  %k = {rhs}{{1,0}} parameter(1)
+  ROOT %c = {out}{{1,0}} convolution(%p, %k), {attributes}""")
+    assert costs.flops == flops
 
 
 def test_on_chip_memory_is_no_traffic():
-    text = program(
-        [
-            "  %p = f32[1024]{0} parameter(0)",
-            "  %start = (f32[1024]{0}, f32[1024]{0:S(1)}, u32[]{:S(2)}) copy-start(%p)",
-            "  %done = f32[1024]{0:S(1)} copy-done(%start)",
-            "  ROOT %t = f32[1024]{0:S(1)} tanh(%done)",
-        ]
-    )
-    assert hlo.analyze(text).bytes == 4096
-    assert hlo.analyze(text, hbm_spaces=(0, 1)).bytes == 4 * 4096
+    entry = """
+  %p = f32[1024]{0} parameter(0)
+  %start = (f32[1024]{0}, f32[1024]{0:S(1)}, u32[]{:S(2)}) copy-start(%p)
+  %done = f32[1024]{0:S(1)} copy-done(%start)
+  ROOT %t = f32[1024]{0:S(1)} tanh(%done)"""
+    assert count(entry).bytes == 4096
+    assert count(entry, hbm_spaces=(0, 1)).bytes == 4 * 4096
 
 
 def test_an_asynchronous_collective_in_pieces_counts_once():
     """TPUs repeat the instruction in every fusion that carries it on."""
-
-    def piece(name, rest):
-        return f"""%{name} (a: bf16[8,16]) -> bf16[64,16] {{
+    pieces = "".join(
+        f"""
+%{name} (a: bf16[8,16]) -> bf16[64,16] {{
   %a.{name} = bf16[8,16]{{1,0}} parameter(0)
   %g.{name} = bf16[64,16]{{1,0}} all-gather(%a.{name}), channel_id=1, replica_groups=[1,8]<=[8], dimensions={{0}}
-  {rest.format(gathered="%g." + name)}
+  ROOT %r.{name} = (bf16[64,16]{{1,0}}) {result.format(gathered=f"%g.{name}")}
 }}"""
-
-    start = piece(
-        "first", 'ROOT %s = (bf16[64,16]{{1,0}}) custom-call({gathered}), custom_call_target="AsyncCollectiveStart"'
+        for name, result in {
+            "first": 'custom-call({gathered}), custom_call_target="AsyncCollectiveStart"',
+            "async_collective_fusion.1": "tuple({gathered})",
+            "last": 'custom-call({gathered}), custom_call_target="AsyncCollectiveDone"',
+        }.items()
     )
-    middle = piece("async_collective_fusion.1", "ROOT %m = (bf16[64,16]{{1,0}}) tuple({gathered})")
-    end = piece(
-        "last", 'ROOT %e = bf16[64,16]{{1,0}} custom-call({gathered}), custom_call_target="AsyncCollectiveDone"'
-    )
-    text = program(
-        [
-            "  %p = bf16[8,16]{1,0} parameter(0)",
-            "  %f1 = (bf16[64,16]{1,0}) fusion(%p), kind=kCustom, calls=%first",
-            "  %f2 = (bf16[64,16]{1,0}) fusion(%p), kind=kOutput, calls=%async_collective_fusion.1",
-            "  ROOT %f3 = bf16[64,16]{1,0} fusion(%p), kind=kCustom, calls=%last",
-        ],
-        start,
-        middle,
-        end,
-    )
-    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
+    entry = """
+  %p = bf16[8,16]{1,0} parameter(0)
+  %f1 = (bf16[64,16]{1,0}) fusion(%p), kind=kCustom, calls=%first
+  %f2 = (bf16[64,16]{1,0}) fusion(%p), kind=kOutput, calls=%async_collective_fusion.1
+  ROOT %f3 = bf16[64,16]{1,0} fusion(%p), kind=kCustom, calls=%last"""
+    assert count(entry, pieces).collectives == {"all-gather": Traffic(1, 8 * 16 * 2 * 7)}
 
 
 def test_what_another_core_runs_asynchronously_counts_once():
     """TPUs with SparseCores give them collectives, in computations that say so where they end."""
-    other = """%wrapped (a: f32[8,16]) -> f32[64,16] {
+    other = """
+%wrapped (a: f32[8,16]) -> f32[64,16] {
   %a = f32[8,16]{1,0} parameter(0)
   ROOT %g = f32[64,16]{1,0} all-gather(%a), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
 }, execution_thread="sparsecore\""""
-    text = program(
-        [
-            "  %p = f32[8,16]{1,0} parameter(0)",
-            "  %s = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-start(%p), calls=%wrapped",
-            "  %u = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-update(%s)",
-            "  ROOT %d = f32[64,16]{1,0} async-done(%u)",
-        ],
-        other,
-    )
-    assert hlo.analyze(text, 8).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
+    entry = """
+  %p = f32[8,16]{1,0} parameter(0)
+  %s = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-start(%p), calls=%wrapped
+  %u = ((f32[8,16]{1,0}), f32[64,16]{1,0}) async-update(%s)
+  ROOT %d = f32[64,16]{1,0} async-done(%u)"""
+    assert count(entry, other).collectives == {"all-gather": Traffic(1, 8 * 16 * 4 * 7)}
 
 
 @pytest.mark.parametrize(
@@ -297,13 +266,10 @@ def test_what_another_core_runs_asynchronously_counts_once():
     ],
 )
 def test_groups_of_a_collective_in_each_notation(groups, size):
-    text = program(
-        [
-            "  %p = f32[64]{0} parameter(0)",
-            f"  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add",
-        ]
-    )
-    assert hlo.analyze(text, 8).collectives == {"all-reduce": Traffic(1, 2 * 256 * (size - 1) // size)}
+    costs = count(f"""
+  %p = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add""")
+    assert costs.collectives == {"all-reduce": Traffic(1, 2 * 256 * (size - 1) // size)}
 
 
 CUDNN = (
@@ -315,15 +281,11 @@ CUDNN = (
 @pytest.mark.parametrize("mask, share", [("CAUSAL", 0.5), ("PADDING_CAUSAL", 0.5), ("NO_MASK", 1)])
 @pytest.mark.parametrize("target, products", [("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)])
 def test_cudnn_attention_counts_its_products(mask, share, target, products):
-    text = program(
-        [
-            "  %q = bf16[2,1024,4,64]{3,2,1,0} parameter(0)",
-            "  %k = bf16[2,1024,2,64]{3,2,1,0} parameter(1)",
-            f'  ROOT %attend.3 = (bf16[2,4,1024,64]{{3,1,2,0}}) custom-call(%q, %k), custom_call_target="{target}", '
-            f"backend_config={{{CUDNN.format(mask=mask)}}}",
-        ]
-    )
-    costs = hlo.analyze(text)
+    call = f'custom-call(%q, %k), custom_call_target="{target}", backend_config={{{CUDNN.format(mask=mask)}}}'
+    costs = count(f"""
+  %q = bf16[2,1024,4,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,1024,2,64]{{3,2,1,0}} parameter(1)
+  ROOT %attend.3 = (bf16[2,4,1024,64]{{3,1,2,0}}) {call}""")
     assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 * share
     assert costs.kernels == {"attend": 1}
 
@@ -340,45 +302,37 @@ def test_cudnn_attention_counts_its_products(mask, share, target, products):
     ],
 )
 def test_splash_attention_counts_its_products_over_half_of_the_pairs(name, results, products):
-    text = program(
-        [
-            "  %mask = s8[1,2,2]{2,1,0} parameter(0)",
-            "  %q = bf16[2,4,1024,64]{3,2,1,0} parameter(1)",
-            "  %k = bf16[2,1024,64]{2,1,0} parameter(2)",
-            f'  ROOT %{name}.1 = ({results}) custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call", '
-            "frontend_attributes={kernel_metadata={",
-            '"xprof_metadata":"{}"',
-            "}}",
-        ]
+    call = (
+        'custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
     )
-    costs = hlo.analyze(text)
+    costs = count(f"""
+  %mask = s8[1,2,2]{{2,1,0}} parameter(0)
+  %q = bf16[2,4,1024,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,1024,64]{{2,1,0}} parameter(2)
+  ROOT %{name}.1 = ({results}) {call}
+"xprof_metadata":"{{}}"
+}}}}""")
     assert costs.flops == products * 2 * 2 * 4 * 1024 * 1024 * 64 // 2
     assert costs.kernels == {name: 1}
 
 
 def test_a_kernel_that_no_formula_covers_is_named():
-    text = program(
-        [
-            "  %p = f32[8]{0} parameter(0)",
-            '  ROOT %mine.4 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
-        ]
-    )
-    costs = hlo.analyze(text)
+    costs = count("""
+  %p = f32[8]{0} parameter(0)
+  ROOT %mine.4 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call\"""")
     assert (costs.flops, costs.unknown_kernels) == (0, {"mine": 1})
 
 
 def test_cublas_products_count_by_their_config():
-    text = program(
-        [
-            "  %a = bf16[64,32]{1,0} parameter(0)",
-            "  %b = bf16[32,16]{1,0} parameter(1)",
-            '  ROOT %g = (bf16[64,16]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", '
-            'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
-        ]
-    )
-    assert hlo.analyze(text).flops == 2 * 64 * 32 * 16
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    call = f'custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={config}'
+    costs = count(f"""
+  %a = bf16[64,32]{{1,0}} parameter(0)
+  %b = bf16[32,16]{{1,0}} parameter(1)
+  ROOT %g = (bf16[64,16]{{1,0}}, s8[64]{{0}}) {call}""")
+    assert costs.flops == 2 * 64 * 32 * 16
 
 
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        hlo.analyze("nothing")
+        analyze("nothing")

@@ -93,12 +93,11 @@ def test_runs_of_one_seed_differ_in_their_objective_alone(tmp_path):
 
 def test_a_config_of_ntp_trains_meap_off_ratio_0_and_a_control_stays_itself(tmp_path):
     flags = (*FLAGS, "--config.data.path=gs://my-bucket/c4", "--ratios=0,.15", "--seeds=1")
-    names = {name: config_of(text)[0].objective.name for name, text in write(
-        tmp_path / "ntp", "--config=configs/ntp_100m.py", *flags).items()}  # fmt: skip
-    assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": "meap"}
-    control = write(tmp_path / "control", *PAPER, "--config.objective.name=random_tokens", *flags[2:])
-    names = {name: config_of(text)[0].objective.name for name, text in control.items()}
-    assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": "random_tokens"}
+    for config, objective in (("ntp", "meap"), ("meap", "random_tokens")):
+        control = [f"--config.objective.name={objective}"] if objective != "meap" else []
+        files = write(tmp_path / config, f"--config=configs/{config}_100m.py", *control, *flags)
+        names = {name: config_of(text)[0].objective.name for name, text in files.items()}
+        assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": objective}
 
 
 def test_spot_slices_that_recover_and_a_cache_in_the_bucket(tmp_path):
@@ -198,17 +197,13 @@ def fake_sky(folder, monkeypatch, script):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_without_dry_run_the_printed_commands_are_run(tmp_path, monkeypatch, capsys):
+def test_the_printed_commands_are_run_but_by_dry_run(tmp_path, monkeypatch, capsys):
     fake_sky(tmp_path / "bin", monkeypatch, f'echo sky "$@" >> {tmp_path}/submitted')
-    write(tmp_path, *PAPER, dry_run=False)
-    assert (tmp_path / "submitted").read_text() == capsys.readouterr().out
-    assert len((tmp_path / "submitted").read_text().splitlines()) == 15
-
-
-def test_dry_run_submits_nothing(tmp_path, monkeypatch):
-    fake_sky(tmp_path / "bin", monkeypatch, f"touch {tmp_path}/submitted")
     write(tmp_path, *PAPER)
-    assert not (tmp_path / "submitted").exists()
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 15 and not (tmp_path / "submitted").exists()
+    write(tmp_path, *PAPER, dry_run=False)
+    assert (tmp_path / "submitted").read_text() == capsys.readouterr().out == printed
 
 
 def test_a_file_that_sky_refuses_stops_the_rest(tmp_path, monkeypatch):

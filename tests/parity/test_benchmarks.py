@@ -1,0 +1,29 @@
+"""The benchmarks run torch's engines and the package datasets beside ours."""
+
+import json
+
+import pytest
+
+import tiny_runs
+from experiments.benchmarks import corpus, train_step
+
+
+def run(benchmark, tmp_path, monkeypatch, name):
+    """The rows of a benchmark's tables, at its quick sizes."""
+    for variable in ("XLA_FLAGS", "PYTHONPATH"):  # One device for the processes that the benchmark starts.
+        monkeypatch.setenv(variable, tiny_runs.environment()[variable])
+    file = tmp_path / "result.json"
+    benchmark.command([name, "--quick", f"--json={file}", "--repeats=1"])
+    return [table["rows"] for table in json.loads(file.read_text())["tables"]]
+
+
+def test_quick_train_step_compares_with_torch(tmp_path, monkeypatch):
+    (row,) = run(train_step, tmp_path, monkeypatch, "train_step")[0]
+    ratios = [row[f"ours / {name}"]["median"] for name in ("torch eager", "torch compiled", "faster torch")]
+    assert all(ratio > 0 for ratio in ratios)
+    assert ratios[2] == pytest.approx(min(ratios[:2]))  # One round: the faster has the smaller ratio.
+
+
+def test_quick_corpus_compares_with_datasets(tmp_path, monkeypatch):
+    for rows in run(corpus, tmp_path, monkeypatch, "corpus")[:2]:
+        assert all(row["ours / datasets, tokens/s"]["median"] > 0 for row in rows)
