@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
 from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import base, changed_on_resume, data_options, flatten, mixture
+from meap_jax.config import changed_on_resume, flatten, mixture, with_defaults
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
+from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
+from meap_jax.fields import fields_of
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
@@ -71,12 +73,12 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
         [MASK] is not `objective.mask_id`.
     """
     folder = config.data.prepared or str(local_folder(workdir) / "data")
-    options = data_options(config)
+    spec = data_spec(config)
     if jax.process_index() == 0:
-        prepared = prepare(folder, options)
+        prepared = prepare(folder, spec)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepared data")
-        prepared = prepare(folder, options)
+        prepared = prepare(folder, spec)
         digest = np.frombuffer(bytes.fromhex(prepared.fingerprint), np.uint8)
         if (multihost_utils.process_allgather(digest) != digest).any():
             raise ConfigError(
@@ -222,24 +224,23 @@ def versions() -> dict[str, str]:
 
 
 def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The config that a run wrote into its workdir.
+    """The config that a run wrote into its workdir; fields that came later have their defaults.
 
     Raises:
-      ConfigError: if there is none, it is damaged, or another version wrote it.
+      ConfigError: if there is none, it is damaged, or it has fields of a later version.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
     try:
-        config = ml_collections.ConfigDict(json.loads(file.read_text()))
+        config = with_defaults(json.loads(file.read_text()))
     except ValueError as error:
         raise ConfigError(
             f"{file} is damaged ({error}): start the run's training command again to write it."
         ) from error
-    missing = {name for name in flatten(base()).keys() - flatten(config).keys() if not name.startswith("data.sources.")}
-    if missing:
+    unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    if unknown:
         raise ConfigError(
-            f"{file} was written by a version that knew no {', '.join(sorted(missing))}: use that version, or train "
-            "anew."
+            f"{file} was written by a version that knew {', '.join(sorted(unknown))}: use that version, or train anew."
         )
     return config

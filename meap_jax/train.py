@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import sharding
-from meap_jax.config import has_segments
+from meap_jax.data.spec import data_spec
 from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.model.visibility import causal
@@ -188,7 +188,7 @@ def abstract_inputs(
     shapes = jax.eval_shape(lambda: init_state(config, definition))
     state = jax.tree.map(_with_sharding, shapes, state_shardings(config, definition, mesh))
     rows = jax.ShapeDtypeStruct((config.global_batch_size, config.seq_len + 1), jnp.int32)
-    names = ("tokens", "segment_ids") if has_segments(config) else ("tokens",)
+    names = ("tokens", "segment_ids") if data_spec(config).has_segments else ("tokens",)
     return state, {name: _with_sharding(rows, sharding.batch_sharding(mesh)) for name in names}
 
 

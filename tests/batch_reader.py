@@ -12,8 +12,10 @@ import sys
 import numpy as np
 
 from meap_jax import sharding
+from meap_jax.config import add_source, base
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.pipeline import TrainBatches
+from meap_jax.data.spec import data_spec
 from meap_jax.hosts import join_hosts
 
 
@@ -23,9 +25,9 @@ def main(task_file, out_file):
     task = json.loads(pathlib.Path(task_file).read_text())
     mesh = sharding.make_mesh(task["mesh"])
     seen, states = {}, {}
-    for packing, options in task["options"].items():
+    for packing in task["packings"]:
         batches = TrainBatches(
-            prepare(task["folder"], options),
+            prepare(task["folder"], spec_of(task, packing)),
             task["weights"],
             seed=task["seed"],
             batch_size=task["batch_size"],
@@ -36,6 +38,16 @@ def main(task_file, out_file):
         seen[packing] = {step: hashes(next(batches)) for step in range(task["start"], task["stop"])}
         states[packing] = batches.get_state()
     pathlib.Path(out_file).write_text(json.dumps({"seen": seen, "states": states}))
+
+
+def spec_of(task, packing):
+    """The data of a task, packed in one way."""
+    c = base()
+    c.seq_len, c.model.vocab_size = 32, 32_064
+    c.data.update(dict(mixture=",".join(task["paths"]), tokenizer="mistral", holdout=0.1, packing=packing))
+    c.data.path = task["paths"]["text"]
+    add_source(c, "more", task["paths"]["more"])
+    return data_spec(c)
 
 
 def hashes(batch):

@@ -11,6 +11,7 @@ import pytest
 
 import tiny_data
 import tiny_runs
+from batch_reader import spec_of
 from meap_jax.corpus.prepare import prepare
 
 
@@ -137,23 +138,16 @@ def read_on_hosts(num_hosts, scratch, task):
 
 def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(tmp_path):
     rng = np.random.default_rng(0)
-    options = tiny_data.text_options(None, plans__seq_len=32)
+    paths = {}
     for name in ("text", "more"):
         texts = [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
-        path = tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts)
-        options["sources"][name] = options["sources"]["text"] | {"path": str(path)}
-
-    def packed(packing):
-        plans = {name: options["plans"]["text"] | {"packing": packing} for name in options["sources"]}
-        return options | {"plans": plans}
-
+        paths[name] = str(tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts))
     task = dict(
-        folder=str(tmp_path / "data"), options={packing: packed(packing) for packing in PACKINGS},
-        weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
-        mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
+        folder=str(tmp_path / "data"), paths=paths, packings=PACKINGS, weights={"text": 0.7, "more": 0.3}, seed=3,
+        batch_size=8, mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
     )  # fmt: skip
     for packing in PACKINGS:
-        prepare(tmp_path / "data", packed(packing))
+        prepare(tmp_path / "data", spec_of(task, packing))
     whole, end = read_on_hosts(1, tmp_path, task | {"states": None, "start": 0, "stop": 12})
     rows, states = {packing: {} for packing in PACKINGS}, None
     for num_hosts, start in ((4, 0), (2, 4), (4, 8)):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from meap_jax import config as config_lib
-from meap_jax.config import OBJECTIVES
 from meap_jax.errors import ConfigError
+from meap_jax.fields import OBJECTIVES
 from meap_jax.objective import Objective, clean_inputs, make_inputs, named_keys
 from meap_jax.train import micro_batches
 

@@ -4,30 +4,28 @@ import json
 
 import numpy as np
 
+from meap_jax.config import base
 from meap_jax.data import plans
 from meap_jax.data.prepared import Blocks
+from meap_jax.data.spec import data_spec
 from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, merge_indices, write_shard
+from meap_jax.fields import SOURCE_FIELDS
 
-PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
 
+def text_spec(path, **fields):
+    """What a config asks for that reads one source of text in Mistral's pieces, unless `fields` say otherwise.
 
-def text_options(path, **changes):
-    """What `config.data_options` gives for one source of text in mistral's pieces; changes as sources__field."""
-    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
-    options = {
-        "tokenizer": "mistral",
-        "vocab_size": 32_064,
-        "sources": {"text": text},
-        "plans": {"text": dict(PLAN)},
-        "max_skipped": 10,
-    }
-    for name, value in changes.items():
-        group, _, field = name.partition("__")
-        if field:
-            options[group]["text"][field] = value
-        else:
-            options[name] = value
-    return options
+    Fields are named as in the config, as `seq_len` and `data__packing`; those of the source as `where`.
+    """
+    c = base()
+    c.seq_len = 96
+    c.data.update(dict(mixture="text=1", tokenizer="mistral", holdout=0.1, max_skipped=10))
+    if path is not None:
+        c.data.path = str(path)
+    for name, value in fields.items():
+        place = f"data.sources.text.{name}" if name in SOURCE_FIELDS else name.replace("__", ".")
+        c.update_from_flattened_dict({place: value})
+    return data_spec(c)
 
 
 def make_store(folder, shards, num_tokens=512):

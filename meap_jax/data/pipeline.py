@@ -60,7 +60,7 @@ def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) ->
     Items are `tokens` and, where a row of the mixture can hold several segments, `segment_ids`: [T + 1] int32.
     """
     blocks = {source: prepared.blocks(source, "train") for source in weights}
-    segments = not all(b.is_one_segment for b in blocks.values())
+    segments = prepared.spec.has_segments
     sources = [
         grain.MapDataset.source(_Training(b, source, segments)).seed(seed + i).shuffle().repeat()
         for i, (source, b) in enumerate(blocks.items())
