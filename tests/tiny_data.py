@@ -4,26 +4,29 @@ import json
 
 import numpy as np
 
-from meap_jax.config import base
+from meap_jax.config import add_source, base
 from meap_jax.data import plans
 from meap_jax.data.prepared import Blocks
 from meap_jax.data.spec import data_spec
 from meap_jax.data.store import AnswerSpan, EncodedDocument, Store, ids_dtype, merge_indices, write_shard
-from meap_jax.fields import SOURCE_FIELDS
+from meap_jax.fields import fields_of
 
 
-def text_spec(path, **fields):
+def text_spec(path, more=None, **fields):
     """What a config asks for that reads one source of text in Mistral's pieces, unless `fields` say otherwise.
 
-    Fields are named as in the config, as `seq_len` and `data__packing`; those of the source as `where`.
+    A field is given by its last name: of the source, of data.retrieval, of data, of the model or of the run. `more` is
+    the path of a second source of text, called so.
     """
     c = base()
-    c.seq_len = 96
-    c.data.update(dict(mixture="text=1", tokenizer="mistral", holdout=0.1, max_skipped=10))
-    if path is not None:
-        c.data.path = str(path)
+    if more is not None:
+        add_source(c, "more", str(more))
+    c.data.path = path and str(path)
+    fields = dict(seq_len=96, mixture="text=1", tokenizer="mistral", holdout=0.1, max_skipped=10) | fields
+    known = fields_of(["text"])
     for name, value in fields.items():
-        place = f"data.sources.text.{name}" if name in SOURCE_FIELDS else name.replace("__", ".")
+        groups = ("data.sources.text.", "data.retrieval.", "data.", "model.", "")
+        place = next(group + name for group in groups if group + name in known)
         c.update_from_flattened_dict({place: value})
     return data_spec(c)
 

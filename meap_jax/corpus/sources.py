@@ -52,7 +52,7 @@ def open_source(name: str, spec: SourceSpec) -> Source:
       spec: what it holds.
 
     Raises:
-      ConfigError: a path that names nothing, or impossible retrieval counts.
+      ConfigError: a path that names nothing.
       DataError: there is no text.
     """
     if isinstance(spec, RetrievalSourceSpec):
@@ -208,17 +208,7 @@ class TokenIds:
 
 
 def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
-    train = RetrievalSpec(
-        num_keys=spec.num_keys,
-        num_values=spec.num_values,
-        num_facts=spec.num_facts,
-        questions_per_fact=spec.questions_per_fact,
-        max_fillers=spec.max_fillers,
-        min_facts=spec.min_facts,
-    )
-    most = min(spec.num_keys, spec.num_values)
-    if not 1 <= spec.num_eval_facts <= most:
-        raise ConfigError(f"data.retrieval.num_eval_facts is {spec.num_eval_facts}, but must be from 1 to {most}.")
+    train = RetrievalSpec(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(RetrievalSpec)})
     held_out = dataclasses.replace(train, min_facts=None, num_facts=spec.num_eval_facts, questions_per_fact=None)
     sizes = {"train": spec.num_documents, "validation": spec.num_eval_documents, "test": spec.num_eval_documents}
     return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, spec.seed)

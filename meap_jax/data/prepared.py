@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,19 +93,14 @@ class Prepared:
     spec: DataSpec
 
     @property
-    def plans(self) -> Mapping[str, PlanSpec]:
-        """How each source is packed, by name."""
-        return self.spec.plans
-
-    @property
     def block_len(self) -> int:
         """Ids in a block, seq_len + 1."""
-        return next(iter(self.plans.values())).block_len
+        return next(iter(self.spec.plans.values())).block_len
 
     @property
     def sources(self) -> list[str]:
         """Their names."""
-        return list(self.plans)
+        return list(self.spec.plans)
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What was read of a source."""
@@ -114,7 +108,7 @@ class Prepared:
 
     def plan_manifest(self, name: str) -> dict[str, Any]:
         """What its plan came to, by split."""
-        return read_manifest(plan_folder(self.folder / name, self.plans[name]))
+        return read_manifest(plan_folder(self.folder / name, self.spec.plans[name]))
 
     def counts(self, name: str) -> dict[str, Any]:
         """What a source came to: documents, tokens and bad records in all, and its blocks by split."""
@@ -131,7 +125,7 @@ class Prepared:
             "tokenizer": self.tokenizer_hash,
             "sources": {
                 name: [self.manifest(name)["fingerprint"], self.plan_manifest(name)["sha256"], asdict(plan)]
-                for name, plan in sorted(self.plans.items())
+                for name, plan in sorted(self.spec.plans.items())
             },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -142,21 +136,21 @@ class Prepared:
         Raises:
           DataError: the folder was not prepared for them.
         """
-        if name not in self.plans or split not in SPLITS:
+        if name not in self.spec.plans or split not in SPLITS:
             raise DataError(
                 f"The prepared folder {self.folder} was not opened for {name}-{split}, only for "
-                f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
+                f"{', '.join(self.spec.plans)} with {', '.join(SPLITS)}."
             )
         return Blocks(
             open_store(self.folder / name),
             self._plan(name, split),
             self.block_len,
             self.tokenizer.pad_id,
-            is_one_segment=not self.plans[name].separates_documents,
+            is_one_segment=not self.spec.plans[name].separates_documents,
         )
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:
-        folder = plan_folder(self.folder / name, self.plans[name])
+        folder = plan_folder(self.folder / name, self.spec.plans[name])
         told = self.plan_manifest(name)["splits"][split]["blocks"]
         try:
             plan = plans_lib.load(folder, split)

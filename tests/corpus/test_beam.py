@@ -129,8 +129,7 @@ def test_workers_may_see_the_disk_under_another_name(corpus, alone, tmp_path):
 @needs_beam
 def test_retrieval_documents_keep_their_answers(tmp_path):
     counts = dict(min_facts=4, num_facts=4, num_eval_facts=4, num_documents=30, num_eval_documents=5)
-    counts = {f"data__retrieval__{name}": value for name, value in counts.items()}
-    spec = tiny_data.text_spec(None, data__mixture="retrieval=1", **counts)
+    spec = tiny_data.text_spec(None, mixture="retrieval=1", **counts)
     made = prepare_on_beam(tmp_path / "data", spec, (), f"file://{tmp_path}/data")
     assert len(made.blocks("retrieval", "test").answers)
     assert content(made) == content(prepare(tmp_path / "alone", spec, workers=1))
@@ -171,7 +170,7 @@ def spoilt(corpus, tmp_path):
     folder.mkdir()
     for path in corpus.iterdir():
         (folder / path.name).write_text(path.read_text() + '{"text": \n{"title": "no text"}\n{"text": "  "}\n')
-    return lambda max_skipped: tiny_data.text_spec(folder, data__max_skipped=max_skipped)
+    return lambda max_skipped: tiny_data.text_spec(folder, max_skipped=max_skipped)
 
 
 @needs_beam

@@ -1,6 +1,5 @@
 """Data is frozen once, completely, and opened many times."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,18 +17,16 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError
 
-TEKKEN = {"data__tokenizer": "tekken", "model__vocab_size": 131_136}
+TEKKEN = {"tokenizer": "tekken", "vocab_size": 131_136}
 
 
 def spec_of(path, **fields):
     """What a config with both sources asks for; fields as in `tiny_data.text_spec`."""
-    counts = dict(
-        min_facts=4, num_facts=4, num_eval_facts=4, questions_per_fact=0.5, max_fillers=1, num_documents=300,
-        num_eval_documents=20,
+    ours = dict(
+        mixture="retrieval=1,text=1", tokenizer="bpe", vocab_size=512, seed=3, min_facts=4, num_facts=4,
+        num_eval_facts=4, questions_per_fact=0.5, max_fillers=1, num_documents=300, num_eval_documents=20,
     )  # fmt: skip
-    fields = {"data__tokenizer": "bpe", "model__vocab_size": 512, "data__seed": 3, **fields}
-    counts = {f"data__retrieval__{name}": value for name, value in counts.items()}
-    return tiny_data.text_spec(path, data__mixture="retrieval=1,text=1", **counts | fields)
+    return tiny_data.text_spec(path, **ours | fields)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +93,7 @@ def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, mon
     monkeypatch.setattr(prepare_module.platform, "python_version", lambda: "9.9.9")
     moved = shutil.copytree(books, tmp_path / "moved")
     assert prepare(tmp_path / "a", spec_of(moved)).fingerprint == prepared.fingerprint
-    others = [spec_of(books, data__retrieval__num_facts=5), spec_of(books, data__packing="best_fit")]
+    others = [spec_of(books, num_facts=5), spec_of(books, packing="best_fit")]
     found = {prepare(tmp_path / str(i), other).fingerprint for i, other in enumerate(others)}
     assert len(found | {prepared.fingerprint}) == 3
 
@@ -114,20 +111,16 @@ def test_without_a_path_a_config_takes_what_was_prepared(copy):
 def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "_make_store", None)
     before = (copy / "text" / "manifest.json").read_text()
-    longer = prepare(copy, spec_of(books, seq_len=110, data__packing="best_fit"))
+    longer = prepare(copy, spec_of(books, seq_len=110, packing="best_fit"))
     assert len(longer.blocks("text", "train")[0]["tokens"]) == 111
     assert (copy / "text" / "manifest.json").read_text() == before
     assert len(os.listdir(copy / "text" / "plans")) == 2
 
 
 def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
-    text = tiny_data.text_spec(books)
-    prepare(tmp_path, text)
-    path = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
-    more = dataclasses.replace(text.sources["text"], path=str(path))
-    both = dataclasses.replace(
-        text, sources=text.sources | {"more": more}, plans=text.plans | {"more": text.plans["text"]}
-    )
+    prepare(tmp_path, tiny_data.text_spec(books))
+    more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
+    both = tiny_data.text_spec(books, more, mixture="text,more")
     made, real = [], prepare_module._make_store
 
     def recording(folder, name, *rest):
@@ -144,23 +137,23 @@ def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch)
     ("change", "sentence"),
     [
         (
-            {"data__tokenizer": "mistral", "model__vocab_size": 32_064},
+            {"tokenizer": "mistral", "vocab_size": 32_064},
             r"data\.tokenizer = 'bpe', but the config wants 'mistral'",
         ),
-        ({"data__retrieval__num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
-        ({"data__path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
-        ({"model__vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
+        ({"num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
+        ({"path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
+        ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
     ],
 )
 def test_other_options_are_named_with_both_values(prepared, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(prepared.folder, spec_of(books, **change))
+        prepare(prepared.folder, spec_of(**{"path": books} | change))
 
 
 def test_other_options_of_a_source_are_named_too(books, tmp_path):
     prepare(tmp_path, tiny_data.text_spec(books))
     with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
-        prepare(tmp_path, tiny_data.text_spec(books, data__holdout=0.2))
+        prepare(tmp_path, tiny_data.text_spec(books, holdout=0.2))
     with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
         prepare(tmp_path, tiny_data.text_spec("/elsewhere"))
 
@@ -203,7 +196,7 @@ def test_an_unknown_source_or_split_is_named(prepared):
 
 def test_an_error_before_anything_is_made_leaves_nothing_behind(tmp_path, books):
     with pytest.raises(ConfigError):
-        prepare(tmp_path / "data", spec_of(books, data__tokenizer="mistral"))
+        prepare(tmp_path / "data", spec_of(books, tokenizer="mistral"))
     assert os.listdir(tmp_path) == []
 
 
@@ -222,15 +215,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"data__path": None}, r"path is not set"),
-        ({"data__path": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"data__tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
-        ({"data__tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
+        ({"path": None}, r"path is not set"),
+        ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
+        ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
     ],
 )
 def test_impossible_options_are_one_sentence(tmp_path, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(tmp_path / "data", spec_of(books, **change))
+        prepare(tmp_path / "data", spec_of(**{"path": books} | change))
 
 
 def test_a_bucket_must_be_mounted(books):
@@ -239,10 +232,9 @@ def test_a_bucket_must_be_mounted(books):
 
 
 def test_too_few_different_documents_are_an_error(tmp_path, books):
-    few = ("num_keys", "num_values", "min_facts", "num_facts", "num_eval_facts", "questions_per_fact")
+    few = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1, max_fillers=0)
     with pytest.raises(DataError, match="no document left for"):
-        one = {f"data__retrieval__{name}": 1 for name in few}
-        prepare(tmp_path / "data", spec_of(books, data__retrieval__max_fillers=0, **one))
+        prepare(tmp_path / "data", spec_of(books, questions_per_fact=1.0, **few))
 
 
 def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
@@ -322,7 +314,7 @@ def test_a_run_that_names_no_path_takes_what_was_held_out_beside_it_too(tmp_path
 def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path, books):
     book = books / "00.txt"
     made = [
-        prepare(tmp_path / str(holdout), tiny_data.text_spec(book, seq_len=16, data__holdout=holdout))
+        prepare(tmp_path / str(holdout), tiny_data.text_spec(book, seq_len=16, holdout=holdout))
         for holdout in (0.1, 0.2)
     ]
     assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
@@ -364,7 +356,7 @@ def test_a_damaged_index_is_named(copy, books):
 def test_after_a_misspelt_field_the_right_one_can_be_used_at_once(tmp_path, books):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
     field, where = {"field": "txt"}, {"where": "a=b"}
-    for wrong in (field | {"data__max_skipped": 100}, field, where):
+    for wrong in (field | {"max_skipped": 100}, field, where):
         with pytest.raises(DataError, match="has no field `txt`|holds no text in records with a=b"):
             prepare(tmp_path / "data", tiny_data.text_spec(path, **wrong))
     assert prepare(tmp_path / "data", tiny_data.text_spec(path)).counts("text")["skipped"] == {}
@@ -418,7 +410,7 @@ def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
 
 def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
-    bpe = {"data__tokenizer": "bpe", "model__vocab_size": 512}
+    bpe = {"tokenizer": "bpe", "vocab_size": 512}
     with pytest.raises(DataError, match="holds no text"):
         prepare(tmp_path / "data", tiny_data.text_spec(path, where="a=b", **bpe))
     assert os.listdir(tmp_path) == ["a.jsonl"]
@@ -429,7 +421,7 @@ def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books,
     shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
-            prepare(tmp_path, tiny_data.text_spec(books, data__tokenizer=str(path)))
+            prepare(tmp_path, tiny_data.text_spec(books, tokenizer=str(path)))
     assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
@@ -440,6 +432,6 @@ def test_best_fit_on_several_cores_gives_the_plan_that_one_gives(tmp_path, monke
     found = []
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr(packing.os, "sched_getaffinity", lambda _, cores=cores: cores)
-        made = prepare(tmp_path / str(len(cores)), tiny_data.text_spec(path, data__packing="best_fit"), workers=1)
+        made = prepare(tmp_path / str(len(cores)), tiny_data.text_spec(path, packing="best_fit"), workers=1)
         found.append(made.fingerprint)
     assert found[0] == found[1]

@@ -156,23 +156,23 @@ def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(co
     good = "".join(json.dumps({"text": f"a text {i} " * 20}) + "\n" for i in range(30))
     for i in range(3):
         (mine / f"{i}.jsonl").write_text(good + '{"text": \n{"title": "no text"}\n{"text": "  "}\n')
-    made = prepare(tmp_path / "data", tiny_data.text_spec(mine, data__max_skipped=9))
+    made = prepare(tmp_path / "data", tiny_data.text_spec(mine, max_skipped=9))
     assert sum(made.manifest("text")["skipped"].values()) == 9
     assert len(made.manifest("text")["skipped"]) == 3
     assert "9 bad records passed over: 3 x" in caplog.text and "0.jsonl, line 31" in caplog.text
     with pytest.raises(
         DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"
     ):
-        prepare(tmp_path / "other", tiny_data.text_spec(mine, data__max_skipped=8))
+        prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=8))
     # With a higher limit it goes on from there.
-    assert prepare(tmp_path / "other", tiny_data.text_spec(mine, data__max_skipped=9)).fingerprint == made.fingerprint
+    assert prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=9)).fingerprint == made.fingerprint
 
 
 def test_too_many_bad_records_in_one_shard_are_told_with_file_and_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
     sentence = re.escape(f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4).")
     with pytest.raises(DataError, match=f"^{sentence}$"):
-        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "bad.jsonl", data__max_skipped=4))
+        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "bad.jsonl", max_skipped=4))
 
 
 def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, 
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
     for i in range(2):
         (tmp_path / f"{i}.jsonl").write_text('{"text": "a text of many words"}\n' * 300 + "no JSON\n" * 6)
-    spec = tiny_data.text_spec(tmp_path / "*.jsonl", data__max_skipped=10)
+    spec = tiny_data.text_spec(tmp_path / "*.jsonl", max_skipped=10)
     for _ in range(2):
         with pytest.raises(DataError, match=r"12 records of text can't be used, more than data\.max_skipped = 10"):
             prepare(tmp_path / "data", spec)

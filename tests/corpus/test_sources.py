@@ -17,9 +17,8 @@ from meap_jax.readers import Skips
 
 
 def retrieval(**counts):
-    counts = {f"data__retrieval__{name}": value for name, value in counts.items()}
-    sizes = dict(data__retrieval__num_documents=300, data__retrieval__num_eval_documents=40)
-    spec = tiny_data.text_spec(None, data__mixture="retrieval=1", data__seed=1, **sizes, **counts)
+    sizes = dict(num_documents=300, num_eval_documents=40)
+    spec = tiny_data.text_spec(None, mixture="retrieval=1", seed=1, **sizes, **counts)
     return open_source("retrieval", spec.sources["retrieval"])
 
 
@@ -55,12 +54,6 @@ def test_no_document_stands_in_two_splits_though_chance_would_have_it():
     assert texts["train"] and texts["test"]
     assert not texts["train"] & texts["test"] and not texts["validation"] & texts["test"]
     assert not texts["train"] & texts["validation"]
-
-
-@pytest.mark.parametrize("value", [0, 17])
-def test_a_held_out_document_cannot_have_more_facts_than_there_are_keys(value):
-    with pytest.raises(ConfigError, match=f"num_eval_facts is {value}, but must be from 1 to 16"):
-        retrieval(num_eval_facts=value)
 
 
 def test_a_texts_split_depends_on_the_text_alone_and_takes_the_share_asked_for(tmp_path):

@@ -15,18 +15,17 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data import pipeline
 from meap_jax.data.pipeline import TrainBatches, global_sequence
 
-COUNTS = dict(
+RETRIEVAL = dict(
     min_facts=1, num_facts=3, num_eval_facts=3, questions_per_fact=1.0, max_fillers=1, num_documents=60,
     num_eval_documents=8,
 )  # fmt: skip
-RETRIEVAL = {f"data__retrieval__{name}": value for name, value in COUNTS.items()}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     book = tmp_path_factory.mktemp("text") / "book.txt"
     book.write_text(" ".join(f"Chapter {i} tells of the number {i * i}." for i in range(400)))
-    fields = dict(data__mixture="text=1,retrieval=3", data__tokenizer="bpe", model__vocab_size=512, seq_len=80)
+    fields = dict(mixture="text=1,retrieval=3", tokenizer="bpe", vocab_size=512, seq_len=80)
     spec = tiny_data.text_spec(book, **fields, **RETRIEVAL)
     return prepare(tmp_path_factory.mktemp("prepared") / "data", spec)
 
@@ -111,7 +110,7 @@ def test_a_restored_iterator_gives_the_next_batch_bit_for_bit(prepared):
 @pytest.mark.parametrize("packing", ["concat", "concat_segments", "best_fit"])
 def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(120)])
-    prepared = prepare(tmp_path / "data", tiny_data.text_spec(path, data__packing=packing, seq_len=40))
+    prepared = prepare(tmp_path / "data", tiny_data.text_spec(path, packing=packing, seq_len=40))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
     lies = sharding.batch_sharding(mesh)
 
@@ -151,7 +150,7 @@ def test_every_source_resumes_bit_for_bit(kind, prepared, tmp_path):
     elif kind == "prepared":
         prepare(tmp_path / "first", tiny_data.text_spec(path, seq_len=120))
         path = f"prepared:{tmp_path / 'first' / 'text'}"
-    made = prepare(tmp_path / "data", tiny_data.text_spec(path, data__mixture=name, seq_len=120, **RETRIEVAL))
+    made = prepare(tmp_path / "data", tiny_data.text_spec(path, mixture=name, seq_len=120, **RETRIEVAL))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
     lies = sharding.batch_sharding(mesh)
     going, again = (TrainBatches(made, {name: 1.0}, seed=5, batch_size=4, sharding=lies) for _ in range(2))
