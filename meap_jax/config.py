@@ -39,14 +39,27 @@ PAPER_SIZES = {
 
 def base() -> ml_collections.ConfigDict:
     """All fields with their defaults; the sizes are those of a toy, the recipe is the paper's."""
-    c = with_defaults({})
+    c = _with_defaults({})
     c.data.sources["text"] = text_source(c.data.get_ref("path"))
     return c.lock()  # A misspelt field in a config file is an error, not a new field.
 
 
-def with_defaults(older: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A config as JSON keeps it, perhaps of a version that had fewer fields, with the defaults of those it lacks."""
-    nested: dict[str, Any] = copy.deepcopy(dict(older))
+def read_back(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config from the nested dict that a run wrote; fields that its version did not have have their defaults.
+
+    Raises:
+      ConfigError: it has fields that this version doesn't know.
+    """
+    config = _with_defaults(fields)
+    unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    if unknown:
+        raise ConfigError(f"was written by a version that has {', '.join(sorted(unknown))}: use that version.")
+    return config
+
+
+def _with_defaults(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config of these fields, nested, and all others as the table has them."""
+    nested: dict[str, Any] = copy.deepcopy(dict(fields))
     sources = nested.setdefault("data", {}).setdefault("sources", {})
     for name, field in fields_of(sources).items():
         *groups, last = name.split(".")
@@ -137,7 +150,7 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[
 
 def changed_on_resume(old: Mapping[str, Any], new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Fields in which a resumed run may not differ but does: {name: (checkpoint's value, config's value)}."""
-    a, b = flatten(with_defaults(old)), flatten(new)
+    a, b = flatten(_with_defaults(old)), flatten(new)
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())

@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__, sharding
 from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, restore_params
-from meap_jax.config import changed_on_resume, flatten, mixture, with_defaults
+from meap_jax.config import changed_on_resume, mixture, read_back
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
-from meap_jax.fields import fields_of
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
@@ -233,14 +232,10 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     if not file.exists():
         raise ConfigError(f"{workdir} holds no config.json: name the workdir of a run.")
     try:
-        config = with_defaults(json.loads(file.read_text()))
+        return read_back(json.loads(file.read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"{file} {error}") from error
     except ValueError as error:
         raise ConfigError(
             f"{file} is damaged ({error}): start the run's training command again to write it."
         ) from error
-    unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
-    if unknown:
-        raise ConfigError(
-            f"{file} was written by a version that knew {', '.join(sorted(unknown))}: use that version, or train anew."
-        )
-    return config

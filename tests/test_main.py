@@ -340,5 +340,5 @@ def test_a_run_of_another_version_is_read_with_defaults_and_refused_for_fields_t
     assert read_config(epath.Path(tmp_path)).to_dict() == json.loads((trained / "config.json").read_text())
     config["loss"] = {"focus": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="by a version that knew loss.focus: use that version"):
+    with pytest.raises(ConfigError, match="by a version that has loss.focus: use that version"):
         evaluate.command(["evaluate", f"--workdir={tmp_path}"])
