@@ -128,8 +128,10 @@ def test_workers_may_see_the_disk_under_another_name(corpus, alone, tmp_path):
 
 @needs_beam
 def test_retrieval_documents_keep_their_answers(tmp_path):
-    counts = dict(min_facts=4, num_facts=4, num_eval_facts=4, num_documents=30, num_eval_documents=5)
-    spec = tiny_data.text_spec(None, mixture="retrieval=1", **counts)
+    spec = tiny_data.text_spec(
+        None, mixture="retrieval=1", min_facts=4, num_facts=4, num_eval_facts=4, questions_per_fact=0.5, max_fillers=1,
+        num_documents=30, num_eval_documents=5,
+    )  # fmt: skip
     made = prepare_on_beam(tmp_path / "data", spec, (), f"file://{tmp_path}/data")
     assert len(made.blocks("retrieval", "test").answers)
     assert content(made) == content(prepare(tmp_path / "alone", spec, workers=1))
