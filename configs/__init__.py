@@ -1,1 +1,1 @@
-"""One file an experiment; each has `get_config()`. See `meap_jax.config` for every field."""
+"""One file an experiment; each has `get_config()`. See `meap_jax.fields` for every field."""

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import config_flags
 
 from meap_jax import config as config_lib
 from meap_jax.errors import ConfigError, UserError
+from meap_jax.fields import fields_of
 from meap_jax.hosts import join_hosts
 from meap_jax.paths import absolute, is_url
 from meap_jax.sharding import AXES
@@ -104,6 +106,19 @@ def _typed(argv: list[str]) -> list[str]:
     return [word.partition("=")[0].partition("config.")[2] for word in argv]
 
 
+def help_on_fields() -> str:
+    """Every field of a config with its default, what is valid and what it means."""
+    fields = fields_of(["NAME"])
+    defaults = {name: field.default for name, field in fields.items()}
+    lines = ["Fields of the config, set with --config.FIELD=VALUE:"]
+    for name, field in fields.items():
+        value = "unset" if isinstance(field.default, type) else repr(field.default)
+        valid = "; ".join(check.expected(defaults) for check in field.checks)
+        lines += ["", f"  {name} = {value}" + (f", must be {valid}" if valid else "")]
+        lines += textwrap.wrap(field.doc, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
 def use_compile_cache() -> None:
     """Keeps compiled programs in a folder that all runs share, so that a program is compiled once.
 
@@ -131,10 +146,16 @@ def use_compile_cache() -> None:
 def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = False) -> None:
     """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1.
 
+    Where the command's usage, the docstring of its module, has --config, `--help` prints it and every field.
+
     Args:
       command: of the door.
       joins_hosts: connect the processes of the run first, before anything else touches a device.
     """
+    usage = sys.modules[command.__module__].__doc__ or ""
+    if "--config=" in usage and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(usage, help_on_fields(), sep="\n")
+        return
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     logging.getLogger("meap_jax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from meap_jax.config import SEEDS, seed_of
+from meap_jax.config import seed_of
 from meap_jax.errors import ConfigError
+from meap_jax.fields import SEEDS
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.rows import AnyArray, Row

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__
 from meap_jax.checkpoint import Checkpointer, newest_meta, restore_params
-from meap_jax.config import changed_on_resume, data_options, mixture
+from meap_jax.config import changed_on_resume, mixture
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
+from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition, Params
@@ -72,12 +73,12 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
         [MASK] is not `objective.mask_id`.
     """
     folder = config.data.prepared or str(local_folder(workdir) / "data")
-    options = data_options(config)
+    spec = data_spec(config)
     if jax.process_index() == 0:
-        prepared = prepare(folder, options)
+        prepared = prepare(folder, spec)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepared data")
-        prepared = prepare(folder, options)
+        prepared = prepare(folder, spec)
         digest = np.frombuffer(bytes.fromhex(prepared.fingerprint), np.uint8)
         if (multihost_utils.process_allgather(digest) != digest).any():
             raise ConfigError(

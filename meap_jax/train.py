@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import partition, sharding
-from meap_jax.config import has_segments
+from meap_jax.data.spec import data_spec
 from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
@@ -193,9 +193,8 @@ def abstract_inputs(config: ml_collections.ConfigDict, definition: Definition, m
     """State and batch as ShapeDtypeStructs that carry shardings: what restoring and compiling ahead of time need."""
     shapes = jax.eval_shape(lambda: init_state(config, definition))
     state = jax.tree.map(_with_sharding, shapes, state_shardings(config, definition, mesh))
-    fields = ("tokens", "segment_ids") if has_segments(config) else ("tokens",)
     shape = (config.global_batch_size, config.seq_len + 1)
-    return state, abstract_rows(fields, shape, sharding.batch_sharding(mesh))
+    return state, abstract_rows(data_spec(config).row_fields, shape, sharding.batch_sharding(mesh))
 
 
 def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,13 @@
 """One of several processes that read the batches of a run, as a program.
 
-python batch_reader.py TASK.json OUT.json: joins the others; for each packing of the task goes on from the iterator's
+python batch_reader.py TASK.pickle OUT.json: joins the others; for each packing of the task goes on from the iterator's
 state, reads some steps, and writes what its devices hold, as {packing: {step: {row: SHA-256}}}, and the last states.
 """
 
 import hashlib
 import json
 import pathlib
+import pickle
 import sys
 
 import jax
@@ -21,12 +22,12 @@ from meap_jax.hosts import join_hosts
 def main(task_file, out_file):
     """See above."""
     join_hosts()
-    task = json.loads(pathlib.Path(task_file).read_text())
+    task = pickle.loads(pathlib.Path(task_file).read_bytes())
     mesh = sharding.make_mesh(task["mesh"])
     seen, states = {}, {}
-    for packing, options in task["options"].items():
+    for packing, spec in task["specs"].items():
         batches = TrainBatches(
-            prepare(task["folder"], options),
+            prepare(task["folder"], spec),
             task["weights"],
             seed=task["seed"],
             batch_size=task["batch_size"],

@@ -1,19 +1,24 @@
 """Every field that cannot work is stopped by one sentence; every config of the house passes."""
 
 import functools
+import importlib
 import importlib.util
 import json
 import math
-from pathlib import Path
+import subprocess
+import sys
 
 import ml_collections
 import pytest
 
+from meap_jax import cli
 from meap_jax import config as config_lib
 from meap_jax.config import PAPER_SIZES, changed_on_resume, check, flatten, mixture, seed_of
 from meap_jax.errors import ConfigError
+from meap_jax.fields import fields_of
+from tiny_runs import ROOT, environment
 
-CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.name != "__init__.py")
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 
 
 def valid_config():
@@ -68,17 +73,11 @@ def test_every_file_in_configs_loads_and_passes(path):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("objective.mask_ratio", 0.0),
-        ("objective.mask_ratio", 1.0),
-        ("seed", 2**32 - 1),
-        ("seeds.mask", 0),
-        ("optimizer.warmup_fraction", 0.0),
-        ("optimizer.weight_decay", 0.0),
-        ("data.retrieval.max_fillers", 0),
-        ("mesh.fsdp", 8),
-        ("data.prepared", "/data/prepared"),
+        ("objective.mask_ratio", 0.0), ("objective.mask_ratio", 1.0), ("seed", 2**32 - 1), ("seeds.mask", 0),
+        ("optimizer.warmup_fraction", 0.0), ("optimizer.weight_decay", 0.0), ("optimizer.clip_norm", math.inf),
+        ("data.retrieval.max_fillers", 0), ("mesh.fsdp", 8), ("data.prepared", "/data/prepared"),
     ],
-)
+)  # fmt: skip
 def test_the_edges_of_what_is_valid_pass(name, value):
     check(with_field(name, value))
 
@@ -91,68 +90,47 @@ def test_text_may_come_from_prepared_data_instead_of_a_path():
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
-AT_LEAST_1 = """
-    num_steps global_batch_size grad_accum_steps seq_len objective.span_length model.num_layers model.num_heads
-    model.num_kv_heads model.head_dim model.embed_dim model.mlp_dim model.vocab_size model.unroll checkpoint.every
-    checkpoint.keep log.every eval.every eval.max_rows data.retrieval.num_keys data.retrieval.num_values
-    data.retrieval.num_facts data.retrieval.num_eval_facts data.retrieval.num_documents
-    data.retrieval.num_eval_documents
-""".split()
+WRONG = [
+    (name, value, check)
+    for name, field in fields_of(["text"]).items()
+    for i, check in enumerate(field.checks)
+    for value in (*check.wrong, *([math.nan] if isinstance(field.default, float) and i == 0 else []))
+]
+
+
+@pytest.mark.parametrize("name, value, check", WRONG, ids=lambda x: str(x) if isinstance(x, str | float | int) else "")
+def test_an_impossible_field_is_stopped_by_its_name_its_value_and_what_would_be_valid(name, value, check):
+    c = config_lib.base()
+    c.update_from_flattened_dict(dict(check.given) | {name: value})
+    with pytest.raises(ConfigError) as error:
+        config_lib.check(c)
+    values = flatten(c.data.sources.text if name.startswith("data.sources.") else c)
+    assert str(error.value) == f"{name} is {flatten(c)[name]!r}, but must be {check.expected(values)}."
 
 
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        *((name, value, "at least 1") for name in AT_LEAST_1 for value in (0, -3)),
-        *((name, -1, "in [0, 2^32)") for name in ("seed", "data.seed", "seeds.init", "seeds.data", "seeds.noise")),
+        ("model.num_layers", 0, "at least 1"),
         ("seeds.mask", 2**32, "in [0, 2^32)"),
-        ("objective.name", "mntp", "one of ntp, meap, random_tokens, token_dropout"),
-        ("objective.strategy", "blocks", "one of random, span, bernoulli, shared, official"),
-        ("objective.mask_ratio", 1.5, "in [0, 1]"),
-        ("objective.mask_ratio", -0.1, "in [0, 1]"),
-        ("objective.mask_ratio", math.nan, "in [0, 1]"),
-        ("objective.mask_id", 64, "an id below model.vocab_size (64)"),
-        ("objective.mask_id", -1, "an id below model.vocab_size (64)"),
-        ("model.num_kv_heads", 3, "a divisor of model.num_heads (4)"),
-        ("model.num_kv_heads", 8, "a divisor of model.num_heads (4)"),
-        ("model.head_dim", 7, "even, for RoPE turns pairs"),
-        ("model.rope_base", 0.0, "positive"),
-        ("model.norm_eps", -1e-5, "positive"),
-        ("model.dtype", "float16", "one of float32, bfloat16"),
-        ("model.init", "zeros", "one of official, normal"),
-        ("grad_accum_steps", 5, "a divisor of global_batch_size (32)"),
-        ("seq_len", 1, "at least 2"),
-        ("optimizer.learning_rate", 0.0, "positive"),
-        ("optimizer.learning_rate", math.nan, "positive"),
-        ("optimizer.learning_rate", math.inf, "positive"),
-        ("optimizer.weight_decay", -0.1, "0 or more"),
-        ("optimizer.clip_norm", 0.0, "positive"),
-        ("optimizer.eps", 0.0, "positive"),
         ("optimizer.decay_on", "norms", "one of all, matrices"),
-        ("optimizer.warmup_fraction", 1.1, "in [0, 1]"),
-        ("optimizer.final_fraction", -0.1, "in [0, 1]"),
-        ("optimizer.b1", 1.0, "in [0, 1)"),
-        ("optimizer.b2", -0.5, "in [0, 1)"),
-        ("data.holdout", 0.0, "in (0, 0.5)"),
-        ("data.holdout", 0.5, "in (0, 0.5)"),
-        ("data.packing", "best", "one of concat, concat_segments, best_fit"),
-        ("data.max_skipped", -1, "0 or more"),
-        (
-            "data.tokenizer",
-            "llama",
-            "one of bpe, mistral, tekken, or a path with a / or the ending .model or .json",
-        ),
+        ("objective.mask_id", 64, "an id below model.vocab_size (64)"),
+        ("model.num_kv_heads", 8, "a divisor of model.num_heads (4)"),
+        ("grad_accum_steps", 5, "a divisor of global_batch_size (32)"),
+        ("loss.z_loss", math.inf, "0 or more"),
+        ("data.tokenizer", "gpt", "one of bpe, mistral, tekken, or a path with a / or the ending .model or .json"),
         ("data.sources.text.keep_shorter", 0.1, "1 unless long_from says below what length"),
-        ("data.retrieval.max_fillers", -1, "0 or more"),
-        ("data.retrieval.questions_per_fact", 0.0, "positive"),
-        ("mesh.tensor", 0, "a number of devices, or -1 for those that are left"),
-        ("mesh.context", -2, "a number of devices, or -1 for those that are left"),
     ],
 )
-def test_an_impossible_field_is_stopped_by_its_name_its_value_and_what_would_be_valid(name, value, expected):
+def test_what_would_be_valid_is_said_in_plain_words(name, value, expected):
     with pytest.raises(ConfigError) as error:
         check(with_field(name, value))
     assert str(error.value) == f"{name} is {value!r}, but must be {expected}."
+
+
+def test_every_field_says_what_it_means():
+    assert all(field.doc.endswith((".", "...")) for field in fields_of(["text"]).values())
+    assert flatten(config_lib.base()).keys() == fields_of(["text"]).keys()
 
 
 def test_the_official_masks_cannot_cover_a_whole_row():
@@ -212,42 +190,55 @@ def test_the_seed_of_a_use_is_its_own_if_set_else_the_runs():
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [
-        ("num_steps", 7),
-        ("log.every", 7),
-        ("eval.every", 7),
-        ("eval.max_rows", 7),
-        ("checkpoint.every", 7),
-        ("checkpoint.keep", 7),
-        ("mesh.data", 2),
-        ("data.prepared", "/moved"),
-        ("data.max_skipped", 7),
-    ],
-)
-def test_what_does_not_change_the_experiment_may_change_on_resume(name, value):
-    assert changed_on_resume(valid_config().to_dict(), with_field(name, value)) == {}
+    "name", "num_steps log.every eval.every eval.max_rows checkpoint.every checkpoint.keep mesh.data data.max_skipped "
+    "data.prepared".split(),
+)  # fmt: skip
+def test_what_does_not_change_the_experiment_may_change_on_resume(name):
+    other = with_field(name, "/moved" if name == "data.prepared" else 7)
+    assert changed_on_resume(valid_config().to_dict(), other) == {}
 
 
 @pytest.mark.parametrize(
     "name, old, new",
     [
-        ("seed", 0, 1),
-        ("seeds.mask", None, 1),
-        ("global_batch_size", 32, 64),
-        ("objective.mask_ratio", 0.15, 0.2),
-        ("model.num_layers", 2, 3),
-        ("optimizer.learning_rate", 4e-4, 1e-3),
-        ("data.retrieval.num_facts", 8, 4),
+        ("seed", 0, 1), ("seeds.mask", None, 1), ("global_batch_size", 32, 64), ("objective.mask_ratio", 0.15, 0.2),
+        ("model.num_layers", 2, 3), ("optimizer.learning_rate", 4e-4, 1e-3), ("data.retrieval.num_facts", 8, 4),
         ("init_from", None, "/runs/other"),
     ],
-)
+)  # fmt: skip
 def test_any_other_change_on_resume_is_named_with_both_values(name, old, new):
     assert changed_on_resume(valid_config().to_dict(), with_field(name, new)) == {name: (old, new)}
 
 
-def test_fields_that_only_one_version_knows_count_as_changed():
+def test_a_field_that_came_later_counts_as_its_default_and_one_that_is_unknown_as_changed():
     old = valid_config().to_dict()
-    del old["seq_len"]
+    del old["seq_len"], old["loss"], old["data"]["sources"]["text"]["epochs"]
+    assert changed_on_resume(old, valid_config()) == {}
+    assert changed_on_resume(old, with_field("loss.z_loss", 1e-4)) == {"loss.z_loss": (0.0, 1e-4)}
     old["objective"]["forgotten"] = 1
-    assert changed_on_resume(old, valid_config()) == {"objective.forgotten": (1, None), "seq_len": (None, 128)}
+    assert changed_on_resume(old, valid_config()) == {"objective.forgotten": (1, None)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meap_jax.main", "meap_jax.corpus.prepare", "meap_jax.corpus.beam", "meap_jax.aot.__main__",
+        "experiments.compare", "experiments.mask_ratio", "experiments.cloud.mask_ratio",
+    ],
+)  # fmt: skip
+def test_help_tells_the_usage_and_every_field(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    cli.run_command(importlib.import_module(name).command)
+    told = capsys.readouterr().out
+    assert f"python -m {name.removesuffix('.__main__')} --config=" in told
+    assert all(f"  {name} = " in told and field.doc.split()[-1] in told for name, field in fields_of(["NAME"]).items())
+
+
+def test_help_is_told_in_a_process_of_its_own_under_a_former_name_too():
+    command = [sys.executable, "-m", "meap_jax.data.prepare", "--help"]
+    told = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert "python -m meap_jax.corpus.prepare --config=" in told
+    assert "model.num_heads = 4, must be at least 1\n      Query heads." in told

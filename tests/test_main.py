@@ -11,9 +11,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from meap_jax import cli, evaluate, main
 from meap_jax.errors import ConfigError
+from meap_jax.run import read_config
 from tiny_runs import ROOT, TIMES, TINY, environment, flags, losses, records, run
 
 
@@ -348,9 +350,12 @@ def test_a_run_that_would_take_more_passes_than_a_source_may_is_refused_with_the
     assert records(tmp_path / "run")[-1]["step"] == steps
 
 
-def test_a_run_of_a_version_that_knew_fewer_fields_is_refused_by_their_names(trained, tmp_path):
+def test_a_run_of_another_version_is_read_with_defaults_and_refused_for_fields_that_are_unknown(trained, tmp_path):
     config = json.loads((trained / "config.json").read_text())
     del config["data"]["packing"], config["loss"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="by a version that knew no data.packing, loss.chunk_size, loss.z_loss: use"):
+    assert read_config(epath.Path(tmp_path)).to_dict() == json.loads((trained / "config.json").read_text())
+    config["loss"] = {"focus": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="by a version that has loss.focus: use that version"):
         evaluate.command(["evaluate", f"--workdir={tmp_path}"])

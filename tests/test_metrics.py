@@ -1,5 +1,6 @@
 """Records of a run: one line a step, cut back on resume, uploaded to buckets."""
 
+import dataclasses
 import json
 import logging
 import struct
@@ -15,7 +16,6 @@ from fsspec.registry import _registry as implementations
 from tensorboardX.proto import event_pb2
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
-from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 
@@ -139,11 +139,13 @@ def test_model_flops_are_those_counted_by_hand(tiny):
 
 
 @pytest.mark.parametrize(("vocab_size", "mlp_dim", "seq_len"), [(512, 384, 128), (128, 96, 512), (4096, 384, 64)])
-def test_model_flops_are_what_xla_counts_in_an_unrolled_program_that_attends_to_every_key(vocab_size, mlp_dim, seq_len):
+def test_model_flops_are_what_xla_counts_in_an_unrolled_program_that_attends_to_every_key(
+    tiny, vocab_size, mlp_dim, seq_len
+):
     # Within 10 %: XLA counts softmax, norms and activations too, the more of them the narrower the matrices.
-    c = ModelConfig(
-        num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128, mlp_dim=mlp_dim,
-        vocab_size=vocab_size, unroll=2, attention="plain",
+    c = dataclasses.replace(
+        tiny, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128, mlp_dim=mlp_dim, vocab_size=vocab_size,
+        unroll=2, attention="plain",
     )  # fmt: skip
     definition = define(c)
     tokens = jnp.zeros((2, seq_len), jnp.int32)

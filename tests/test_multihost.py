@@ -1,6 +1,7 @@
 """One run on several hosts: real processes that meet on the loopback interface."""
 
 import json
+import pickle
 import shutil
 import socket
 import subprocess
@@ -119,8 +120,8 @@ PACKINGS = ("concat", "concat_segments", "best_fit")
 
 def read_on_hosts(num_hosts, scratch, task):
     """{packing: {step: {row: hash}}} of all hosts together, and the states at the end, the same on all of them."""
-    file = scratch / "task.json"
-    file.write_text(json.dumps(task))
+    file = scratch / "task.pickle"
+    file.write_bytes(pickle.dumps(task))
     outs = [scratch / f"out{i}.json" for i in range(num_hosts)]
     program = tiny_runs.ROOT / "tests" / "batch_reader.py"
     start_on_hosts([[sys.executable, str(program), str(file), str(out)] for out in outs], 1)
@@ -137,23 +138,19 @@ def read_on_hosts(num_hosts, scratch, task):
 
 def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(tmp_path):
     rng = np.random.default_rng(0)
-    options = tiny_data.text_options(None, plans__seq_len=32)
+    paths = []
     for name in ("text", "more"):
         texts = [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
-        path = tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts)
-        options["sources"][name] = options["sources"]["text"] | {"path": str(path)}
-
-    def packed(packing):
-        plans = {name: options["plans"]["text"] | {"packing": packing} for name in options["sources"]}
-        return options | {"plans": plans}
-
+        paths.append(tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts))
+    specs = {
+        packing: tiny_data.text_spec(*paths, mixture="text,more", seq_len=32, packing=packing) for packing in PACKINGS
+    }
     task = dict(
-        folder=str(tmp_path / "data"), options={packing: packed(packing) for packing in PACKINGS},
-        weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
+        folder=str(tmp_path / "data"), specs=specs, weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
         mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
     )  # fmt: skip
-    for packing in PACKINGS:
-        prepare(tmp_path / "data", packed(packing))
+    for spec in specs.values():
+        prepare(tmp_path / "data", spec)
     whole, end = read_on_hosts(1, tmp_path, task | {"states": None, "start": 0, "stop": 12})
     rows, states = {packing: {} for packing in PACKINGS}, None
     for num_hosts, start in ((4, 0), (2, 4), (4, 8)):

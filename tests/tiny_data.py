@@ -4,30 +4,31 @@ import json
 
 import numpy as np
 
+from meap_jax.config import add_source, base
 from meap_jax.data import plans
 from meap_jax.data.prepared import Blocks
+from meap_jax.data.spec import data_spec
 from meap_jax.data.store import EncodedDocument, Store, ids_dtype, merge_indices, write_shard
+from meap_jax.fields import fields_of
 
-PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": 96, "seed": 0}
 
+def text_spec(path, more=None, **fields):
+    """What a config asks for that reads one source of text in Mistral's pieces, unless `fields` say otherwise.
 
-def text_options(path, **changes):
-    """What `config.data_options` gives for one source of text in mistral's pieces; changes as sources__field."""
-    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
-    options = {
-        "tokenizer": "mistral",
-        "vocab_size": 32_064,
-        "sources": {"text": text},
-        "plans": {"text": dict(PLAN)},
-        "max_skipped": 10,
-    }
-    for name, value in changes.items():
-        group, _, field = name.partition("__")
-        if field:
-            options[group]["text"][field] = value
-        else:
-            options[name] = value
-    return options
+    A field is given by its last name: of the source, of data.retrieval, of data, of the model or of the run. `more` is
+    the path of a second source of text, called so.
+    """
+    c = base()
+    if more is not None:
+        add_source(c, "more", str(more))
+    c.data.path = path and str(path)
+    fields = dict(seq_len=96, mixture="text=1", tokenizer="mistral", holdout=0.1, max_skipped=10) | fields
+    known = fields_of(["text"])
+    for name, value in fields.items():
+        groups = ("data.sources.text.", "data.retrieval.", "data.", "model.", "")
+        place = next(group + name for group in groups if group + name in known)
+        c.update_from_flattened_dict({place: value})
+    return data_spec(c)
 
 
 def make_store(folder, shards, num_tokens=512):

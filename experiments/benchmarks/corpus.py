@@ -33,6 +33,7 @@ import numpy as np
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, interleave, timed
 from meap_jax import tokenizers
+from meap_jax.config import base
 from meap_jax.corpus import packing, shards
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.prepare import prepare
@@ -42,6 +43,7 @@ from meap_jax.data import plans
 from meap_jax.data.manifest import write_manifest
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.data.prepared import Blocks, Prepared, open_store, plan_folder
+from meap_jax.data.spec import DataSpec, data_spec
 from meap_jax.data.store import merge_indices
 from meap_jax.errors import ConfigError
 from meap_jax.readers import Part, Skips
@@ -49,7 +51,6 @@ from meap_jax.readers import Part, Skips
 SEQ_LEN, BATCH_SIZE, BUFFER = 4096, 8, 1_000
 COPIES = 12  # Of the standard library's two million characters.
 DOCUMENTS = 10_000_000
-_PLAN = {"max_tokens": 0, "long_from": 0, "keep_shorter": 1.0, "packing": "concat", "seq_len": SEQ_LEN, "seed": 0}
 
 
 def measure(args: argparse.Namespace) -> list[harness.Table]:
@@ -96,15 +97,14 @@ def write_corpus(file: Path, copies: int) -> Path:
     return file
 
 
-def _options(path: str, tokenizer: str) -> dict[str, Any]:
-    source = {"kind": "text", "path": path, "validation": "", "field": "text", "where": "", "holdout": 0.005}
-    return {
-        "tokenizer": tokenizer,
-        "vocab_size": 2**17,
-        "sources": {"text": source},
-        "plans": {"text": _PLAN},
-        "max_skipped": 0,
-    }
+def _spec(path: str | None = None) -> DataSpec:
+    """One source of text, in Mistral's pieces."""
+    c = base()
+    c.seq_len, c.model.vocab_size = SEQ_LEN, 2**17
+    c.data.update(dict(mixture="text=1", tokenizer="mistral", holdout=0.005, max_skipped=0))
+    if path is not None:
+        c.data.path = path
+    return data_spec(c)
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizing
@@ -112,7 +112,7 @@ def _options(path: str, tokenizer: str) -> dict[str, Any]:
 
 def tokenizing(folder: Path, file: Path, args: argparse.Namespace) -> harness.Table:
     """From text to ids on disk."""
-    source = open_source("text", _options(str(file), "")["sources"]["text"])
+    source = open_source("text", _spec(str(file)).sources["text"])
     out = folder / "tokenized"
     out.mkdir()
 
@@ -142,7 +142,7 @@ def tokenizing(folder: Path, file: Path, args: argparse.Namespace) -> harness.Ta
 
 def reading(folder: Path, file: Path, args: argparse.Namespace) -> harness.Table:
     """From tokenized documents to batches of blocks."""
-    prepared = prepare(folder / "prepared", _options(str(file), "mistral"), workers=1)
+    prepared = prepare(folder / "prepared", _spec(str(file)), workers=1)
     num_batches = len(prepared.blocks("text", "train")) // BATCH_SIZE
     turns = {"ours": timed(lambda: _read_ours(prepared, num_batches))}
     rows = ["blocks cut on the way", "blocks cut before"]
@@ -274,9 +274,10 @@ def simulate(num_documents: int) -> list[dict[str, Any]]:
         merge_indices(store, len(planned))
         kept = [{key: s[key] for key in ("documents", "bytes")} for s in summaries]
         write_manifest(store, {"num_tokens": 32_001, "shards": kept, "files": {}})
-        packing.make_plans(store, "simulated", _PLAN, {"kind": "text", "holdout": 0.001})
+        spec = _spec()
+        packing.make_plans(store, spec.plans["text"], spec.sources["text"])
         packed = _resident()
-        plan = plans.load(plan_folder(store, _PLAN), "train")
+        plan = plans.load(plan_folder(store, spec.plans["text"]), "train")
         blocks = Blocks(open_store(store), plan, SEQ_LEN + 1, 0, is_one_segment=True)
         for i in np.random.default_rng(0).integers(0, len(blocks), 2_000):
             blocks[int(i)]

@@ -57,7 +57,7 @@ _LOOK_AFTER = 10_000  # milliseconds between looks at what is done
 def run_on_beam(
     todo: Sequence[Job], options: Any, worker_folder: str | None
 ) -> Iterator[Iterator[tuple[Job, Summary]]]:
-    """A `shards.Run`: a pipeline makes the shards, and is cancelled where the context is left before it is through.
+    """A `shards.ShardMaker`: a pipeline makes the shards; it is cancelled where the context is left before its end.
 
     Args:
       todo: the shards.

@@ -1,11 +1,12 @@
-"""How the splits of a source are packed, as its options say; the packing itself is in `plans`."""
+"""Packs the splits of a source, as its plan says; the packing itself is in `plans`."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from meap_jax.corpus.workers import map_ahead, worker_pool
 from meap_jax.data import plans
 from meap_jax.data.manifest import hash_of_files, write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
+from meap_jax.data.spec import PlanSpec, RetrievalSourceSpec, SourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, Store
 from meap_jax.errors import DataError
 
@@ -24,43 +26,41 @@ _RANGE = 1 << 17  # Documents that are planned at a time.
 _log = logging.getLogger(__name__)
 
 
-def make_plans(source: Path, name: str, options: Mapping[str, Any], source_options: Mapping[str, Any]) -> None:
+def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
     """Packs every split of a source in one way, beside the plans that are there.
 
     Where that leaves a split of text without one full block, the whole source is packed, and the share `holdout` of its
     blocks, at least one, is cut off the end for test and again for validation.
 
     Args:
-      source: the folder of a store that is complete.
-      name: of the source, for messages.
-      options: its entry in `config.data_options(...)["plans"]`.
-      source_options: that in `["sources"]`.
+      store_folder: of a store that is complete; has the name of its source.
+      spec: how to pack.
+      source: what the store was made from.
 
     Raises:
       DataError: too little for a block in every split, or a document that is too long to be packed whole.
     """
-    store = open_store(source)
+    store, name = open_store(store_folder), store_folder.name
     lengths = store.index["length"]
-    block_len = options["seq_len"] + 1
-    if source_options["kind"] == "retrieval" and lengths.max() > block_len:
+    if isinstance(source, RetrievalSourceSpec) and lengths.max() > spec.block_len:
         raise DataError(
-            f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {block_len} of a "
-            "block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
+            f"The longest document of {name} has {lengths.max()} ids with bos and eos, more than the {spec.block_len} "
+            "of a block (seq_len + 1), and must not be cut: raise seq_len, or lower num_facts, questions_per_fact (for "
             "training) or num_eval_facts (held out) of data.retrieval."
         )
-    place = plan_folder(source, options)
+    place = plan_folder(store_folder, spec)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    with _packer(options["packing"], len(store)) as pack:
-        split_by, counts = _pack(pack, partial, store, name, options, source_options)
+    with _packer(spec.packing, len(store)) as pack:
+        split_by, counts = _pack(pack, partial, store, spec, source)
     for split in SPLITS:
         counts[split]["mean_document_tokens"] = _mean_length(store, split)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
-    # Not all that decides on blocks is among the options: the holdout of a cut by blocks, or the version of grain.
+    # Not all that decides on blocks is in the spec: the holdout of a cut by blocks, or the version of grain.
     digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("slices", "bounds"))
-    manifest = {"options": dict(options), "sha256": digest, "split_by": split_by, "splits": counts}
+    manifest = {"options": dataclasses.asdict(spec), "sha256": digest, "split_by": split_by, "splits": counts}
     write_manifest(partial, manifest)
     partial.rename(place)
 
@@ -82,66 +82,63 @@ def _pack(
     pack: Callable[..., Iterator[plans.Plan]],
     partial: Path,
     store: Store,
-    name: str,
-    options: Mapping[str, Any],
-    source_options: Mapping[str, Any],
+    spec: PlanSpec,
+    source: SourceSpec,
 ) -> tuple[str, dict[str, Any]]:
     """Saves the plans of all splits; returns what splits are made of, document or block, and what is told of each."""
-    lengths, block_len = store.index["length"], options["seq_len"] + 1
+    name, lengths, block_len = store.folder.name, store.index["length"], spec.block_len
     counts = {}
     for split in SPLITS:
-        counts[split] = plans.save(partial, split, pack(_ranges(store, split, options), block_len), lengths, block_len)
+        counts[split] = plans.save(partial, split, pack(_ranges(store, split, spec), block_len), lengths, block_len)
     empty = [split for split in SPLITS if not counts[split]["blocks"]]
     if not empty:
         return "document", counts
-    if source_options["kind"] == "retrieval":
+    if isinstance(source, RetrievalSourceSpec):
         raise DataError(
             f"The source {name} has no document left for {empty[0]}: all of them stand in another split; raise "
             "num_keys, num_values or num_facts."
         )
-    _check_may_be_cut(store, name, options, source_options, empty)
+    _check_may_be_cut(store, spec, source, empty)
     # Documents that were to be held out come last: they fill the end that is cut off.
-    ranges = chain.from_iterable(_ranges(store, split, options) for split in SPLITS)
+    ranges = chain.from_iterable(_ranges(store, split, spec) for split in SPLITS)
     plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
-    for split, part in _cut_by_blocks(plans.load(partial, "all"), name, store.folder, block_len, source_options):
+    for split, part in _cut_by_blocks(plans.load(partial, "all"), store.folder, block_len, source.holdout):
         counts[split] = plans.save(partial, split, [part], lengths, block_len)
     for kind in ("slices", "bounds"):
         (partial / f"all.{kind}").unlink()
     return "block", counts
 
 
-def _check_may_be_cut(
-    store: Store, name: str, options: Mapping[str, Any], source_options: Mapping[str, Any], empty: Sequence[str]
-) -> None:
+def _check_may_be_cut(store: Store, spec: PlanSpec, source: SourceSpec, empty: Sequence[str]) -> None:
     """Stops where a cut by blocks would train on what was held out, or more than was asked for."""
-    block = f"a block of {options['seq_len'] + 1} ids (seq_len + 1)"
+    name, block = store.folder.name, f"a block of {spec.block_len} ids (seq_len + 1)"
     group = f"data.sources.{name}"
-    if source_options.get("validation") and empty != ["train"]:
+    validation = source.validation if isinstance(source, TextSourceSpec) else ""
+    if validation and empty != ["train"]:
         held_out = [split for split in empty if split != "train"]
         raise DataError(
-            f"{group}.validation is {source_options['validation']!r}, but its text doesn't fill {block} in "
+            f"{group}.validation is {validation!r}, but its text doesn't fill {block} in "
             f"{' and '.join(held_out)}, which get half of it each: give more of it, or lower seq_len."
         )
-    if "train" in empty and (options["max_tokens"] or options["long_from"]):
-        left = sum(int(slices["length"].sum(dtype=np.int64)) for slices in _ranges(store, "train", options))
+    if "train" in empty and (spec.max_tokens or spec.long_from):
+        left = sum(int(slices["length"].sum(dtype=np.int64)) for slices in _ranges(store, "train", spec))
         raise DataError(
             f"The source {name} has {left:,} tokens for training, less than {block}: raise {group}.max_tokens "
-            f"({options['max_tokens']}) or keep_shorter ({options['keep_shorter']:g}), or lower long_from "
-            f"({options['long_from']}) or seq_len."
+            f"({spec.max_tokens}) or keep_shorter ({spec.keep_shorter:g}), or lower long_from "
+            f"({spec.long_from}) or seq_len."
         )
-    if "train" in empty and source_options.get("validation"):
+    if "train" in empty and validation:
         raise DataError(f"The source {name} is too small: without its validation text it doesn't fill {block}.")
 
 
-def _ranges(store: Store, split: str, options: Mapping[str, Any]) -> Iterable[np.ndarray]:
+def _ranges(store: Store, split: str, spec: PlanSpec) -> Iterable[np.ndarray]:
     """The documents of a split that are to be packed, a range at a time."""
     ranges: Iterable[np.ndarray] = _split_ranges(store, split)
     if split != "train":
         return ranges
-    if options["long_from"]:
-        drawn = {name: options[name] for name in ("long_from", "keep_shorter", "seed")}
-        ranges = plans.keep_long(ranges, **drawn)
-    return plans.first_tokens(ranges, options["max_tokens"])
+    if spec.long_from:
+        ranges = plans.keep_long(ranges, long_from=spec.long_from, keep_shorter=spec.keep_shorter, seed=spec.seed)
+    return plans.first_tokens(ranges, spec.max_tokens)
 
 
 def _split_ranges(store: Store, split: str) -> Iterator[np.ndarray]:
@@ -158,14 +155,15 @@ def _mean_length(store: Store, split: str) -> float:
 
 
 def _cut_by_blocks(
-    plan: plans.Plan, name: str, folder: Path, block_len: int, source_options: Mapping[str, Any]
+    plan: plans.Plan, store_folder: Path, block_len: int, holdout: float
 ) -> Iterator[tuple[str, plans.Plan]]:
     if len(plan) < len(SPLITS):
         raise DataError(
-            f"The source {name} is too small: its text makes {len(plan)} full blocks of {block_len} ids (seq_len + 1), "
-            f"and each of {', '.join(SPLITS)} needs one. Lower seq_len, or give more text and delete {folder}."
+            f"The source {store_folder.name} is too small: its text makes {len(plan)} full blocks of {block_len} ids "
+            f"(seq_len + 1), and each of {', '.join(SPLITS)} needs one. Lower seq_len, or give more text and delete "
+            f"{store_folder}."
         )
-    held = max(1, int(source_options.get("holdout", 0) * len(plan)))
+    held = max(1, int(holdout * len(plan)))
     cuts = (0, len(plan) - 2 * held, len(plan) - held, len(plan))
     for i, split in enumerate(SPLITS):
         yield split, plan.part(cuts[i], cuts[i + 1])

@@ -13,6 +13,7 @@ made beside its place and renamed when it is complete, and an interrupted source
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import json
@@ -21,7 +22,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,15 +30,16 @@ import ml_collections
 import numpy as np
 
 from meap_jax import tokenizers
-from meap_jax.config import data_options, is_path
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.packing import make_plans
-from meap_jax.corpus.shards import Run, jobs, read_summary, run_here, run_jobs, told
+from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, told
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
+from meap_jax.data.spec import DataSpec, SourceSpec, TextSourceSpec, data_spec
 from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.fields import is_path
 from meap_jax.paths import is_url
 from meap_jax.readers import Skips
 
@@ -51,10 +53,10 @@ _log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __
 
 def prepare(
     folder: str | os.PathLike[str],
-    options: Mapping[str, Any],
+    spec: DataSpec,
     *,
     workers: int | None = None,
-    run: Run | None = None,
+    shard_maker: ShardMaker | None = None,
 ) -> Prepared:
     """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
 
@@ -64,9 +66,9 @@ def prepare(
 
     Args:
       folder: a local folder, or one that is mounted; made with its parents.
-      options: `config.data_options` of the run's config.
+      spec: `data_spec` of the run's config.
       workers: processes of this machine that tokenize; default: one a core.
-      run: what makes the shards instead of them, such as `meap_jax.corpus.beam.run_on_beam`.
+      shard_maker: what makes the shards instead of them, such as `meap_jax.corpus.beam.run_on_beam`.
 
     Raises:
       ConfigError: impossible options, or a folder that was prepared with others.
@@ -74,8 +76,8 @@ def prepare(
         again goes on with what is complete.
     """
     folder = _local(folder)
-    _check_paths(folder, options)
-    run = run or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
+    _check_paths(folder, spec)
+    shard_maker = shard_maker or functools.partial(run_here, workers=workers or len(os.sched_getaffinity(0)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [name for name in os.listdir(folder) if not name.startswith((".", "tokenizer", "tekken"))]
@@ -89,7 +91,7 @@ def prepare(
         with _alone(folder):
             before = os.listdir(folder)
             try:
-                return _prepare(folder, options, run)
+                return _prepare(folder, spec, shard_maker)
             except BaseException:
                 _remove_what_came(folder, before)
                 raise
@@ -97,29 +99,28 @@ def prepare(
         raise DataError(f"{folder} can't be completed: {error}. What is complete stays: start again.") from error
 
 
-def _check_paths(folder: Path, options: Mapping[str, Any]) -> None:
+def _check_paths(folder: Path, spec: DataSpec) -> None:
     """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
 
     And one whose own tokenizer lies in the folder, which would be written over.
     """
-    tokenizer = options["tokenizer"]
-    if is_path(tokenizer) and Path(tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
+    if is_path(spec.tokenizer) and Path(spec.tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
-            f"data.prepared is {folder}, but must be another folder than that of data.tokenizer ({tokenizer})."
+            f"data.prepared is {folder}, but must be another folder than that of data.tokenizer ({spec.tokenizer})."
         )
-    for name, source in options["sources"].items():
-        if source["kind"] != "text" or (folder / name).exists():
+    for name, source in spec.sources.items():
+        if not isinstance(source, TextSourceSpec) or (folder / name).exists():
             continue
-        if source["path"] is None:
+        if source.path is None:
             raise ConfigError(
                 f"data.sources.{name}.path is not set, and {folder} holds no {name} that was prepared: name a folder "
                 "of .txt or .jsonl files, or another data.prepared."
             )
-        for field in ("path", "validation"):
-            place = Path(source[field]).expanduser()
-            if source[field] and place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+        for field, path in (("path", source.path), ("validation", source.validation)):
+            place = Path(path).expanduser()
+            if path and place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
                 raise ConfigError(
-                    f"data.prepared is {folder}, which lies in data.sources.{name}.{field} ({source[field]}) and would "
+                    f"data.prepared is {folder}, which lies in data.sources.{name}.{field} ({path}) and would "
                     "be read as text: name a folder outside of it."
                 )
 
@@ -136,17 +137,17 @@ def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
             folder.rmdir()
 
 
-def _prepare(folder: Path, options: Mapping[str, Any], run: Run) -> Prepared:
-    _make_tokenizer(folder, options)
+def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
+    _make_tokenizer(folder, spec)
     tokenizer, tokenizer_hash = open_tokenizer(folder)
-    for name, source_options in options["sources"].items():
+    for name, source in spec.sources.items():
         if not (folder / name).exists():
-            _make_store(folder, name, source_options, options, tokenizer_hash, run)
-        check_options(f"data.sources.{name}", folder / name, source_options)
+            _make_store(folder, name, spec, tokenizer_hash, shard_maker)
+        check_options(f"data.sources.{name}", folder / name, dataclasses.asdict(source))
         _check_tokenizer(folder / name, tokenizer_hash)
-        if not plan_folder(folder / name, options["plans"][name]).exists():
-            make_plans(folder / name, name, options["plans"][name], source_options)
-    return Prepared(folder, tokenizer, tokenizer_hash, dict(options["plans"]))
+        if not plan_folder(folder / name, spec.plans[name]).exists():
+            make_plans(folder / name, spec.plans[name], source)
+    return Prepared(folder, tokenizer, tokenizer_hash, spec)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:
@@ -192,21 +193,20 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
+def _make_tokenizer(folder: Path, spec: DataSpec) -> None:
     """Writes the tokenizer's files and the manifest, unless they are there."""
-    wanted: dict[str, Any] = {"tokenizer": options["tokenizer"]}
-    if options["tokenizer"] == "bpe":  # It depends on what it is trained on.
-        wanted |= {"vocab_size": options["vocab_size"], "sources": options["sources"]}
+    of_bpe = ("vocab_size", "sources") if spec.tokenizer == "bpe" else ()  # It depends on what it is trained on.
+    wanted = {field: dataclasses.asdict(spec)[field] for field in ("tokenizer", *of_bpe)}
     if (folder / MANIFEST).exists():
         check_options("data", folder, wanted)
         return
     tokenizer: tokenizers.Tokenizer
-    if options["tokenizer"] == "bpe":
-        sources = [open_source(name, source) for name, source in options["sources"].items()]
-        tokenizer = tokenizers.train_bpe(_training_texts(sources), options["vocab_size"])
+    if spec.tokenizer == "bpe":
+        sources = [open_source(name, source) for name, source in spec.sources.items()]
+        tokenizer = tokenizers.train_bpe(_training_texts(sources), spec.vocab_size)
     else:
-        tokenizer = tokenizers.make(options["tokenizer"])
-    _check_vocabulary(tokenizer, options)
+        tokenizer = tokenizers.make(spec.tokenizer)
+    _check_vocabulary(tokenizer, spec)
     files = tokenizer.files()
     for name, content in files.items():
         (folder / f".{name}").write_bytes(content)
@@ -224,10 +224,10 @@ def _make_tokenizer(folder: Path, options: Mapping[str, Any]) -> None:
     )
 
 
-def _check_vocabulary(tokenizer: tokenizers.Tokenizer, options: Mapping[str, Any]) -> None:
-    if options["vocab_size"] < tokenizer.num_tokens:
+def _check_vocabulary(tokenizer: tokenizers.Tokenizer, spec: DataSpec) -> None:
+    if spec.vocab_size < tokenizer.num_tokens:
         raise ConfigError(
-            f"model.vocab_size is {options['vocab_size']}, but the tokenizer {options['tokenizer']} has "
+            f"model.vocab_size is {spec.vocab_size}, but the tokenizer {spec.tokenizer} has "
             f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
         )
 
@@ -250,55 +250,46 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------------- store
 
 
-def _make_store(
-    folder: Path,
-    name: str,
-    source_options: Mapping[str, Any],
-    options: Mapping[str, Any],
-    tokenizer_hash: str,
-    run: Run,
-) -> None:
+def _make_store(folder: Path, name: str, spec: DataSpec, tokenizer_hash: str, shard_maker: ShardMaker) -> None:
     """Tokenizes a source into `folder / name`, by way of `.NAME.partial`."""
     partial = folder / f".{name}.partial"
-    source = open_source(name, source_options)
+    source_spec = spec.sources[name]
+    path = source_spec.path if isinstance(source_spec, TextSourceSpec) else None
+    source = open_source(name, source_spec)
     if isinstance(source, TokenIds) and source.tokenizer_hash != tokenizer_hash:
         raise ConfigError(
-            f"data.sources.{name}.path is {source_options['path']!r}, whose tokenizer ({source.tokenizer_hash[:12]}) "
+            f"data.sources.{name}.path is {path!r}, whose tokenizer ({source.tokenizer_hash[:12]}) "
             f"is not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
         )
-    planned = jobs(source, partial, folder, options["max_skipped"])
+    planned = jobs(source, partial, folder, spec.max_skipped)
     if not planned:
-        raise DataError(f"The source {name} has nothing to read in {source_options['path']}.")
+        raise DataError(f"The source {name} has nothing to read in {path}.")
     partial.mkdir(exist_ok=True)
-    begun = {"options": dict(source_options), "tokenizer": tokenizer_hash}
+    options = dataclasses.asdict(source_spec)
     if any(read_summary(job) for job in planned):
-        check_options(f"data.sources.{name}", partial, source_options)
+        check_options(f"data.sources.{name}", partial, options)
         _check_tokenizer(partial, tokenizer_hash)
     else:
-        write_manifest(partial, begun)
-    summaries = run_jobs(planned, run, name)
-    _finish_store(partial, folder / name, name, source_options, tokenizer_hash, summaries)
+        write_manifest(partial, {"options": options, "tokenizer": tokenizer_hash})
+    summaries = run_jobs(planned, shard_maker, name)
+    _finish_store(partial, folder / name, source_spec, tokenizer_hash, summaries)
 
 
-def _check_tokenizer(source: Path, tokenizer_hash: str) -> None:
+def _check_tokenizer(store_folder: Path, tokenizer_hash: str) -> None:
     """Stops where a source was made with another tokenizer than that of its folder."""
-    made_with = read_manifest(source)["tokenizer"]
+    made_with = read_manifest(store_folder)["tokenizer"]
     if made_with != tokenizer_hash:
         raise DataError(
-            f"{source} was made with another tokenizer ({made_with[:12]}) than that of {source.parent} "
+            f"{store_folder} was made with another tokenizer ({made_with[:12]}) than that of {store_folder.parent} "
             f"({tokenizer_hash[:12]}): delete it to make it again."
         )
 
 
 def _finish_store(
-    partial: Path,
-    place: Path,
-    name: str,
-    source_options: Mapping[str, Any],
-    tokenizer_hash: str,
-    summaries: list[dict[str, Any]],
+    partial: Path, place: Path, source: SourceSpec, tokenizer_hash: str, summaries: list[dict[str, Any]]
 ) -> None:
     """Joins the shards' indices, counts, and puts the store in its place."""
+    name = place.name
     num_tokens = read_manifest(place.parent)["tokenizer"]["num_tokens"]
     largest = max(summary["largest_id"] for summary in summaries)
     assert largest < num_tokens, "tokenizers give ids of their own, and sources of ids are checked"
@@ -312,13 +303,13 @@ def _finish_store(
         _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
     if not len(index):
         shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
-        where = f" in records with {source_options['where']}" if source_options.get("where") else ""
+        where = f" in records with {source.where}" if isinstance(source, TextSourceSpec) and source.where else ""
         reason = f": {told(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
         raise DataError(f"The source {name} holds no text{where}{reason}")
     by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
     shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
     manifest = {
-        "options": dict(source_options),
+        "options": dataclasses.asdict(source),
         "tokenizer": tokenizer_hash,
         "num_tokens": num_tokens,
         "fingerprint": hash_of({str(i): shard["sha256"].encode() for i, shard in enumerate(shards)}),
@@ -348,15 +339,15 @@ def command(argv: list[str]) -> None:
     prepare_and_tell(config)
 
 
-def prepare_and_tell(config: ml_collections.ConfigDict, run: Run | None = None) -> None:
-    """What the doors do with a config: `prepare` with this `run`, and a line of JSON a source, on stdout.
+def prepare_and_tell(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
+    """What the doors do with a config: `prepare` with this `shard_maker`, and a line of JSON a source, on stdout.
 
     Raises:
       ConfigError, DataError: as `prepare`, and without `data.prepared`.
     """
     if config.data.prepared is None:
         raise ConfigError("data.prepared is not set: name the folder to make, such as --config.data.prepared=/data/c4.")
-    prepared = prepare(config.data.prepared, data_options(config), run=run)
+    prepared = prepare(config.data.prepared, data_spec(config), shard_maker=shard_maker)
     for name in prepared.sources:
         print(json.dumps({"source": name, **prepared.counts(name)}))
 

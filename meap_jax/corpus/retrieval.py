@@ -6,14 +6,12 @@
 Spans say where each value is stated, and where it is asked for.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from meap_jax.corpus.documents import Document, Span
-from meap_jax.errors import ConfigError
 
 # All wording. The value follows a fact or a question after one space, and _END follows the value. A question ends in
 # its key, so that the token which must find the value is the key itself. Two small layers learn to look that up within
@@ -57,12 +55,10 @@ VALUES = tuple(
     "pigeon koala llama gecko crab lynx".split()
 )
 
-_LIMITS = {"num_keys": len(KEYS), "num_values": len(VALUES)}
-
 
 @dataclass(frozen=True)
 class RetrievalSpec:
-    """What documents are made of; the first num_keys keys and num_values values are used.
+    """What documents are made of; the first num_keys keys and num_values values are used. `meap_jax.fields` has ranges.
 
     A document has min_facts to num_facts facts (min_facts None: always num_facts); the number f has a probability
     proportional to 1 / f^2. Short documents are a curriculum: where there are few facts to choose from, looking one
@@ -70,37 +66,12 @@ class RetrievalSpec:
     one, asks a fact drawn anew; with None, every fact is asked once, in an order that is drawn.
     """
 
-    num_keys: int = 16
-    num_values: int = 16
-    num_facts: int = 8
-    questions_per_fact: float | None = 2.5
-    max_fillers: int = 2
+    num_keys: int
+    num_values: int
+    num_facts: int
+    questions_per_fact: float | None
+    max_fillers: int
     min_facts: int | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the counts.
-
-        Raises:
-          ConfigError: a count is out of range; names the field, its value and the range.
-        """
-        if self.questions_per_fact is not None and not 0 < self.questions_per_fact < math.inf:
-            raise ConfigError(
-                f"data.retrieval.questions_per_fact is {self.questions_per_fact}, but must be a positive number."
-            )
-        words = min(self.num_keys, self.num_values)
-        for name, value in asdict(self).items():
-            if value is None or name == "questions_per_fact":
-                continue
-            low, high = 1, _LIMITS.get(name)
-            if name == "num_facts":
-                high = words  # the keys and the values of a document are distinct
-            elif name == "min_facts":
-                high = self.num_facts
-            elif name == "max_fillers":
-                low = 0
-            if value < low or (high is not None and value > high):
-                valid = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise ConfigError(f"data.retrieval.{name} is {value}, but must be {valid}.")
 
 
 def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int) -> Iterator[Document]:

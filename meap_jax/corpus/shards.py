@@ -71,15 +71,15 @@ def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> lis
 Summary = dict[str, Any]  # Of a shard: what it holds and what it was made from.
 # Makes shards, and gives each with its summary once it is done, in any order. Where the caller leaves the context
 # early, the rest need not be made.
-Run = Callable[[Sequence[Job]], contextlib.AbstractContextManager[Iterator[tuple[Job, Summary]]]]
+ShardMaker = Callable[[Sequence[Job]], contextlib.AbstractContextManager[Iterator[tuple[Job, Summary]]]]
 
 
-def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
+def run_jobs(planned: Sequence[Job], shard_maker: ShardMaker, name: str) -> list[Summary]:
     """Makes the shards that are not there yet, and returns the summaries of all.
 
     Args:
       planned: the shards.
-      run: makes those that it is given.
+      shard_maker: makes those that it is given.
       name: of the source, for the progress bar.
 
     Raises:
@@ -108,7 +108,7 @@ def run_jobs(planned: Sequence[Job], run: Run, name: str) -> list[Summary]:
             )
 
     check_skipped()  # Of shards that are there already, made before this limit or before it was passed.
-    with bar, run(todo) as results:
+    with bar, shard_maker(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
             tokens += summary["tokens"]
@@ -158,7 +158,7 @@ def make_shard(job: Job) -> Summary:
 
 @contextlib.contextmanager
 def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, Summary]]]:
-    """A `Run` on this machine, with processes at most; in this process where others would not pay."""
+    """A `ShardMaker` on this machine, with processes at most; in this process where others would not pay."""
     workers = min(workers, len(todo))
     if workers <= 1 or sum(map(_num_bytes, todo)) < _ONE_PROCESS:
         yield ((job, make_shard(job)) for job in todo)

@@ -13,8 +13,10 @@ import numpy as np
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
+from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec
 from meap_jax.data.store import SPLITS, EncodedDocument, Store, ids_dtype
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.fields import SOURCE_FIELDS
 from meap_jax.readers import Corpus, Part, Skips, open_corpus
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
@@ -38,36 +40,37 @@ class Source(Protocol):
         """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
 
 
-def open_source(name: str, options: Mapping[str, Any]) -> Source:
+def open_source(name: str, spec: SourceSpec) -> Source:
     """Opens a source.
 
     Args:
       name: of the source, for messages.
-      options: its entry in `config.data_options(...)["sources"]`.
+      spec: what it holds.
 
     Raises:
-      ConfigError: a path that names nothing, or impossible retrieval counts.
+      ConfigError: a path that names nothing.
       DataError: there is no text.
     """
-    if options["kind"] == "retrieval":
-        return _retrieval({field: value for field, value in options.items() if field != "kind"})
-    if options["kind"] == "stdlib":
-        return StandardLibrary(options["holdout"])
-    path = options["path"]
+    if isinstance(spec, RetrievalSourceSpec):
+        return _retrieval(spec)
+    if isinstance(spec, StdlibSourceSpec):
+        return StandardLibrary(spec.holdout)
+    path = spec.path
     if path is None:
         raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
     if path.startswith(PREPARED):
-        for field, unset in (("validation", ""), ("field", "text"), ("where", "")):
-            if options[field] != unset:
+        for field in ("validation", "field", "where"):
+            value = getattr(spec, field)
+            if value != SOURCE_FIELDS[field].default:
                 raise ConfigError(
-                    f"data.sources.{name}.{field} is {options[field]!r}, but its path is {path!r}, whose splits and "
+                    f"data.sources.{name}.{field} is {value!r}, but its path is {path!r}, whose splits and "
                     "documents stay what they are: leave it out."
                 )
         return TokenIds(path.removeprefix(PREPARED))
-    paths = [path, options["validation"]] if options["validation"] else [path]
+    paths = [path, spec.validation] if spec.validation else [path]
     with _naming(name):
-        corpora = tuple(open_corpus(path, field=options["field"], where=options["where"]) for path in paths)
-    return Text(name, corpora, options["holdout"])
+        corpora = tuple(open_corpus(path, field=spec.field, where=spec.where) for path in paths)
+    return Text(name, corpora, spec.holdout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +200,11 @@ class TokenIds:
             yield int(store.index["split"][document]), EncodedDocument(ids.tolist())
 
 
-def _retrieval(counts: dict[str, Any]) -> Retrieval:
-    seed = counts.pop("seed")
-    sizes = {"train": counts.pop("num_documents")}
-    sizes["validation"] = sizes["test"] = counts.pop("num_eval_documents")
-    num_eval_facts = counts.pop("num_eval_facts")
-    train = RetrievalSpec(**counts)
-    most = min(train.num_keys, train.num_values)
-    if not 1 <= num_eval_facts <= most:
-        raise ConfigError(f"data.retrieval.num_eval_facts is {num_eval_facts}, but must be from 1 to {most}.")
-    held_out = dataclasses.replace(train, min_facts=None, num_facts=num_eval_facts, questions_per_fact=None)
-    return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, seed)
+def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
+    train = RetrievalSpec(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(RetrievalSpec)})
+    held_out = dataclasses.replace(train, min_facts=None, num_facts=spec.num_eval_facts, questions_per_fact=None)
+    sizes = {"train": spec.num_documents, "validation": spec.num_eval_documents, "test": spec.num_eval_documents}
+    return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, spec.seed)
 
 
 @contextlib.contextmanager

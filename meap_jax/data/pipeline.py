@@ -58,8 +58,7 @@ def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) ->
     Items are a `Row` each, of arrays [T + 1]: tokens and, where documents of the mixture are kept apart, segment_ids.
     """
     blocks = {source: prepared.blocks(source, "train") for source in weights}
-    segments = not all(b.is_one_segment for b in blocks.values())
-    fields = ("tokens", "segment_ids") if segments else ("tokens",)
+    fields = prepared.spec.row_fields
     sources = [
         grain.MapDataset.source(_Training(b, source, fields)).seed(seed + i).shuffle().repeat()
         for i, (source, b) in enumerate(blocks.items())

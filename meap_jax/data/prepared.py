@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from meap_jax import tokenizers
 from meap_jax.data import plans as plans_lib
 from meap_jax.data.manifest import hash_of, read_manifest
+from meap_jax.data.spec import DataSpec, PlanSpec
 from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import DataError
 from meap_jax.rows import Row
@@ -100,29 +100,29 @@ class Prepared:
     folder: Path
     tokenizer: Tokenizer
     tokenizer_hash: str  # SHA-256 of its files: equal hashes, equal meaning of every id.
-    plans: Mapping[str, Mapping[str, Any]]  # Options of each source's plan, by name.
+    spec: DataSpec
 
     @property
     def block_len(self) -> int:
         """Ids in a block, seq_len + 1."""
-        return next(iter(self.plans.values()))["seq_len"] + 1
+        return next(iter(self.spec.plans.values())).block_len
 
     @property
     def sources(self) -> list[str]:
         """Their names."""
-        return list(self.plans)
+        return list(self.spec.plans)
 
-    def manifest(self, source: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> dict[str, Any]:
         """What was read of a source."""
-        return read_manifest(self.folder / source)
+        return read_manifest(self.folder / name)
 
-    def plan_manifest(self, source: str) -> dict[str, Any]:
+    def plan_manifest(self, name: str) -> dict[str, Any]:
         """What its plan came to, by split."""
-        return read_manifest(plan_folder(self.folder / source, self.plans[source]))
+        return read_manifest(plan_folder(self.folder / name, self.spec.plans[name]))
 
-    def counts(self, source: str) -> dict[str, Any]:
+    def counts(self, name: str) -> dict[str, Any]:
         """What a source came to: documents, tokens and bad records in all, and its blocks by split."""
-        manifest, plan = self.manifest(source), self.plan_manifest(source)
+        manifest, plan = self.manifest(name), self.plan_manifest(name)
         return {key: manifest[key] for key in ("documents", "tokens", "skipped")} | {
             key: plan[key] for key in ("split_by", "splits")
         }
@@ -134,34 +134,34 @@ class Prepared:
             "layout_version": _FINGERPRINT_VERSION,
             "tokenizer": self.tokenizer_hash,
             "sources": {
-                source: [self.manifest(source)["fingerprint"], self.plan_manifest(source)["sha256"], dict(plan)]
-                for source, plan in sorted(self.plans.items())
+                name: [self.manifest(name)["fingerprint"], self.plan_manifest(name)["sha256"], asdict(plan)]
+                for name, plan in sorted(self.spec.plans.items())
             },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def blocks(self, source: str, split: str) -> Blocks:
+    def blocks(self, name: str, split: str) -> Blocks:
         """The blocks of a source and split (train, validation, test).
 
         Raises:
           DataError: the folder was not prepared for them.
         """
-        if source not in self.plans or split not in SPLITS:
+        if name not in self.spec.plans or split not in SPLITS:
             raise DataError(
-                f"The prepared folder {self.folder} was not opened for {source}-{split}, only for "
-                f"{', '.join(self.plans)} with {', '.join(SPLITS)}."
+                f"The prepared folder {self.folder} was not opened for {name}-{split}, only for "
+                f"{', '.join(self.spec.plans)} with {', '.join(SPLITS)}."
             )
         return Blocks(
-            open_store(self.folder / source),
-            self._plan(source, split),
+            open_store(self.folder / name),
+            self._plan(name, split),
             self.block_len,
             self.tokenizer.pad_id,
-            is_one_segment=self.plans[source]["packing"] == "concat",
+            is_one_segment=not self.spec.plans[name].separates_documents,
         )
 
-    def _plan(self, source: str, split: str) -> plans_lib.Plan:
-        folder = plan_folder(self.folder / source, self.plans[source])
-        told = self.plan_manifest(source)["splits"][split]["blocks"]
+    def _plan(self, name: str, split: str) -> plans_lib.Plan:
+        folder = plan_folder(self.folder / name, self.spec.plans[name])
+        told = self.plan_manifest(name)["splits"][split]["blocks"]
         try:
             plan = plans_lib.load(folder, split)
         except (OSError, ValueError) as error:
@@ -171,10 +171,10 @@ class Prepared:
         return plan
 
 
-def plan_folder(source: Path, options: Mapping[str, Any]) -> Path:
-    """Where a plan with these options lies: its name tells the packing, the block and the rest as a hash."""
-    digest = hashlib.sha256(json.dumps(dict(options), sort_keys=True).encode()).hexdigest()[:8]
-    return source / "plans" / f"{options['packing']}-{options['seq_len'] + 1}-{digest}"
+def plan_folder(store_folder: Path, plan: PlanSpec) -> Path:
+    """Where a source's plan lies: its name tells the packing, the block and the rest as a hash."""
+    digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode()).hexdigest()[:8]
+    return store_folder / "plans" / f"{plan.packing}-{plan.block_len}-{digest}"
 
 
 def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
@@ -199,23 +199,23 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
     return tokenizers.load(folder), found
 
 
-def open_store(source: Path) -> Store:
+def open_store(folder: Path) -> Store:
     """The documents of a source.
 
     Raises:
       DataError: a file is missing or has another size than the manifest says.
     """
-    manifest = read_manifest(source)
-    sizes = {shard_file(source, i).name: shard["bytes"] for i, shard in enumerate(manifest["shards"])}
+    manifest = read_manifest(folder)
+    sizes = {shard_file(folder, i).name: shard["bytes"] for i, shard in enumerate(manifest["shards"])}
     sizes |= manifest["files"]
     for name, size in sizes.items():
-        file = source / name
+        file = folder / name
         if not file.is_file():
-            raise DataError(f"{file} is missing: delete {source} to prepare it again.")
+            raise DataError(f"{file} is missing: delete {folder} to prepare it again.")
         if file.stat().st_size != size:
-            raise DataError(f"{file} is damaged: delete {source} to prepare it again.")
+            raise DataError(f"{file} is damaged: delete {folder} to prepare it again.")
     shards = [shard["documents"] for shard in manifest["shards"]]
     try:
-        return Store(source, shards, ids_dtype(manifest["num_tokens"]))
+        return Store(folder, shards, ids_dtype(manifest["num_tokens"]))
     except (ValueError, EOFError) as error:  # What numpy raises for an index that isn't one.
-        raise DataError(f"{source / 'index.npy'} is damaged: delete {source} to prepare it again.") from error
+        raise DataError(f"{folder / 'index.npy'} is damaged: delete {folder} to prepare it again.") from error

@@ -8,7 +8,7 @@ import ml_collections
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama decoder; fields as in `meap_jax.config.base`."""
+    """A Llama decoder; fields as in `meap_jax.fields`."""
 
     num_layers: int
     num_heads: int
@@ -17,13 +17,13 @@ class ModelConfig:
     embed_dim: int
     mlp_dim: int
     vocab_size: int
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    dtype: str = "float32"
-    init: str = "official"
-    attention: str = "xla"
-    unroll: int = 1
-    remat: str = "none"
+    rope_base: float
+    norm_eps: float
+    dtype: str
+    init: str
+    attention: str
+    unroll: int
+    remat: str
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, platform: str | None = None) -> "ModelConfig":

@@ -10,8 +10,8 @@ import importlib.util
 import json
 from pathlib import Path
 
-from meap_jax.config import TOKENIZERS, is_path
 from meap_jax.errors import ConfigError
+from meap_jax.fields import TOKENIZERS, is_path
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
 from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from meap_jax.tokenizers.interface import Tokenizer, refusal

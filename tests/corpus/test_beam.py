@@ -53,7 +53,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def alone(corpus, tmp_path):
     """What one process makes, as {path: content}."""
-    return content(prepare(tmp_path / "alone", tiny_data.text_options(corpus), workers=1))
+    return content(prepare(tmp_path / "alone", tiny_data.text_spec(corpus), workers=1))
 
 
 def content(prepared):
@@ -62,9 +62,9 @@ def content(prepared):
     return {str(path.relative_to(prepared.folder)): path.read_bytes() for path in files}
 
 
-def prepare_on_beam(folder, options, words=(), worker_folder=None):
-    run = functools.partial(run_on_beam, options=beam_options(list(words)), worker_folder=worker_folder)
-    return prepare(folder, options, run=run)
+def prepare_on_beam(folder, spec, words=(), worker_folder=None):
+    on_beam = functools.partial(run_on_beam, options=beam_options(list(words)), worker_folder=worker_folder)
+    return prepare(folder, spec, shard_maker=on_beam)
 
 
 def door(*arguments, module="meap_jax.corpus.beam", **environment):
@@ -75,11 +75,10 @@ def door(*arguments, module="meap_jax.corpus.beam", **environment):
 
 def a_job(corpus, folder):
     """The first shard of the corpus, to be made in `folder`, which gets the tokenizer."""
-    prepare(folder, tiny_data.text_options(corpus), workers=1)
+    prepare(folder, tiny_data.text_spec(corpus), workers=1)
     (folder / ".text.partial").mkdir()
-    return jobs(
-        open_source("text", tiny_data.text_options(corpus)["sources"]["text"]), folder / ".text.partial", folder, 0
-    )[0]
+    source = open_source("text", tiny_data.text_spec(corpus).sources["text"])
+    return jobs(source, folder / ".text.partial", folder, 0)[0]
 
 
 def test_one_shard_made_at_once_by_many_with_one_process_id_is_right(corpus, tmp_path):
@@ -109,7 +108,7 @@ def test_beam_is_imported_by_nothing_else():
 @needs_beam
 @pytest.mark.parametrize("words", [[], IN_PROCESSES, SUBMITTED, ["--direct_runner_bundle_repeat=1"]], ids=str)
 def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_options(corpus), words)
+    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words)
     assert len(made.manifest("text")["shards"]) == NUM_SHARDS
     assert content(made) == alone
 
@@ -117,29 +116,25 @@ def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words):
 @needs_beam
 @pytest.mark.parametrize("words", [[], IN_PROCESSES], ids=str)
 def test_workers_without_our_disk_copy_shards_to_a_bucket(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_options(corpus), words, f"file://{tmp_path}/data/")
+    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words, f"file://{tmp_path}/data/")
     assert content(made) == alone
 
 
 @needs_beam
 def test_workers_may_see_the_disk_under_another_name(corpus, alone, tmp_path):
     (tmp_path / "seen").symlink_to(tmp_path / "data")
-    assert content(prepare_on_beam(tmp_path / "data", tiny_data.text_options(corpus), (), f"{tmp_path}/seen")) == alone
+    assert content(prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), f"{tmp_path}/seen")) == alone
 
 
 @needs_beam
 def test_retrieval_documents_keep_their_answers(tmp_path):
-    counts = {
-        "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
-        "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 30, "num_eval_documents": 5,
-    }  # fmt: skip
-    options = tiny_data.text_options(None) | {
-        "sources": {"retrieval": counts},
-        "plans": {"retrieval": tiny_data.PLAN | {"packing": "best_fit"}},
-    }
-    made = prepare_on_beam(tmp_path / "data", options, (), f"file://{tmp_path}/data")
+    spec = tiny_data.text_spec(
+        None, mixture="retrieval=1", min_facts=4, num_facts=4, num_eval_facts=4, questions_per_fact=0.5, max_fillers=1,
+        num_documents=30, num_eval_documents=5,
+    )  # fmt: skip
+    made = prepare_on_beam(tmp_path / "data", spec, (), f"file://{tmp_path}/data")
     assert len(made.blocks("retrieval", "test").spans("answer"))
-    assert content(made) == content(prepare(tmp_path / "alone", options, workers=1))
+    assert content(made) == content(prepare(tmp_path / "alone", spec, workers=1))
 
 
 @needs_beam
@@ -150,8 +145,9 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
     program = tmp_path / "program.py"
     program.write_text(
         "import functools\nfrom meap_jax.corpus import beam, prepare, shards\nshards.SHARD_BYTES = 1\n"
-        f"run = functools.partial(beam.run_on_beam, options=beam.beam_options([]), worker_folder={worker_folder!r})\n"
-        f"prepare.prepare({str(folder)!r}, {tiny_data.text_options(corpus)!r}, run=run)\n"
+        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
+        f"maker = functools.partial(beam.run_on_beam, options=beam.beam_options([]), worker_folder={worker_folder!r})\n"
+        f"prepare.prepare({str(folder)!r}, {tiny_data.text_spec(corpus)!r}, shard_maker=maker)\n"
     )
     process = subprocess.Popen([sys.executable, str(program)], env=tiny_runs.environment())
     deadline = time.monotonic() + 60
@@ -163,7 +159,7 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
     done = {path.stem: path.stat().st_mtime_ns for path in folder.glob(".text.partial/?????.json")}
     assert 2 <= len(done) < NUM_SHARDS and not (folder / "text").exists()
     records = {name: (folder / ".text.partial" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
-    made = prepare_on_beam(folder, tiny_data.text_options(corpus), (), worker_folder)
+    made = prepare_on_beam(folder, tiny_data.text_spec(corpus), (), worker_folder)
     assert content(made) == alone
     now = {name: (folder / "text" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
     assert now == records  # What was complete was not made again.
@@ -171,12 +167,12 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
 
 @pytest.fixture
 def spoilt(corpus, tmp_path):
-    """The corpus with 3 bad lines in each file, as options that allow `max_skipped`."""
+    """The corpus with 3 bad lines in each file, as a spec that allows `max_skipped`."""
     folder = tmp_path / "spoilt"
     folder.mkdir()
     for path in corpus.iterdir():
         (folder / path.name).write_text(path.read_text() + '{"text": \n{"title": "no text"}\n{"text": "  "}\n')
-    return lambda max_skipped: tiny_data.text_options(folder) | {"max_skipped": max_skipped}
+    return lambda max_skipped: tiny_data.text_spec(folder, max_skipped=max_skipped)
 
 
 @needs_beam
@@ -188,9 +184,9 @@ def test_too_many_bad_records_in_one_shard_stop_it_with_file_and_line(spoilt, tm
     with pytest.raises(DataError, match=rf"^{place} [\w ]+ \(bad records: 3, allowed: 2\)\.$"):
         prepare_on_beam(tmp_path / "data", spoilt(2), words, worker_folder)
     # With a higher limit it goes on from there, and leaves nothing of what failed.
-    options = spoilt(3 * NUM_SHARDS)
-    made = prepare_on_beam(tmp_path / "data", options, words, worker_folder)
-    assert content(made) == content(prepare(tmp_path / "again", options, workers=1))
+    spec = spoilt(3 * NUM_SHARDS)
+    made = prepare_on_beam(tmp_path / "data", spec, words, worker_folder)
+    assert content(made) == content(prepare(tmp_path / "again", spec, workers=1))
 
 
 @needs_beam
@@ -222,13 +218,13 @@ def test_a_worker_folder_that_is_another_one_is_refused_before_any_work(corpus, 
     with pytest.raises(
         ConfigError, match=rf"--worker_folder is {other}, but must be the folder that is data\.prepared"
     ):
-        prepare_on_beam(tmp_path / "data", tiny_data.text_options(corpus), (), other)
+        prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), other)
 
 
 @needs_beam
 def test_a_disk_that_workers_do_not_see_is_told(corpus, tmp_path):
     with pytest.raises(DataError, match="the pipeline failed: /nowhere holds none of tokenizer.json"):
-        prepare_on_beam(tmp_path / "data", tiny_data.text_options(corpus), (), "/nowhere")
+        prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), "/nowhere")
 
 
 @needs_beam

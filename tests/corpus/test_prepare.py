@@ -19,29 +19,16 @@ from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals.retrieval import questions
 from meap_jax.rows import stacked
 
-RETRIEVAL = {
-    "kind": "retrieval", "seed": 3, "num_keys": 16, "num_values": 16, "min_facts": None, "num_facts": 4,
-    "num_eval_facts": 4, "questions_per_fact": 0.5, "max_fillers": 1, "num_documents": 300, "num_eval_documents": 20,
-}  # fmt: skip
+TEKKEN = {"tokenizer": "tekken", "vocab_size": 131_136}
 
 
-def options_of(path, **changes):
-    """What a config with both sources gives; `changes` as "group__name" or "name"."""
-    text = {"kind": "text", "path": path and str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1}
-    options = {
-        "tokenizer": "bpe",
-        "vocab_size": 512,
-        "sources": {"retrieval": dict(RETRIEVAL), "text": text},
-        "plans": {"retrieval": tiny_data.PLAN | {"packing": "best_fit"}, "text": dict(tiny_data.PLAN)},
-        "max_skipped": 10,
-    }
-    for name, value in changes.items():
-        *groups, field = name.split("__")
-        target = options
-        for group in groups:
-            target = target[group]
-        target[field] = value
-    return options
+def spec_of(path, **fields):
+    """What a config with both sources asks for; fields as in `tiny_data.text_spec`."""
+    ours = dict(
+        mixture="retrieval=1,text=1", tokenizer="bpe", vocab_size=512, seed=3, min_facts=4, num_facts=4,
+        num_eval_facts=4, questions_per_fact=0.5, max_fillers=1, num_documents=300, num_eval_documents=20,
+    )  # fmt: skip
+    return tiny_data.text_spec(path, **ours | fields)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +44,7 @@ def books(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, books):
-    return prepare(tmp_path_factory.mktemp("prepared") / "deep" / "data", options_of(books))
+    return prepare(tmp_path_factory.mktemp("prepared") / "deep" / "data", spec_of(books))
 
 
 @pytest.fixture
@@ -109,8 +96,8 @@ def test_the_manifests_count_what_is_there(prepared):
 def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module.platform, "python_version", lambda: "9.9.9")
     moved = shutil.copytree(books, tmp_path / "moved")
-    assert prepare(tmp_path / "a", options_of(moved)).fingerprint == prepared.fingerprint
-    others = [options_of(books, sources__retrieval__seed=4), options_of(books, plans__text__packing="best_fit")]
+    assert prepare(tmp_path / "a", spec_of(moved)).fingerprint == prepared.fingerprint
+    others = [spec_of(books, num_facts=5), spec_of(books, packing="best_fit")]
     found = {prepare(tmp_path / str(i), other).fingerprint for i, other in enumerate(others)}
     assert len(found | {prepared.fingerprint}) == 3
 
@@ -118,29 +105,26 @@ def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, mon
 def test_what_is_there_is_opened_and_not_made_again(copy, books, monkeypatch):
     for name in ("_make_store", "make_plans", "_training_texts"):
         monkeypatch.setattr(prepare_module, name, None)
-    prepare(copy, options_of(books))
+    prepare(copy, spec_of(books))
 
 
 def test_without_a_path_a_config_takes_what_was_prepared(copy):
-    prepare(copy, options_of(None))
+    prepare(copy, spec_of(None))
 
 
 def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "_make_store", None)
     before = (copy / "text" / "manifest.json").read_text()
-    plan = tiny_data.PLAN | {"seq_len": 110, "packing": "best_fit"}
-    longer = prepare(copy, options_of(books, plans__text=plan, plans__retrieval=plan))
+    longer = prepare(copy, spec_of(books, seq_len=110, packing="best_fit"))
     assert len(longer.blocks("text", "train")[0].tokens) == 111
     assert (copy / "text" / "manifest.json").read_text() == before
     assert len(os.listdir(copy / "text" / "plans")) == 2
 
 
 def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
-    prepare(tmp_path, tiny_data.text_options(books))
-    both = tiny_data.text_options(books)
+    prepare(tmp_path, tiny_data.text_spec(books))
     more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
-    both["sources"]["more"] = both["sources"]["text"] | {"path": str(more)}
-    both["plans"]["more"] = both["plans"]["text"]
+    both = tiny_data.text_spec(books, more, mixture="text,more")
     made, real = [], prepare_module._make_store
 
     def recording(folder, name, *rest):
@@ -156,23 +140,26 @@ def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"tokenizer": "mistral", "vocab_size": 32_064}, r"data\.tokenizer = 'bpe', but the config wants 'mistral'"),
-        ({"sources__retrieval__num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
-        ({"sources__text__path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
+        (
+            {"tokenizer": "mistral", "vocab_size": 32_064},
+            r"data\.tokenizer = 'bpe', but the config wants 'mistral'",
+        ),
+        ({"num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
+        ({"path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
         ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
     ],
 )
 def test_other_options_are_named_with_both_values(prepared, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(prepared.folder, options_of(books, **change))
+        prepare(prepared.folder, spec_of(**{"path": books} | change))
 
 
 def test_other_options_of_a_source_are_named_too(books, tmp_path):
-    prepare(tmp_path, tiny_data.text_options(books))
+    prepare(tmp_path, tiny_data.text_spec(books))
     with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
-        prepare(tmp_path, tiny_data.text_options(books, sources__holdout=0.2))
+        prepare(tmp_path, tiny_data.text_spec(books, holdout=0.2))
     with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
-        prepare(tmp_path, tiny_data.text_options("/elsewhere"))
+        prepare(tmp_path, tiny_data.text_spec("/elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -186,24 +173,24 @@ def test_a_missing_or_cut_file_is_named(copy, books, name):
     [path] = copy.glob(name)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=f"{path.name} is damaged|{path.parent.name} is damaged"):
-        prepare(copy, options_of(books)).blocks("text", "train")
+        prepare(copy, spec_of(books)).blocks("text", "train")
     path.unlink()
     with pytest.raises(DataError, match=path.name):
-        prepare(copy, options_of(books)).blocks("text", "train")
+        prepare(copy, spec_of(books)).blocks("text", "train")
 
 
 def test_a_changed_tokenizer_is_told_with_both_hashes(copy, books, prepared):
     path = copy / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
     with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
-        prepare(copy, options_of(books))
+        prepare(copy, spec_of(books))
 
 
 def test_another_layout_is_refused(copy, books):
     path = copy / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layout_version": 0}))
     with pytest.raises(DataError, match="layout 0"):
-        prepare(copy, options_of(books))
+        prepare(copy, spec_of(books))
 
 
 def test_an_unknown_source_or_split_is_named(prepared):
@@ -213,49 +200,49 @@ def test_an_unknown_source_or_split_is_named(prepared):
 
 def test_an_error_before_anything_is_made_leaves_nothing_behind(tmp_path, books):
     with pytest.raises(ConfigError):
-        prepare(tmp_path / "data", options_of(books, tokenizer="mistral"))
+        prepare(tmp_path / "data", spec_of(books, tokenizer="mistral"))
     assert os.listdir(tmp_path) == []
 
 
 def test_a_document_that_must_not_be_cut_is_told_with_both_lengths(tmp_path, books):
     with pytest.raises(DataError, match=r"longest document of retrieval has \d+ ids .* the 21 of a block"):
-        prepare(tmp_path / "data", options_of(books, plans__retrieval__seq_len=20))
+        prepare(tmp_path / "data", spec_of(books, seq_len=20))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="not a prepared data folder"):
-        prepare(tmp_path, options_of(books))
+        prepare(tmp_path, spec_of(books))
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sources__text__path": None}, r"path is not set"),
-        ({"sources__text__path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"path": None}, r"path is not set"),
+        ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
         ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
     ],
 )
 def test_impossible_options_are_one_sentence(tmp_path, books, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        prepare(tmp_path / "data", options_of(books, **change))
+        prepare(tmp_path / "data", spec_of(**{"path": books} | change))
 
 
 def test_a_bucket_must_be_mounted(books):
     with pytest.raises(ConfigError, match="must be a local folder, or a bucket that is mounted"):
-        prepare("gs://bucket/data", options_of(books))
+        prepare("gs://bucket/data", spec_of(books))
 
 
 def test_too_few_different_documents_are_an_error(tmp_path, books):
-    few = dict(RETRIEVAL, num_keys=1, num_values=1, num_facts=1, num_eval_facts=1, questions_per_fact=1.0)
+    few = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1, max_fillers=0)
     with pytest.raises(DataError, match="no document left for"):
-        prepare(tmp_path / "data", options_of(books, sources__retrieval=few | {"max_fillers": 0}))
+        prepare(tmp_path / "data", spec_of(books, questions_per_fact=1.0, **few))
 
 
 def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
-    prepared = prepare(tmp_path, tiny_data.text_options(books / "00.txt", plans__seq_len=32))
+    prepared = prepare(tmp_path, tiny_data.text_spec(books / "00.txt", seq_len=32))
     assert prepared.plan_manifest("text")["split_by"] == "block"
     assert prepared.tokenizer.mask_id == 32_000
     ids = [1, *prepared.tokenizer.encode((books / "00.txt").read_text()), 2]
@@ -269,28 +256,24 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
 def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
     (tmp_path / "it.txt").write_text("it")
     with pytest.raises(DataError, match=r"too small: its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"):
-        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "it.txt"))
+        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "it.txt"))
 
 
 def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
-    first = prepare(tmp_path / "first", tiny_data.text_options(books))
-    copied = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
+    first = prepare(tmp_path / "first", tiny_data.text_spec(books))
+    copied = prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
     assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
     assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
     with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
-        options = tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}") | {
-            "tokenizer": "tekken",
-            "vocab_size": 131_136,
-        }
-        prepare(tmp_path / "third", options)
+        prepare(tmp_path / "third", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}", **TEKKEN))
 
 
 def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
-    first = prepare(tmp_path / "first", tiny_data.text_options(books))
+    first = prepare(tmp_path / "first", tiny_data.text_spec(books))
     manifest = tmp_path / "first" / "text" / "manifest.json"
     largest = max(int(ids.max()) for ids in (first.blocks("text", "train")._store[i] for i in range(41)))
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"num_tokens": largest}))
-    second = prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{tmp_path / 'first' / 'text'}"))
+    second = prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
     skipped = second.manifest("text")["skipped"]
     assert list(skipped) == [f"has an id beyond the vocabulary of {largest}"]
     assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())
@@ -313,11 +296,11 @@ def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_p
 def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path):
     lengths = np.random.default_rng(0).choice([20, 400], 400)
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
-    prepare(tmp_path / "data", tiny_data.text_options(path))
-    every = prepare(tmp_path / "data", tiny_data.text_options(path)).plan_manifest("text")["splits"]["train"]
-    long = tiny_data.text_options(path, plans__long_from=300, plans__keep_shorter=0.1)
+    prepare(tmp_path / "data", tiny_data.text_spec(path))
+    every = prepare(tmp_path / "data", tiny_data.text_spec(path)).plan_manifest("text")["splits"]["train"]
+    long = tiny_data.text_spec(path, long_from=300, keep_shorter=0.1)
     kept = prepare(tmp_path / "data", long).plan_manifest("text")["splits"]["train"]
-    few = tiny_data.text_options(path, plans__max_tokens=5000)
+    few = tiny_data.text_spec(path, max_tokens=5000)
     first = prepare(tmp_path / "data", few).plan_manifest("text")["splits"]["train"]
     assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
     assert kept["tokens"] > 0.9 * every["tokens"]
@@ -325,17 +308,17 @@ def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path
 
 
 def test_a_run_that_names_no_path_takes_what_was_held_out_beside_it_too(tmp_path, books):
-    made = prepare(tmp_path / "data", tiny_data.text_options(books / "0*.txt", sources__validation=str(books)))
-    again = prepare(tmp_path / "data", tiny_data.text_options(None))
+    made = prepare(tmp_path / "data", tiny_data.text_spec(books / "0*.txt", validation=str(books)))
+    again = prepare(tmp_path / "data", tiny_data.text_spec(None))
     assert again.fingerprint == made.fingerprint
     with pytest.raises(ConfigError, match=r"validation = '.*', but the config wants '/elsewhere'"):
-        prepare(tmp_path / "data", tiny_data.text_options(None, sources__validation="/elsewhere"))
+        prepare(tmp_path / "data", tiny_data.text_spec(None, validation="/elsewhere"))
 
 
 def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path, books):
     book = books / "00.txt"
     made = [
-        prepare(tmp_path / str(holdout), tiny_data.text_options(book, plans__seq_len=16, sources__holdout=holdout))
+        prepare(tmp_path / str(holdout), tiny_data.text_spec(book, seq_len=16, holdout=holdout))
         for holdout in (0.1, 0.2)
     ]
     assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
@@ -346,56 +329,56 @@ def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path
 def test_text_that_was_given_to_be_held_out_is_never_trained_on(tmp_path, books):
     little = tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
     with pytest.raises(DataError, match=r"data\.sources\.text\.validation is '.*little.jsonl', but .* a block of 97"):
-        prepare(tmp_path / "data", tiny_data.text_options(books, sources__validation=str(little)))
+        prepare(tmp_path / "data", tiny_data.text_spec(books, validation=str(little)))
     with pytest.raises(DataError, match="too small: without its validation text"):
-        prepare(tmp_path / "other", tiny_data.text_options(little, sources__validation=str(books)))
+        prepare(tmp_path / "other", tiny_data.text_spec(little, validation=str(books)))
 
 
-@pytest.mark.parametrize("limit", [{"plans__max_tokens": 10}, {"plans__long_from": 9_999, "plans__keep_shorter": 0.0}])
+@pytest.mark.parametrize("limit", [{"max_tokens": 10}, {"long_from": 9_999, "keep_shorter": 0.0}])
 def test_too_few_documents_left_for_training_are_not_made_up_with_held_out_ones(tmp_path, books, limit):
-    options = tiny_data.text_options(books, plans__seq_len=400, **limit)
+    spec = tiny_data.text_spec(books, seq_len=400, **limit)
     with pytest.raises(DataError, match=r"tokens for training, less than a block of 401 ids .*text\.max_tokens"):
-        prepare(tmp_path, options)
+        prepare(tmp_path, spec)
 
 
 def test_a_folder_of_prepared_sources_is_none_itself(tmp_path, books):
     first = tmp_path / "first"
-    prepare(first, tiny_data.text_options(books))
+    prepare(first, tiny_data.text_spec(books))
     with pytest.raises(ConfigError, match=rf"names no prepared source: .* such as prepared:{first}/text"):
-        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}"))
+        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}"))
     with pytest.raises(ConfigError, match=r"text\.where is 'a=b', but its path is 'prepared:.*leave it out"):
-        prepare(tmp_path / "second", tiny_data.text_options(f"prepared:{first}/text", sources__where="a=b"))
+        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}/text", where="a=b"))
 
 
 def test_a_damaged_index_is_named(copy, books):
     path = copy / "text" / "index.npy"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DataError, match=r"index\.npy is damaged: delete"):
-        prepare(copy, options_of(books)).blocks("text", "train")
+        prepare(copy, spec_of(books)).blocks("text", "train")
 
 
 def test_after_a_misspelt_field_the_right_one_can_be_used_at_once(tmp_path, books):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
-    for wrong in ({"sources__field": "txt", "max_skipped": 100}, {"sources__field": "txt"}, {"sources__where": "a=b"}):
+    field, where = {"field": "txt"}, {"where": "a=b"}
+    for wrong in (field | {"max_skipped": 100}, field, where):
         with pytest.raises(DataError, match="has no field `txt`|holds no text in records with a=b"):
-            prepare(tmp_path / "data", tiny_data.text_options(path, **wrong))
-    assert prepare(tmp_path / "data", tiny_data.text_options(path)).counts("text")["skipped"] == {}
+            prepare(tmp_path / "data", tiny_data.text_spec(path, **wrong))
+    assert prepare(tmp_path / "data", tiny_data.text_spec(path)).counts("text")["skipped"] == {}
 
 
 def test_what_another_tokenizer_made_is_not_joined(tmp_path, books):
-    first = prepare(tmp_path / "first", tiny_data.text_options(books))
-    vocabulary = {"tokenizer": "tekken", "vocab_size": 131_136}
-    prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+    first = prepare(tmp_path / "first", tiny_data.text_spec(books))
+    prepare(tmp_path / "second", tiny_data.text_spec(books, **TEKKEN))
     shutil.rmtree(tmp_path / "second" / "text")
     shutil.copytree(first.folder / "text", tmp_path / "second" / "text")
     with pytest.raises(DataError, match=rf"another tokenizer \({first.tokenizer_hash[:12]}\) than that of .*second"):
-        prepare(tmp_path / "second", tiny_data.text_options(books) | vocabulary)
+        prepare(tmp_path / "second", tiny_data.text_spec(books, **TEKKEN))
 
 
 def test_a_folder_within_the_text_is_refused(tmp_path):
     tiny_data.write_jsonl(tmp_path / "a.jsonl", ["text " * 60 for _ in range(60)])
     with pytest.raises(ConfigError, match=r"data\.prepared is .*/frozen, which lies in data\.sources\.text\.path"):
-        prepare(tmp_path / "frozen", tiny_data.text_options(tmp_path))
+        prepare(tmp_path / "frozen", tiny_data.text_spec(tmp_path))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
@@ -410,7 +393,7 @@ def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, bo
 
     def first():
         with pytest.raises(ConfigError):
-            prepare(folder, tiny_data.text_options(books))
+            prepare(folder, tiny_data.text_spec(books))
 
     monkeypatch.setattr(prepare_module, "_prepare", failing)
     monkeypatch.setattr(prepare_module._log, "info", lambda text, *_: waits.set() if "waiting" in text else None)
@@ -418,7 +401,7 @@ def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, bo
     thread.start()
     assert begun.wait(60)
     monkeypatch.setattr(prepare_module, "_prepare", real)
-    prepare(folder, tiny_data.text_options(books))
+    prepare(folder, tiny_data.text_spec(books))
     thread.join()
     assert (folder / "text").is_dir()
 
@@ -426,23 +409,23 @@ def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, bo
 def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
     with pytest.raises(DataError, match="has 41 documents, more than 40"):
-        prepare(tmp_path, tiny_data.text_options(books))
+        prepare(tmp_path, tiny_data.text_spec(books))
 
 
 def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
     bpe = {"tokenizer": "bpe", "vocab_size": 512}
     with pytest.raises(DataError, match="holds no text"):
-        prepare(tmp_path / "data", tiny_data.text_options(path, sources__where="a=b") | bpe)
+        prepare(tmp_path / "data", tiny_data.text_spec(path, where="a=b", **bpe))
     assert os.listdir(tmp_path) == ["a.jsonl"]
-    prepare(tmp_path / "data", tiny_data.text_options(path) | bpe)
+    prepare(tmp_path / "data", tiny_data.text_spec(path, **bpe))
 
 
 def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books, prepared):
     shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
-            prepare(tmp_path, tiny_data.text_options(books) | {"tokenizer": str(path)})
+            prepare(tmp_path, tiny_data.text_spec(books, tokenizer=str(path)))
     assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
@@ -453,6 +436,6 @@ def test_best_fit_on_several_cores_gives_the_plan_that_one_gives(tmp_path, monke
     found = []
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr(packing.os, "sched_getaffinity", lambda _, cores=cores: cores)
-        made = prepare(tmp_path / str(len(cores)), tiny_data.text_options(path, plans__packing="best_fit"), workers=1)
+        made = prepare(tmp_path / str(len(cores)), tiny_data.text_spec(path, packing="best_fit"), workers=1)
         found.append(made.fingerprint)
     assert found[0] == found[1]

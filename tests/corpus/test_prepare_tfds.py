@@ -43,11 +43,9 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def options(data_dir, monkeypatch):
+def spec(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-    return tiny_data.text_options(
-        "tfds:prepared_texts", sources__validation="tfds:prepared_texts?split=validation", sources__field="body"
-    )
+    return tiny_data.text_spec("tfds:prepared_texts", validation="tfds:prepared_texts?split=validation", field="body")
 
 
 def texts_of(prepared, split):
@@ -63,8 +61,8 @@ def texts_of(prepared, split):
     ]
 
 
-def test_blocks_hold_its_texts_each_in_its_split(options, tmp_path):
-    prepared = prepare(tmp_path / "data", options)
+def test_blocks_hold_its_texts_each_in_its_split(spec, tmp_path):
+    prepared = prepare(tmp_path / "data", spec)
     assert prepared.manifest("text")["skipped"] == {"is blank": 2}
     train = texts_of(prepared, "train")
     held_out = texts_of(prepared, "validation") + texts_of(prepared, "test")
@@ -74,11 +72,11 @@ def test_blocks_hold_its_texts_each_in_its_split(options, tmp_path):
     assert sum(prepared.manifest("text")["documents"][split] for split in SPLITS) == sum(map(len, expected.values()))
 
 
-def test_any_number_of_shards_and_workers_gives_the_same_blocks(options, tmp_path, monkeypatch):
-    alone = prepare(tmp_path / "alone", options, workers=1)
+def test_any_number_of_shards_and_workers_gives_the_same_blocks(spec, tmp_path, monkeypatch):
+    alone = prepare(tmp_path / "alone", spec, workers=1)
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
     monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
-    many = prepare(tmp_path / "many", options, workers=2)
+    many = prepare(tmp_path / "many", spec, workers=2)
     assert len(many.manifest("text")["shards"]) == 2 and len(alone.manifest("text")["shards"]) == 1
     for split in SPLITS:
         assert len(alone.blocks("text", split)) == len(many.blocks("text", split))

@@ -28,9 +28,10 @@ PROGRAM = """
 import sys
 from meap_jax.corpus import shards
 from meap_jax.corpus.prepare import prepare
+from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec
 shards.SHARD_BYTES, shards._ONE_PROCESS = 100_000, 0
 if __name__ == "__main__":
-    prepare(sys.argv[1], {options!r}, workers={workers})
+    prepare(sys.argv[1], {spec!r}, workers={workers})
 """
 
 
@@ -49,13 +50,13 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(corpus, tmp_path_factory):
     """Prepared by this process, in one shard."""
-    return prepare(tmp_path_factory.mktemp("alone"), tiny_data.text_options(corpus), workers=1)
+    return prepare(tmp_path_factory.mktemp("alone"), tiny_data.text_spec(corpus), workers=1)
 
 
 def start(folder, corpus, workers, **changes):
     """The same in a process of its own with as many workers; a process group, so that no worker is forgotten."""
     program = folder.parent / "program.py"
-    program.write_text(PROGRAM.format(options=tiny_data.text_options(corpus, **changes), workers=workers))
+    program.write_text(PROGRAM.format(spec=tiny_data.text_spec(corpus, **changes), workers=workers))
     return subprocess.Popen(
         [sys.executable, str(program), str(folder)],
         env=tiny_runs.environment(),
@@ -89,7 +90,7 @@ def wait_for_end_of(group):
 def test_any_number_of_workers_gives_the_same_documents(corpus, alone, tmp_path):
     process = start(tmp_path / "data", corpus, workers=2)
     assert process.wait(timeout=120) == 0, process.stderr.read()
-    made = prepare(tmp_path / "data", tiny_data.text_options(corpus))
+    made = prepare(tmp_path / "data", tiny_data.text_spec(corpus))
     assert len(made.manifest("text")["shards"]) == NUM_FILES
     assert documents_of(made) == documents_of(alone)
     assert len(documents_of(made)) == NUM_FILES * TEXTS_A_FILE
@@ -114,7 +115,7 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
     done = {path.name: path.stat().st_mtime_ns for path in complete}
     process = start(folder, corpus, workers=2)
     assert process.wait(timeout=120) == 0, process.stderr.read()
-    made = prepare(folder, tiny_data.text_options(corpus))
+    made = prepare(folder, tiny_data.text_spec(corpus))
     assert documents_of(made) == documents_of(alone)
     now = {path.name: path.stat().st_mtime_ns for path in folder.glob("text/*.arrayrecord")}
     assert {name: now[name] for name in done} == done  # What was complete was not made again.
@@ -142,10 +143,10 @@ def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, mo
         (mine / path.name).write_text(path.read_text())
     (mine / "02.jsonl").write_text("no JSON\n" * 20)
     with pytest.raises(DataError, match="20 records of text|02.jsonl"):
-        prepare(tmp_path / "data", tiny_data.text_options(mine))
+        prepare(tmp_path / "data", tiny_data.text_spec(mine))
     (mine / "00.jsonl").write_text("\n" + (mine / "00.jsonl").read_text())
     with pytest.raises(DataError, match="00.jsonl.* the source has changed since. Delete .*text.partial"):
-        prepare(tmp_path / "data", tiny_data.text_options(mine))
+        prepare(tmp_path / "data", tiny_data.text_spec(mine))
 
 
 def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
@@ -155,28 +156,27 @@ def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(co
     good = "".join(json.dumps({"text": f"a text {i} " * 20}) + "\n" for i in range(30))
     for i in range(3):
         (mine / f"{i}.jsonl").write_text(good + '{"text": \n{"title": "no text"}\n{"text": "  "}\n')
-    options = tiny_data.text_options(mine)
-    made = prepare(tmp_path / "data", options | {"max_skipped": 9})
+    made = prepare(tmp_path / "data", tiny_data.text_spec(mine, max_skipped=9))
     assert sum(made.manifest("text")["skipped"].values()) == 9
     assert len(made.manifest("text")["skipped"]) == 3
     assert "9 bad records passed over: 3 x" in caplog.text and "0.jsonl, line 31" in caplog.text
     with pytest.raises(
         DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"
     ):
-        prepare(tmp_path / "other", options | {"max_skipped": 8})
+        prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=8))
     # With a higher limit it goes on from there.
-    assert prepare(tmp_path / "other", options | {"max_skipped": 9}).fingerprint == made.fingerprint
+    assert prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=9)).fingerprint == made.fingerprint
 
 
 def test_too_many_bad_records_in_one_shard_are_told_with_file_and_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
     sentence = re.escape(f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4).")
     with pytest.raises(DataError, match=f"^{sentence}$"):
-        prepare(tmp_path / "data", tiny_data.text_options(tmp_path / "bad.jsonl", max_skipped=4))
+        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "bad.jsonl", max_skipped=4))
 
 
 def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeypatch):
-    folder, options = tmp_path / "data", tiny_data.text_options(corpus / "00.jsonl")
+    folder, spec = tmp_path / "data", tiny_data.text_spec(corpus / "00.jsonl")
 
     def unless_over(steps, operation):
         def run(*arguments, **options):
@@ -188,7 +188,7 @@ def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_finish_store", unless_over(iter([]), None))
-        prepare(folder, options)
+        prepare(folder, spec)
     # Before the index, the manifest and the folder have their names, and before the rest is removed.
     for number in range(4):
         assert not (folder / "text").exists()
@@ -196,9 +196,9 @@ def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeyp
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             for name in ("replace", "rename", "unlink"):
                 patch.setattr(pathlib.Path, name, unless_over(steps, getattr(pathlib.Path, name)))
-            prepare(folder, options)
-    made = prepare(folder, options)
-    assert made.fingerprint == prepare(tmp_path / "expected", options).fingerprint
+            prepare(folder, spec)
+    made = prepare(folder, spec)
+    assert made.fingerprint == prepare(tmp_path / "expected", spec).fingerprint
     assert len(documents_of(made)) == TEXTS_A_FILE
 
 
@@ -208,15 +208,16 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     # Files can't grow beyond a limit that lets small shards pass, and a large one not.
     program.write_text(
         "import resource, signal, sys\nfrom meap_jax.corpus import shards, prepare\n"
+        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
         "from meap_jax.errors import DataError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"options = {tiny_data.text_options(corpus)!r}\nshards.SHARD_BYTES = 100_000\n"
+        f"spec = {tiny_data.text_spec(corpus)!r}\nshards.SHARD_BYTES = 100_000\n"
         "made = 0\nreal = shards.make_shard\n"
         "def make(job):\n"
         "    if job.shard == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, -1))\n"
         "    return real(job)\n"
         "shards.make_shard = make\n"
-        "try: prepare.prepare(sys.argv[1], options, workers=1)\n"
+        "try: prepare.prepare(sys.argv[1], spec, workers=1)\n"
         "except DataError as error: print(error); sys.exit(7)\n"
     )
     ended = subprocess.run(
@@ -227,17 +228,17 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     assert len(list(folder.glob(".text.partial/?????.json"))) == 5
     process = start(folder, corpus, workers=1)
     assert process.wait(timeout=120) == 0, process.stderr.read()
-    assert documents_of(prepare(folder, tiny_data.text_options(corpus))) == documents_of(alone)
+    assert documents_of(prepare(folder, tiny_data.text_spec(corpus))) == documents_of(alone)
 
 
 def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
     for i in range(2):
         (tmp_path / f"{i}.jsonl").write_text('{"text": "a text of many words"}\n' * 300 + "no JSON\n" * 6)
-    options = tiny_data.text_options(tmp_path / "*.jsonl", max_skipped=10)
+    spec = tiny_data.text_spec(tmp_path / "*.jsonl", max_skipped=10)
     for _ in range(2):
         with pytest.raises(DataError, match=r"12 records of text can't be used, more than data\.max_skipped = 10"):
-            prepare(tmp_path / "data", options)
+            prepare(tmp_path / "data", spec)
 
 
 def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
@@ -245,7 +246,7 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeyp
     monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
     monkeypatch.setattr(workers, "_start", _end)
     with pytest.raises(DataError, match="a worker was killed"):
-        prepare(tmp_path / "data", tiny_data.text_options(corpus), workers=2)
+        prepare(tmp_path / "data", tiny_data.text_spec(corpus), workers=2)
 
 
 def _end():
@@ -255,7 +256,7 @@ def _end():
 def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_finish_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(tmp_path / "data", tiny_data.text_options(corpus))
+        prepare(tmp_path / "data", tiny_data.text_spec(corpus))
     [summary] = (tmp_path / "data").glob(".text.partial/?????.json")
     summary.write_text("")
-    assert prepare(tmp_path / "data", tiny_data.text_options(corpus)).fingerprint == alone.fingerprint
+    assert prepare(tmp_path / "data", tiny_data.text_spec(corpus)).fingerprint == alone.fingerprint

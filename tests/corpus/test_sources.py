@@ -7,22 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_data
-from meap_jax.config import base
 from meap_jax.corpus import sources
 from meap_jax.corpus.retrieval import FACT
 from meap_jax.corpus.sources import open_source
+from meap_jax.data.spec import StdlibSourceSpec
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError
 from meap_jax.readers import Skips
 
 
 def retrieval(**counts):
-    fields = base().data.retrieval.to_dict() | dict(num_documents=300, num_eval_documents=40) | counts
-    return open_source("retrieval", {"kind": "retrieval", "seed": 1, **fields})
+    sizes = dict(num_documents=300, num_eval_documents=40)
+    spec = tiny_data.text_spec(None, mixture="retrieval=1", seed=1, **sizes, **counts)
+    return open_source("retrieval", spec.sources["retrieval"])
 
 
-def text_options(path, **fields):
-    return {"kind": "text", "path": str(path), "validation": "", "field": "text", "where": "", "holdout": 0.1} | fields
+def text(path, **fields):
+    return open_source("text", tiny_data.text_spec(path, **fields).sources["text"])
 
 
 def by_split(source):
@@ -56,16 +57,10 @@ def test_no_document_stands_in_two_splits_though_chance_would_have_it():
     assert not texts["train"] & texts["validation"]
 
 
-@pytest.mark.parametrize("value", [0, 17])
-def test_a_held_out_document_cannot_have_more_facts_than_there_are_keys(value):
-    with pytest.raises(ConfigError, match=f"num_eval_facts is {value}, but must be from 1 to 16"):
-        retrieval(num_eval_facts=value)
-
-
 def test_a_texts_split_depends_on_the_text_alone_and_takes_the_share_asked_for(tmp_path):
     texts = [f"text {i % 4000}" for i in range(5000)]  # A thousand come twice.
-    there = by_split(open_source("a", text_options(tiny_data.write_jsonl(tmp_path / "a.jsonl", texts))))
-    back = by_split(open_source("b", text_options(tiny_data.write_jsonl(tmp_path / "b.jsonl", texts[::-1]))))
+    there = by_split(text(tiny_data.write_jsonl(tmp_path / "a.jsonl", texts)))
+    back = by_split(text(tiny_data.write_jsonl(tmp_path / "b.jsonl", texts[::-1])))
     assert sum(map(len, there.values())) == 5000
     for split in SPLITS:
         assert [d.text for d in there[split]] == [d.text for d in back[split]][::-1]
@@ -77,7 +72,7 @@ def test_a_texts_split_depends_on_the_text_alone_and_takes_the_share_asked_for(t
 def test_a_source_with_a_held_out_corpus_of_its_own_trains_on_all_of_the_other(tmp_path):
     train = tiny_data.write_jsonl(tmp_path / "train.jsonl", [f"t {i}" for i in range(50)])
     held = tiny_data.write_jsonl(tmp_path / "held.jsonl", [f"v {i}" for i in range(50)])
-    documents = by_split(open_source("text", text_options(train, validation=str(held))))
+    documents = by_split(text(train, validation=str(held)))
     assert [d.text for d in documents["train"]] == [f"t {i}" for i in range(50)]
     held_out = [d.text for split in ("validation", "test") for d in documents[split]]
     assert sorted(held_out) == sorted(f"v {i}" for i in range(50))
@@ -85,7 +80,7 @@ def test_a_source_with_a_held_out_corpus_of_its_own_trains_on_all_of_the_other(t
 
 
 def test_the_standard_library_holds_some_of_itself_out():
-    documents = by_split(open_source("stdlib", {"kind": "stdlib", "holdout": 0.05}))
+    documents = by_split(open_source("stdlib", StdlibSourceSpec(0.05)))
     assert len(documents["train"]) > 300 and documents["validation"] and documents["test"]
 
 
@@ -100,4 +95,4 @@ def test_a_larger_holdout_takes_more_texts_and_gives_none_back(text, holdout):
 
 def test_a_path_that_is_no_prepared_source_is_named(tmp_path):
     with pytest.raises(ConfigError, match=f"prepared:{tmp_path} names no prepared source"):
-        open_source("old", text_options(f"prepared:{tmp_path}"))
+        text(f"prepared:{tmp_path}")

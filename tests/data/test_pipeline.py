@@ -17,26 +17,18 @@ from meap_jax.data import pipeline
 from meap_jax.data.pipeline import TrainBatches, global_sequence
 
 RETRIEVAL = dict(
-    num_keys=16,
-    num_values=16,
-    min_facts=1,
-    num_facts=3,
-    num_eval_facts=3,
-    questions_per_fact=1.0,
-    max_fillers=1,
-    num_documents=60,
+    min_facts=1, num_facts=3, num_eval_facts=3, questions_per_fact=1.0, max_fillers=1, num_documents=60,
     num_eval_documents=8,
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     book = tmp_path_factory.mktemp("text") / "book.txt"
     book.write_text(" ".join(f"Chapter {i} tells of the number {i * i}." for i in range(400)))
-    options = tiny_data.text_options(book, tokenizer="bpe", vocab_size=512, plans__seq_len=80)
-    options["sources"]["retrieval"] = {"kind": "retrieval", "seed": 0, **RETRIEVAL}
-    options["plans"]["retrieval"] = options["plans"]["text"] | {"packing": "best_fit"}
-    return prepare(tmp_path_factory.mktemp("prepared") / "data", options)
+    fields = dict(mixture="text=1,retrieval=3", tokenizer="bpe", vocab_size=512, seq_len=80)
+    spec = tiny_data.text_spec(book, **fields, **RETRIEVAL)
+    return prepare(tmp_path_factory.mktemp("prepared") / "data", spec)
 
 
 WEIGHTS = {"retrieval": 3.0, "text": 1.0}
@@ -131,7 +123,7 @@ def test_a_restored_iterator_gives_the_next_batch_bit_for_bit(prepared):
 @pytest.mark.parametrize("packing", ["concat", "concat_segments", "best_fit"])
 def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(120)])
-    prepared = prepare(tmp_path / "data", tiny_data.text_options(path, plans__packing=packing, plans__seq_len=40))
+    prepared = prepare(tmp_path / "data", tiny_data.text_spec(path, packing=packing, seq_len=40))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
     lies = sharding.batch_sharding(mesh)
 
@@ -161,25 +153,20 @@ def test_every_packing_resumes_bit_for_bit_and_says_what_it_promises(packing, tm
 
 @pytest.mark.parametrize("kind", ["stdlib", "retrieval", "jsonl", "parquet", "prepared"])
 def test_every_source_resumes_bit_for_bit(kind, prepared, tmp_path):
-    options = tiny_data.text_options(None, plans__seq_len=120)
-    if kind == "stdlib":
-        options["sources"]["text"] = {"kind": "stdlib", "holdout": 0.02}
-    elif kind == "retrieval":
-        options["sources"]["text"] = {"kind": "retrieval", "seed": 1, **RETRIEVAL}
-        options["plans"]["text"]["packing"] = "best_fit"
-    else:
-        texts = [f"text {i} " * (i % 40 + 1) for i in range(150)]
-        options["sources"]["text"]["path"] = str(tiny_data.write_jsonl(tmp_path / "a.jsonl", texts))
-        if kind == "parquet":
-            options["sources"]["text"]["path"] = str(tmp_path / "a.parquet")
-            pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=40)
-        if kind == "prepared":
-            prepare(tmp_path / "first", options)
-            options["sources"]["text"]["path"] = f"prepared:{tmp_path / 'first' / 'text'}"
-    made = prepare(tmp_path / "data", options)
+    name, path, texts = "text", tmp_path / "a.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(150)]
+    tiny_data.write_jsonl(path, texts)
+    if kind in ("stdlib", "retrieval"):
+        name = kind
+    elif kind == "parquet":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=40)
+    elif kind == "prepared":
+        prepare(tmp_path / "first", tiny_data.text_spec(path, seq_len=120))
+        path = f"prepared:{tmp_path / 'first' / 'text'}"
+    made = prepare(tmp_path / "data", tiny_data.text_spec(path, mixture=name, seq_len=120, **RETRIEVAL))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:2])
     lies = sharding.batch_sharding(mesh)
-    going, again = (TrainBatches(made, {"text": 1.0}, seed=5, batch_size=4, sharding=lies) for _ in range(2))
+    going, again = (TrainBatches(made, {name: 1.0}, seed=5, batch_size=4, sharding=lies) for _ in range(2))
     take(going, 3)
     again.set_state(json.loads(json.dumps(going.get_state())))
     assert same(take(going, 4), take(again, 4))

@@ -1,0 +1,113 @@
+"""What the data of a run depends on, built once from its config.
+
+`dataclasses.asdict` of a value here is what a manifest holds of it, under "options": prepared folders are compared by
+it, and plan folders named. A field that is added or renamed makes data that lies prepared another's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import ml_collections
+
+from meap_jax.config import mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSpec:
+    """How the documents of a source are packed into blocks; fields as in the config."""
+
+    max_tokens: int
+    long_from: int
+    keep_shorter: float
+    packing: str
+    seq_len: int
+    seed: int
+
+    @property
+    def block_len(self) -> int:
+        """Ids in a block: what a row predicts is shifted by one."""
+        return self.seq_len + 1
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether a block can hold several documents that don't see each other, or padding."""
+        return self.packing != "concat"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSourceSpec:
+    """A source of text: an entry of data.sources, and the share that is held out."""
+
+    kind: str = dataclasses.field(default="text", init=False, repr=False)
+    holdout: float
+    path: str | None  # None: what lies prepared, wherever it came from.
+    validation: str
+    field: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StdlibSourceSpec:
+    """The documentation of the running Python."""
+
+    kind: str = dataclasses.field(default="stdlib", init=False, repr=False)
+    holdout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSourceSpec:
+    """Generated documents that state facts and ask for them; fields as in data.retrieval."""
+
+    kind: str = dataclasses.field(default="retrieval", init=False, repr=False)
+    seed: int
+    num_keys: int
+    num_values: int
+    min_facts: int
+    num_facts: int
+    questions_per_fact: float
+    num_eval_facts: int
+    max_fillers: int
+    num_documents: int
+    num_eval_documents: int
+
+
+SourceSpec = TextSourceSpec | StdlibSourceSpec | RetrievalSourceSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """All that prepared data depends on, by the names of its sources."""
+
+    tokenizer: str  # data.tokenizer.
+    vocab_size: int  # Of the model.
+    sources: Mapping[str, SourceSpec]
+    plans: Mapping[str, PlanSpec]
+    max_skipped: int  # Bad records of a source that are passed over.
+
+    @property
+    def row_fields(self) -> tuple[str, ...]:
+        """The fields of `Row` that training needs: segment ids where a source's blocks separate documents."""
+        separates = any(plan.separates_documents for plan in self.plans.values())
+        return ("tokens", "segment_ids") if separates else ("tokens",)
+
+
+def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
+    """The data that a config asks for: of the sources in its mixture, in their order."""
+    d = config.data
+    sources: dict[str, SourceSpec] = {}
+    plans: dict[str, PlanSpec] = {}
+    for name in mixture(config):
+        plan = PlanSpec(0, 0, 1.0, d.packing, config.seq_len, d.seed)
+        if name == "retrieval":
+            sources[name] = RetrievalSourceSpec(seed=d.seed, **d.retrieval.to_dict())
+            plan = dataclasses.replace(plan, packing="best_fit")  # Its documents must not be cut.
+        elif name == "stdlib":
+            sources[name] = StdlibSourceSpec(d.holdout)
+        else:
+            s = d.sources[name]
+            sources[name] = TextSourceSpec(d.holdout, s.path, s.validation, s.field, s.where)
+            plan = dataclasses.replace(
+                plan, max_tokens=s.max_tokens, long_from=s.long_from, keep_shorter=s.keep_shorter
+            )
+        plans[name] = plan
+    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped)

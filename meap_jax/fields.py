@@ -1,0 +1,234 @@
+"""Every field of a config, each in one place: its name, its default, what it means in which unit, and what is valid.
+
+A new field is a line in `FIELDS`. Its default must mean what the code did before there was the field, for that is how
+configs of older runs are read.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
+TOKENIZERS = ("bpe", "mistral", "tekken")
+SEEDS = {"init": "the initial weights", "data": "the order of blocks", "mask": "masks", "noise": "random tokens"}
+
+Values = Mapping[str, Any]  # All fields beside the one that is checked: of the config, or of one source.
+
+
+class Check(NamedTuple):
+    """One rule for the value of a field."""
+
+    is_valid: Callable[[Any, Values], bool]
+    expected: Callable[[Values], str]  # The end of the sentence "FIELD is VALUE, but must be ...".
+    wrong: tuple[Any, ...]  # Values that break the rule, for tests, ...
+    given: Mapping[str, Any] = MappingProxyType({})  # ... in a config of defaults with these fields.
+
+
+class Field:
+    """One field of a config.
+
+    Its checks are made in their order. One that reads other fields comes after theirs: it stands below them in the
+    table.
+    """
+
+    def __init__(self, default: Any, doc: str, *checks: Check):
+        """`default` is the type where the field is unset (None) unless somebody sets it; no check is made then."""
+        self.default, self.doc, self.checks = default, doc, checks
+
+
+def rule(is_valid: Callable[[Any], bool], expected: str, *wrong: Any) -> Check:
+    """A check that needs no other field."""
+    return Check(lambda value, _: is_valid(value), lambda _: expected, wrong)
+
+
+def at_least(low: int) -> Check:
+    """A finite number from `low` on."""
+    return rule(lambda v: low <= v < math.inf, f"at least {low}" if low else "0 or more", low - 1)
+
+
+def at_most(*others: str) -> Check:
+    """No more than any of some other fields."""
+    return Check(
+        lambda value, of: value <= min(of[other] for other in others),
+        lambda of: f"at most {' and '.join(f'{other} ({of[other]})' for other in others)}",
+        wrong=(2**30,),
+    )
+
+
+def one_of(*words: str) -> Check:
+    """One of some words."""
+    return rule(words.__contains__, f"one of {', '.join(words)}", "unheard-of")
+
+
+def divides(other: str) -> Check:
+    """A divisor of another field."""
+    return Check(lambda value, of: of[other] % value == 0, lambda of: f"a divisor of {other} ({of[other]})", wrong=(3,))
+
+
+def is_path(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` is the path of a tokenizer and not a word; ./NAME is one, NAME isn't."""
+    return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
+
+
+def _last_start(of: Values) -> int:
+    return of["num_steps"] - of["profile.num_steps"] + 1
+
+
+def _official_ratio(of: Values) -> float:
+    return (of["seq_len"] - 1) / of["seq_len"]
+
+
+POSITIVE = rule(lambda v: 0 < v < math.inf, "positive", 0.0, -1.0, math.inf)
+SHARE = rule(lambda v: 0 <= v <= 1, "in [0, 1]", -0.1, 1.5)
+DECAY_RATE = rule(lambda v: 0 <= v < 1, "in [0, 1)", -0.5, 1.0)
+SEED = rule(lambda v: 0 <= v < 2**32, "in [0, 2^32)", -1, 2**32)
+WORDS = rule(lambda v: 1 <= v <= 64, "from 1 to 64", 0, 65)  # As many as meap_jax.corpus.retrieval has.
+FLOATS = one_of("float32", "bfloat16")
+NUM_DEVICES = rule(lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left", 0, -2)
+TOKENIZER = rule(lambda v: v in TOKENIZERS or is_path(v), f"one of {', '.join(TOKENIZERS)}, or a path with a / or the "
+                 "ending .model or .json", "llama")  # fmt: skip
+ID = Check(
+    lambda value, of: 0 <= value < of["model.vocab_size"],
+    lambda of: f"an id below model.vocab_size ({of['model.vocab_size']})",
+    wrong=(-1, 2**30),
+)
+ENDS_BY_NUM_STEPS = Check(
+    lambda value, of: not of["profile.num_steps"] or value <= _last_start(of),
+    lambda of: f"at most {_last_start(of)}, so that profile.num_steps ({of['profile.num_steps']}) end by num_steps",
+    wrong=(10_000,), given={"profile.num_steps": 3},
+)  # fmt: skip
+SPARES_THE_LAST = Check(
+    lambda value, of: of["objective.strategy"] != "official" or value <= _official_ratio(of),
+    lambda of: f"at most {_official_ratio(of):.4g} with objective.strategy=official, which never masks the last "
+               "position",
+    wrong=(1.0,), given={"objective.strategy": "official"},
+)  # fmt: skip
+NEEDS_LONG_FROM = Check(
+    lambda value, of: value == 1 or of["long_from"] > 0,
+    lambda _: "1 unless long_from says below what length",
+    wrong=(0.1,),
+)
+
+# fmt: off
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, "Of the whole run: of the seeds below, where they are unset.", SEED),
+    **{f"seeds.{name}": Field(int, f"Of {use}.", SEED) for name, use in SEEDS.items()},
+    "num_steps": Field(1_000, "Optimizer steps.", at_least(1)),
+    "global_batch_size": Field(32, "Sequences a step, over all devices and micro-batches.", at_least(1)),
+    "grad_accum_steps": Field(1, "Micro-batches a step; the result is that of the whole batch.",
+        at_least(1), divides("global_batch_size")),
+    "seq_len": Field(128, "Tokens that the decoder sees; a block of data has one more.", at_least(2)),
+    "trainable": Field("*", "Parameters that train, as globs of their names: layers.attn.*,head. *: all."),
+    "init_from": Field(str, "Workdir of another run: its parameters, with a fresh optimizer and step 0."),
+
+    "model.num_layers": Field(2, "Layers.", at_least(1)),
+    "model.num_heads": Field(4, "Query heads.", at_least(1)),
+    "model.num_kv_heads": Field(2, "Heads of keys and values. Official code: 2 at every size.",
+        at_least(1), divides("model.num_heads")),
+    "model.head_dim": Field(16, "Width of a head.",
+        at_least(1), rule(lambda v: v % 2 == 0, "even, for RoPE turns pairs", 7)),
+    "model.embed_dim": Field(64, "Width of the embedding and of the residual stream.", at_least(1)),
+    "model.mlp_dim": Field(176, "Hidden width of SwiGLU.", at_least(1)),
+    "model.vocab_size": Field(32_064, "Rows of the embedding, padding included.", at_least(1)),
+    "model.rope_base": Field(10_000.0, "Base of RoPE's wavelengths; 640,000 in the paper's 64K extension.", POSITIVE),
+    "model.norm_eps": Field(1e-5, "Added to the mean square in RMSNorm.", POSITIVE),
+    "model.dtype": Field("float32", "Of activations. Parameters, norms, softmax and loss are always float32.", FLOATS),
+    "model.init": Field("official", "Variances: official (paper.md's) or normal (0.02^2, residual outputs / 2 layers).",
+        one_of("official", "normal")),
+    "model.attention": Field("auto", "auto: splash on TPU, cudnn on GPU, else xla; plain: the definition, which holds "
+        "all scores.", one_of("auto", "plain", "xla", "splash", "cudnn")),
+    "model.unroll": Field(1, "Layers a scan step; changes the program, never the state.", at_least(1)),
+    "model.remat": Field("none", "What the backward pass computes again: nothing (none), all but matrix products "
+        "(dots), a whole layer (full), or that from inputs in the host's memory (offload).",
+        one_of("none", "dots", "full", "offload")),
+
+    "objective.name": Field("meap", "One of meap_jax.objective.OBJECTIVES: ntp, meap, or a control: random_tokens in "
+        "the masks' place or token_dropout (a zero embedding there)."),
+    "objective.strategy": Field("random", "How masks are drawn; official: the released code's 51 masks.",
+        one_of(*STRATEGIES)),
+    "objective.mask_ratio": Field(0.15, "Share of input tokens; ntp ignores it. Paper: 0.15 in pre-training.",
+        SHARE, SPARES_THE_LAST),
+    "objective.span_length": Field(5, "Tokens; only span reads it. Paper, Table 15: 5 and 50.", at_least(1)),
+    "objective.mask_id": Field(32_000, "[MASK]; must be the tokenizer's.", ID),
+    "loss.chunk_size": Field(2_048, "Positions of a device whose logits exist at a time; 0: all.", at_least(0)),
+    "loss.z_loss": Field(0.0, "Adds this times log Z squared in training; PaLM: 1e-4. Not in the paper.", at_least(0)),
+
+    "optimizer.learning_rate": Field(4e-4, "Peak.", POSITIVE),
+    "optimizer.warmup_fraction": Field(0.1, "Of num_steps, linear from 0.", SHARE),
+    "optimizer.final_fraction": Field(0.1, "Of the peak, reached by cosine at num_steps.", SHARE),
+    "optimizer.b1": Field(0.9, "Decay rate of AdamW's first moment.", DECAY_RATE),
+    "optimizer.b2": Field(0.95, "Decay rate of its second moment.", DECAY_RATE),
+    "optimizer.eps": Field(1e-8, "Added to the root of its second moment.", POSITIVE),
+    "optimizer.weight_decay": Field(0.05, "Times the learning rate, as in AdamW.", at_least(0)),
+    "optimizer.decay_on": Field("all", "all: as the official code, norms and embeddings too; matrices: what has two "
+        "dimensions or more.", one_of("all", "matrices")),
+    "optimizer.clip_norm": Field(1.0, "Global norm of the gradient; inf: it is not clipped.",
+        rule(lambda v: v > 0, "positive", 0.0, -1.0)),
+    "optimizer.moment_dtype": Field("float32", "Of both moments between steps; bfloat16: half the memory.", FLOATS),
+
+    "mesh.data": Field(-1, "Devices over which rows are split. One axis may be -1: what is left.", NUM_DEVICES),
+    "mesh.fsdp": Field(1, "Devices over which rows are split, and parameters with their moments.", NUM_DEVICES),
+    "mesh.tensor": Field(1, "Devices over which heads, hidden widths and the vocabulary are split.", NUM_DEVICES),
+    "mesh.context": Field(1, "Devices over which a sequence is split.", NUM_DEVICES),
+
+    "data.mixture": Field("stdlib=1", "source=weight,...; sources: stdlib, retrieval, and those of data.sources."),
+    "data.path": Field(str, "That of the source text: data.sources.text.path is this very field."),
+    "data.tokenizer": Field("bpe", "bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK]; "
+        "tekken: 131,072 ids + [MASK]; or the path of a tokenizer.model (SentencePiece), tokenizer.json (Hugging "
+        "Face), tekken.json or a folder of one.", TOKENIZER),
+    "data.prepared": Field(str, "Folder of the frozen corpus; default: data/ in the workdir. Runs can share one."),
+    "data.seed": Field(0, "Of what is generated; the order of blocks comes from seeds.data.", SEED),
+    "data.holdout": Field(0.02, "Share of text documents in each of validation and test, where a source has none of "
+        "its own.", rule(lambda v: 0 < v < 0.5, "in (0, 0.5)", 0.0, 0.5)),
+    "data.max_skipped": Field(1_000, "Bad records of a source that are passed over; one more stops the preparation.",
+        at_least(0)),
+    "data.packing": Field("concat", "concat: one stream cut into blocks, without a mask between documents (the "
+        "official code's); concat_segments: the same, but no document sees another; best_fit: whole documents, padded. "
+        "Retrieval documents always are whole.", one_of("concat", "concat_segments", "best_fit")),
+
+    "data.retrieval.num_keys": Field(16, "Things that a fact can be about.", WORDS),
+    "data.retrieval.num_values": Field(16, "Words that can be an access code.", WORDS),
+    "data.retrieval.num_facts": Field(8, "Facts of a training document at most, short documents prevailing.",
+        at_least(1), at_most("data.retrieval.num_keys", "data.retrieval.num_values")),
+    "data.retrieval.min_facts": Field(2, "Facts of a training document at least.",
+        at_least(1), at_most("data.retrieval.num_facts")),
+    "data.retrieval.questions_per_fact": Field(2.5, "Questions for each fact of a training document, each about a "
+        "fact drawn anew.", POSITIVE),
+    "data.retrieval.num_eval_facts": Field(8, "Facts of a held-out document, which asks each of them once.",
+        at_least(1), at_most("data.retrieval.num_keys", "data.retrieval.num_values")),
+    "data.retrieval.max_fillers": Field(2, "Sentences between facts and questions, 0 to this many.", at_least(0)),
+    "data.retrieval.num_documents": Field(20_000, "Documents for training.", at_least(1)),
+    "data.retrieval.num_eval_documents": Field(500, "Documents for each of validation and test.", at_least(1)),
+
+    "checkpoint.every": Field(1_000, "Steps between checkpoints.", at_least(1)),
+    "checkpoint.keep": Field(2, "Checkpoints that are kept, the newest ones.", at_least(1)),
+    "log.every": Field(10, "Steps between records.", at_least(1)),
+    "eval.every": Field(1_000, "Steps between evaluations.", at_least(1)),
+    "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),
+    "eval.tasks": Field("validation,retrieval", "Evaluators that are run, by their names in evals.EVALUATORS."),
+    "profile.num_steps": Field(0, "Steps of a trace for xprof; 0: no trace.", at_least(0)),
+    "profile.start": Field(10, "First step of the trace.", at_least(1), ENDS_BY_NUM_STEPS),
+}
+
+SOURCE_FIELDS: dict[str, Field] = {  # Of each group data.sources.NAME.
+    "path": Field(str, "A file, a folder or a glob of .txt, .jsonl or .parquet (.jsonl also with .gz or .zst), local "
+        "or a bucket's; a dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as "
+        "prepared:/data/frozen/c4/text."),
+    "validation": Field("", "The like for documents to hold out, half of them for test; empty: data.holdout of path."),
+    "field": Field("text", "Where a record has its text; dots go deeper."),
+    "where": Field("", "field=value: takes only such records, as meta.redpajama_set_name=RedPajamaGithub.",
+        rule(lambda v: not v or "=" in v, "empty or field=value", "novalue")),
+    "max_tokens": Field(0, "The first documents that hold so many are the training data; 0: all.", at_least(0)),
+    "epochs": Field(0.0, "A run that would take more passes than this is refused; 0: any number.", at_least(0)),
+    "long_from": Field(0, "Tokens; with keep_shorter the length-upsampling of Fu et al., "
+        "https://arxiv.org/abs/2402.10171.", at_least(0)),
+    "keep_shorter": Field(1.0, "Share of the shorter documents that stay, drawn from data.seed.",
+        SHARE, NEEDS_LONG_FROM),
+}
+# fmt: on
+
+
+def fields_of(sources: Iterable[str]) -> dict[str, Field]:
+    """All fields of a config that has these groups in `data.sources`."""
+    return FIELDS | {f"data.sources.{name}.{key}": field for name in sources for key, field in SOURCE_FIELDS.items()}
