@@ -108,7 +108,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Runs the sweep, and writes its table, JSON and plot."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ratios", nargs="?", const="", default="0,.05,.1,.15,.2")
     parser.add_argument("--seeds", nargs="?", const="", default="3")

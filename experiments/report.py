@@ -249,7 +249,7 @@ def _markdown(results: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
         + f"; {setting['cores']} cores.",
         *([f"- {setting['minutes']} minutes from the first run's start to this page."] if setting["minutes"] else []),
-        "- Everything above stands in results.json; each run's own log in its folder.",
+        "- Everything above is in results.json; each run's own log in its folder.",
         "",
         "A model and a budget of this size say whether the code works, not whether the paper is right.",
         "",

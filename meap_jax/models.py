@@ -95,11 +95,8 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     config = read_config(folder)
     config.mesh.update(mesh or {})
     model = define_model(config)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        model.definition.shapes(),
-        model.definition.shardings(model.mesh),
-    )
+    shardings = model.definition.shardings(model.mesh)
+    shapes = jax.tree.map(lambda x, s: x.update(sharding=s), model.definition.shapes(), shardings)
     restored = restore_params(folder, shapes, step)
     tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
     return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
