@@ -4,8 +4,8 @@ python -m experiments.benchmarks.data [--repeats=N] [--quick] [--json=FILE]
 
 The pipeline is `TrainBatches` on one core, with blocks of the paper's length (4096) of the standard library's text in
 mistral's 32,000 pieces, prepared on the spot; its tokens/s are compared with those that train steps take, timed in
-turns with it. The wait is what real runs record as `data_wait`: the share of their steps' time in which the loop waited in
-`next(batches)` and the device had nothing left to do, an upper bound; from the second step on, the first compiles.
+turns with it. The wait is what real runs record as `data_wait`: the share of their steps' time in which the loop waited
+in `next(batches)` and the device had nothing left to do, an upper bound; from the second step on, the first compiles.
 """
 
 import argparse
