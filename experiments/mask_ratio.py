@@ -99,7 +99,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
       ConfigError: for anything but distinct shares with 0 among them.
     """
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        ratios = tuple(float(ratio) for ratio in text.split(","))
     except ValueError:
         ratios = ()
     if 0 not in ratios or not all(0 <= r <= 1 for r in ratios) or len(set(ratios)) < len(ratios):

@@ -304,8 +304,8 @@ def _group(row: dict[str, Any]) -> str:
 
 
 def _title(name: str) -> str:
-    source, metric = name.split("/")
-    source = source.removeprefix("test_").removesuffix("_answers")
+    evaluator, metric = name.split("/")
+    source = evaluator.removeprefix("test_").removesuffix("_answers")
     kinds = {"loss": "loss", "masked_loss": "loss, masked inputs", "accuracy": "answers exactly right, %"}
     return f"{source}: {kinds[metric]}"
 

@@ -61,7 +61,7 @@ class Checkpointer:
         )
 
     def restore(self, template: Any) -> Restored | None:
-        """The newest checkpoint that can be read; a damaged one is put aside, with a warning.
+        """Reads the newest checkpoint that can be read; a damaged one is put aside, with a warning.
 
         Args:
           template: a state of ShapeDtypeStructs that carry shardings.
@@ -110,7 +110,11 @@ class Checkpointer:
 
 
 def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
-    """The `meta` of a run's newest checkpoint that can be read; None if there is none. Reads no arrays."""
+    """Reads the `meta`, and no arrays, of a run's newest checkpoint that can be read; None if there is none.
+
+    Raises:
+      ConfigError: if it has another layout.
+    """
     if not (workdir / FOLDER).exists():
         return None
     with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
@@ -133,7 +137,7 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
 
 
 def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) -> Restored:
-    """The parameters (only) of a checkpoint; changes nothing there.
+    """Reads the parameters (only) of a checkpoint; changes nothing there.
 
     Args:
       workdir: of that run.
@@ -156,7 +160,8 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
         found = _newest_readable(manager, folder, steps, {"params": ocp.args.StandardRestore(shapes)})
     if found is None:
         raise ConfigError(
-            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; why is told above."
+            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; the reasons are logged "
+            "above."
         )
     step, read = found
     return Restored(step, read["params"], read["meta"])
@@ -165,7 +170,7 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
 def _newest_readable(
     manager: ocp.CheckpointManager, folder: epath.Path, steps: list[int], items: dict[str, ocp.args.CheckpointArgs]
 ) -> tuple[int, Any] | None:
-    """The first of `steps` of which every process can read `items` and `meta`, and what it read.
+    """Reads `items` and `meta` of the first of `steps` for which every process can; returns that step and them.
 
     A read that failed is tried once more before its checkpoint counts as damaged.
 

@@ -69,8 +69,8 @@ def parse_mesh(text: str) -> dict[str, int]:
       ConfigError: for anything else.
     """
     sizes = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
+    for entry in filter(None, text.split(",")):
+        axis, _, size = entry.partition("=")
         if axis not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise ConfigError(
                 f"--mesh is {text!r}, but must be axis=size,... with axes among {', '.join(AXES)} and sizes of 1 or "

@@ -26,11 +26,11 @@ def split(params: Params, trainable: str) -> tuple[Params, Params]:
     """
     flat = traverse_util.flatten_dict(params, sep=".")
     chosen: set[str] = set()
-    for glob in trainable.split(","):
-        found = fnmatch.filter(flat, glob.strip())
+    for glob in map(str.strip, trainable.split(",")):
+        found = fnmatch.filter(flat, glob)
         if not found:
             raise ConfigError(
-                f"trainable is {trainable!r}, but {glob.strip()!r} matches no parameter: they are {', '.join(flat)}."
+                f"trainable is {trainable!r}, but {glob!r} matches no parameter: they are {', '.join(flat)}."
             )
         chosen.update(found)
     trained = {name: leaf for name, leaf in flat.items() if name in chosen}
