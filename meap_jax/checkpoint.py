@@ -160,8 +160,8 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
         found = _newest_readable(manager, folder, steps, {"params": ocp.args.StandardRestore(shapes)})
     if found is None:
         raise ConfigError(
-            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; the reasons are logged "
-            "above."
+            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; "
+            "the reasons are logged above."
         )
     step, read = found
     return Restored(step, read["params"], read["meta"])

@@ -22,7 +22,7 @@ from meap_jax.objective import clean_inputs
 from meap_jax.rows import Row, stacked
 from tiny_runs import tiny_config
 
-V, T = 32, 24
+V, T = 40, 24  # No other dimension of the decoder is 40.
 
 
 @pytest.fixture(scope="module")
