@@ -53,7 +53,7 @@ test-parity: .parity ## compare the decoder, the optimizer and a training step w
 	.parity/bin/python -c 'import datasets, safetensors, torch, transformers'
 	JAX_PLATFORMS=cpu .parity/bin/python -m pytest -q -rs -n 2 tests/parity
 
-# The compilers stand beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
+# The compilers are beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
 # last, is what .venv/stamp is for .venv.
 test-aot: .venv ## compile for TPUs and GPUs that are not here, and check what comes out
 	@cd "$(ROOT)"
@@ -122,7 +122,7 @@ lint: .venv ## check style, types and the direction of imports
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	printf '%s\n' "$$wanted" > .venv/stamp
 
-# .beam and .parity stand in front of .venv: what their requirements files add, in other versions of some packages than
+# .beam and .parity come before .venv on the path: what their requirements add, in other versions of some packages than
 # .venv's where Apache Beam needs older ones, and all of .venv. Their stamps are like .venv/stamp, but with anything else
 # written in them they are made anew.
 .beam: .venv ## install requirements-beam.txt into .beam, if it is not there already

@@ -68,7 +68,7 @@ def row(size: str, topology: str, report: Mapping[str, Any]) -> list[str]:
 
 
 def command(argv: list[str]) -> None:
-    """The door: the sizes to compile, or all of them."""
+    """Compiles the sizes that are named, or all of them, and prints the table."""
     sizes = argv[1:] or list(TOPOLOGIES)
     for size in sizes:
         if size not in TOPOLOGIES:

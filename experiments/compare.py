@@ -117,7 +117,7 @@ def collect(jobs: list[Job]) -> Iterator[report.RunResult]:
 def compare(
     config: ml_collections.ConfigDict, workdir: epath.Path, num_seeds: int, config_flags: list[str]
 ) -> dict[str, Any]:
-    """Data, training, evaluation, report; returns what stands in results.json."""
+    """Prepares the data, trains, evaluates and writes the report; returns the content of results.json."""
     began = time.perf_counter()
     jobs = [
         Job(objective, config.seed + i, workdir / f"{objective}-seed{config.seed + i}")
@@ -142,7 +142,7 @@ def compare(
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Compares NTP with MEAP as the command line says."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", nargs="?", const="", default="3")
     parser.add_argument("--workdir")

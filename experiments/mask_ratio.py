@@ -99,7 +99,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
       ConfigError: for anything but distinct shares with 0 among them.
     """
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        ratios = tuple(float(ratio) for ratio in text.split(","))
     except ValueError:
         ratios = ()
     if 0 not in ratios or not all(0 <= r <= 1 for r in ratios) or len(set(ratios)) < len(ratios):
@@ -108,7 +108,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Runs the sweep, and writes its table, JSON and plot."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ratios", nargs="?", const="", default="0,.05,.1,.15,.2")
     parser.add_argument("--seeds", nargs="?", const="", default="3")

@@ -3,10 +3,10 @@
 A member of the population is one (ratio, seed), and sees what `meap_jax.main` with them sees on one device. Members of
 one seed share initial weights, data order and mask keys, so that ratios are paired within a seed.
 
-Every array has a leading [P] that lies over the one axis of the mesh, `population`: a member is whole on its device,
-and the devices tell each other nothing. Members of one device take turns (`jax.lax.map`). Each comes out bit-equal to
-the same model trained alone with `train_step` on one device, as tests show on CPU; XLA promises it for no backend,
-since it compiles a program for several devices by other passes than one for one.
+Every array has a leading [P] that is sharded over the one axis of the mesh, `population`: a member is whole on its
+device, and devices exchange nothing. Members of one device take turns (`jax.lax.map`). Each comes out bit-equal to the
+same model trained alone with `train_step` on one device, as tests show on CPU; XLA promises it for no backend, since it
+compiles a program for several devices by other passes than one for one.
 
 Seconds for 15 members of 2 layers on one device, 2 busy CPU cores with jax 0.12, and in brackets the median of the
 ratio to lax.map (24 November 2026, 5 to 7 interleaved rounds):

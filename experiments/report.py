@@ -249,7 +249,7 @@ def _markdown(results: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
         + f"; {setting['cores']} cores.",
         *([f"- {setting['minutes']} minutes from the first run's start to this page."] if setting["minutes"] else []),
-        "- Everything above stands in results.json; each run's own log in its folder.",
+        "- Everything above is in results.json; each run's own log in its folder.",
         "",
         "A model and a budget of this size say whether the code works, not whether the paper is right.",
         "",
@@ -304,8 +304,8 @@ def _group(row: dict[str, Any]) -> str:
 
 
 def _title(name: str) -> str:
-    source, metric = name.split("/")
-    source = source.removeprefix("test_").removesuffix("_answers")
+    evaluator, metric = name.split("/")
+    source = evaluator.removeprefix("test_").removesuffix("_answers")
     kinds = {"loss": "loss", "masked_loss": "loss, masked inputs", "accuracy": "answers exactly right, %"}
     return f"{source}: {kinds[metric]}"
 

@@ -1,13 +1,13 @@
-"""Checkpoints: what a run needs to go on exactly where it was, by orbax, as plain nested dicts with a layout version.
+"""Checkpoints: saves and restores all that a run needs to go on exactly where it was, with orbax.
 
-A step's folder holds `params` (so that another run can start from them alone), `rest` (optimizer, step, keys) and
-`meta` (JSON: layout, the whole config, the data's fingerprint and iterator state). Orbax writes beside and renames when
-complete.
+They are plain nested dicts of arrays with a layout version. A step's folder holds `params` (so that another run can
+start from them alone), `rest` (optimizer, step, keys) and `meta` (JSON: layout, the whole config, the data's
+fingerprint and iterator state). Orbax writes into a temporary folder and renames it when it is complete.
 """
 
 import logging
+import textwrap
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +28,10 @@ SECONDS_BETWEEN_READS = 2.0  # A network that drops one read is no damaged check
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back."""
+    """A checkpoint that was read."""
 
     step: int
-    state: Any  # As the template that it was asked with.
+    state: Any  # A tree like the template that was given.
     meta: dict[str, Any]
 
 
@@ -61,7 +61,7 @@ class Checkpointer:
         )
 
     def restore(self, template: Any) -> Restored | None:
-        """The newest checkpoint that can be read; a damaged one is put aside, with a warning.
+        """Reads the newest checkpoint that can be read; a damaged one is put aside, with a warning.
 
         Args:
           template: a state of ShapeDtypeStructs that carry shardings.
@@ -73,12 +73,7 @@ class Checkpointer:
           ConfigError: if there are checkpoints, but none can be read.
         """
         tree = serialization.to_state_dict(template)
-        params, rest = tree.pop("params"), tree
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            rest=ocp.args.StandardRestore(rest),
-            meta=ocp.args.JsonRestore(),
-        )
+        items = {"params": ocp.args.StandardRestore(tree.pop("params")), "rest": ocp.args.StandardRestore(tree)}
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             return None
@@ -87,7 +82,7 @@ class Checkpointer:
                 f"{self._folder} holds parameters alone, from which no run can go on: set init_from to "
                 f"{self._folder.parent}, and another --workdir."
             )
-        found = _newest_readable(self._folder, steps, lambda step: self._manager.restore(step, args=items))
+        found = _newest_readable(self._manager, self._folder, steps, items)
         if found is None:
             raise ConfigError(
                 f"none of the checkpoints in {self._folder} can be read (steps {steps}); "
@@ -95,7 +90,6 @@ class Checkpointer:
             )
         step, read = found
         self._set_aside([newer for newer in steps if newer > step])
-        _check_layout(read["meta"], self._folder)
         state = serialization.from_state_dict(template, {"params": read["params"], **read["rest"]})
         return Restored(step, state, read["meta"])
 
@@ -116,17 +110,16 @@ class Checkpointer:
 
 
 def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
-    """The `meta` of a run's newest checkpoint that can be read; None if there is none. Reads no arrays."""
+    """Reads the `meta`, and no arrays, of a run's newest checkpoint that can be read; None if there is none.
+
+    Raises:
+      ConfigError: if it has another layout.
+    """
     if not (workdir / FOLDER).exists():
         return None
-    item = ocp.args.Composite(meta=ocp.args.JsonRestore())
     with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                return manager.restore(step, args=item)["meta"]
-            except Exception as error:  # As in _newest_readable.
-                _log.warning("checkpoint %s: can't read its meta (%s)", workdir / FOLDER / str(step), _short(error))
-    return None
+        found = _newest_readable(manager, workdir / FOLDER, sorted(manager.all_steps(), reverse=True), {})
+    return found and found[1]["meta"]
 
 
 def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: int = 0) -> None:
@@ -144,7 +137,7 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
 
 
 def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) -> Restored:
-    """The parameters (only) of a checkpoint; changes nothing there.
+    """Reads the parameters (only) of a checkpoint; changes nothing there.
 
     Args:
       workdir: of that run.
@@ -157,7 +150,6 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
     folder = workdir / FOLDER
     if not folder.exists():
         raise ConfigError(f"{workdir} has no folder {FOLDER}: name the workdir of a run that has saved a checkpoint.")
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes), meta=ocp.args.JsonRestore())
     with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps:
@@ -165,30 +157,37 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
         if step is not None and step not in steps:
             raise ConfigError(f"the step is {step}, but {folder} holds {', '.join(map(str, sorted(steps)))}.")
         steps = steps if step is None else [step]
-        found = _newest_readable(folder, steps, lambda step: manager.restore(step, args=items))
+        found = _newest_readable(manager, folder, steps, {"params": ocp.args.StandardRestore(shapes)})
     if found is None:
         raise ConfigError(
-            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; why is told above."
+            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; "
+            "the reasons are logged above."
         )
     step, read = found
-    _check_layout(read["meta"], folder)
     return Restored(step, read["params"], read["meta"])
 
 
-def _newest_readable(folder: epath.Path, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any] | None:
-    """The first of `steps` that every process can read, and what `read` gave there.
+def _newest_readable(
+    manager: ocp.CheckpointManager, folder: epath.Path, steps: list[int], items: dict[str, ocp.args.CheckpointArgs]
+) -> tuple[int, Any] | None:
+    """Reads `items` and `meta` of the first of `steps` for which every process can; returns that step and them.
 
     A read that failed is tried once more before its checkpoint counts as damaged.
+
+    Raises:
+      ConfigError: if that checkpoint has another layout.
     """
     for step in steps:
         for attempt in (1, 2):
             error = None
             try:
-                value = read(step)
+                read = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
             except Exception as raised:  # Orbax raises many kinds, a bare Exception for a truncated array.
                 error = raised
             if _all_processes(error is None):
-                return step, value
+                if (layout := read["meta"].get("layout")) != LAYOUT:
+                    raise ConfigError(f"{folder} has layout {layout}, this version reads layout {LAYOUT}.")
+                return step, read
             cause = _short(error) if error else "another process failed"
             if attempt == 1:
                 _log.warning("checkpoint %s can't be read (%s): trying again", folder / str(step), cause)
@@ -202,14 +201,8 @@ def _all_processes(ok: bool) -> bool:
     return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
-def _check_layout(meta: dict[str, Any], folder: epath.Path) -> None:
-    if meta.get("layout") != LAYOUT:
-        raise ConfigError(f"{folder} has layout {meta.get('layout')}, this version reads layout {LAYOUT}.")
-
-
 def _short(error: BaseException) -> str:
     """The first cause in one line: what tensorstore said, without the specification that orbax wraps it in."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."
+    return textwrap.shorten(str(error), 200, placeholder=" ...")

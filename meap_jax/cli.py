@@ -1,4 +1,4 @@
-"""The command line of every door: flags in, one clear sentence out when something is wrong."""
+"""What all commands share: flags to configs, help, the cache of compiled programs, and errors in one sentence."""
 
 import inspect
 import logging
@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 
 
 def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collections.ConfigDict, epath.Path]:
-    """`--config=FILE [--config.field=value ...] [--workdir=DIR]` -> (checked config, absolute workdir).
+    """Parses `--config=FILE [--config.field=value ...] [--workdir=DIR]` into (checked config, absolute workdir).
 
-    Without `--workdir` it is `runs/` and the name of the config file. `needs_data=False` takes a config that has
-    still to be told where its data is.
+    Without `--workdir` it is `runs/` and the name of the config file. `needs_data=False` accepts a config whose
+    `data.path` is not set yet.
 
     Raises:
       ConfigError: for anything that cannot be a run.
@@ -53,27 +53,24 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
         if "Traceback (most recent call last)" in str(error):  # How a ValueError in the file comes.
             raise ConfigError(f"the file of --config can't be used: {str(error).strip().splitlines()[-1]}") from error
         raise ConfigError(" ".join(str(error).split())) from error
-    except AttributeError as error:
-        raise ConfigError(_no_such_field(error, argv)) from error
     except Exception as error:  # A config file is a program: anything can go wrong in it.
-        if isinstance(error, KeyError) and any(_field_of(error) in path.split(".") for path in _typed(argv)):
-            raise ConfigError(_no_such_field(error, argv)) from error  # --config.data.sources.NAME of no source.
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise ConfigError(f"the file of --config can't be used: {type(error).__name__}: {reason}") from error
+        reason = f"the file of --config can't be used: {type(error).__name__}: " + str(error).partition("\n")[0]
+        sentence = _unknown_field(error, argv) if isinstance(error, AttributeError | KeyError) else None
+        raise ConfigError(sentence or reason) from error
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, absolute(workdir)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The axes of a mesh that `--mesh=fsdp=64,tensor=1` names, and their sizes; none of "".
+    """Parses the value of `--mesh=fsdp=64,tensor=1` into {axis: size}; "" names no axis.
 
     Raises:
       ConfigError: for anything else.
     """
     sizes = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
+    for entry in filter(None, text.split(",")):
+        axis, _, size = entry.partition("=")
         if axis not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise ConfigError(
                 f"--mesh is {text!r}, but must be axis=size,... with axes among {', '.join(AXES)} and sizes of 1 or "
@@ -83,31 +80,21 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def _no_such_field(error: AttributeError | KeyError, argv: list[str]) -> str:
-    """One sentence from ml_collections' message: the field alone, and on a second line perhaps the nearest one."""
+def _unknown_field(error: AttributeError | KeyError, argv: list[str]) -> str | None:
+    """One sentence where a field, or get_config itself, is not there; None for another error.
+
+    ml_collections' message is the field alone, and on a second line perhaps the nearest one.
+    """
     if "get_config" in str(error):
         return "the file of --config has no function get_config(), which must return the config."
-    field, hint = _field_of(error), _lines_of(error)[1:]
-    groups = next((path.split(".") for path in _typed(argv) if field in path.split(".")), [field])
-    path = ".".join(groups[: groups.index(field) + 1])
-    return f"the config has no field {path!r}. {' '.join(hint)}".strip()
-
-
-def _lines_of(error: AttributeError | KeyError) -> list[str]:
-    return str(error).strip("'\"").replace("\\'", "").replace("\\n", "\n").split("\n")
-
-
-def _field_of(error: AttributeError | KeyError) -> str:
-    return _lines_of(error)[0].strip("'")
-
-
-def _typed(argv: list[str]) -> list[str]:
-    """The fields that were set on the command line."""
-    return [word.partition("=")[0].partition("config.")[2] for word in argv]
+    field, *hint = re.sub(r"""\\?'|^"|"$""", "", str(error)).replace("\\n", "\n").split("\n")
+    typed = (re.match(rf"--?config\.(.*?\b{re.escape(field)})\b", word) for word in argv)
+    path = next((match[1] for match in typed if match), field if isinstance(error, AttributeError) else None)
+    return path and f"the config has no field {path!r}. {' '.join(hint)}".strip()
 
 
 def help_on_fields() -> str:
-    """Every field of a config with its default, what is valid and what it means."""
+    """Lists every field of a config with its default, what is valid and what it means."""
     fields = fields_of(["NAME"])
     defaults = {name: field.default for name, field in fields.items()}
     lines = ["Fields of the config, set with --config.FIELD=VALUE:"]
@@ -144,12 +131,12 @@ def use_compile_cache() -> None:
 
 
 def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = False) -> None:
-    """Runs a door's command on sys.argv; a mistake of the user's ends in one sentence and exit code 1.
+    """Runs a command on sys.argv; a mistake of the user's ends in one sentence and exit code 1.
 
     Where the command's usage, the docstring of its module, has --config, `--help` prints it and every field.
 
     Args:
-      command: of the door.
+      command: called with sys.argv.
       joins_hosts: connect the processes of the run first, before anything else touches a device.
     """
     usage = sys.modules[command.__module__].__doc__ or ""
@@ -158,7 +145,7 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
         return
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     logging.getLogger("meap_jax").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells all it does at INFO.
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every detail at INFO.
     _mute_abandoned_reads()
     use_compile_cache()
     try:
@@ -175,10 +162,10 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
 
 
 def _mute_abandoned_reads() -> None:
-    """Leaves the words to us when a checkpoint is damaged.
+    """Keeps tracebacks of abandoned reads from the log when a checkpoint is damaged.
 
-    Orbax raises the first read that failed, which we tell in a line, and abandons the others: their failures would come
-    as tracebacks, from asyncio's log, from tensorstore's threads ("Event loop is closed") or when Python lets go of the
+    Orbax raises the first read that failed, which we log in a line, and abandons the others: their failures would come
+    as tracebacks, from asyncio's log, from tensorstore's threads ("Event loop is closed") or when Python collects the
     coroutines.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

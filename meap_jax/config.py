@@ -18,10 +18,10 @@ from ml_collections.config_dict import placeholder
 from meap_jax.errors import ConfigError
 from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
 
-EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others stand in data.sources.
+EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
 
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
-# Where data lies may change, since a fingerprint tells whether it is the same.
+# The path of data may change, since its content is compared by a fingerprint.
 MAY_CHANGE_ON_RESUME = (
     "num_steps", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
     "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
@@ -38,14 +38,14 @@ PAPER_SIZES = {
 
 
 def base() -> ml_collections.ConfigDict:
-    """All fields with their defaults; the sizes are those of a toy, the recipe is the paper's."""
+    """Makes a config of all fields with their defaults: the sizes of a toy, the paper's recipe."""
     c = _with_defaults({})
     c.data.sources["text"] = text_source(c.data.get_ref("path"))
     return c.lock()  # A misspelt field in a config file is an error, not a new field.
 
 
 def read_back(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A config from the nested dict that a run wrote; fields that its version did not have have their defaults.
+    """Makes a config from the nested dict that a run wrote; fields that its version lacked get their defaults.
 
     Raises:
       ConfigError: it has fields that this version doesn't know.
@@ -58,7 +58,7 @@ def read_back(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def _with_defaults(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A config of these fields, nested, and all others as the table has them."""
+    """Makes a config of these fields, nested, and the defaults of all others."""
     nested: dict[str, Any] = copy.deepcopy(dict(fields))
     sources = nested.setdefault("data", {}).setdefault("sources", {})
     for name, field in fields_of(sources).items():
@@ -68,18 +68,18 @@ def _with_defaults(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def _initial(field: Field) -> Any:
-    """What a field holds until it is set; ml_collections can override neither None nor a list."""
+    """The value of a field until it is set; ml_collections can override neither None nor a list."""
     return placeholder(field.default) if isinstance(field.default, type) else field.default
 
 
 def text_source(path: Any = None) -> ml_collections.ConfigDict:
-    """Fields of a source of text, with their defaults; `add_source` gives a config one more of them."""
+    """Makes a group of data.sources: its fields with their defaults."""
     fields = {name: _initial(field) for name, field in SOURCE_FIELDS.items()}
     return ml_collections.ConfigDict(fields if path is None else fields | {"path": path})
 
 
 def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fields: Any) -> None:
-    """Gives a config one more source of text, whose name the mixture can then use; `path` may be a reference."""
+    """Adds a source of text to a config, whose name the mixture can then use; `path` may be a reference."""
     if unknown := ", ".join(sorted(fields.keys() - text_source().keys())):
         raise ConfigError(f"add_source of {name} was given {unknown}, but sources have {', '.join(text_source())}.")
     with c.unlocked():
@@ -88,14 +88,12 @@ def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fiel
 
 
 def paper(size: str, objective: str) -> ml_collections.ConfigDict:
-    """Pre-training as in section 4.1 and Table 11 of the paper; `size` is a key of `PAPER_SIZES`."""
+    """Makes the config of pre-training in section 4.1 and Table 11 of the paper; `size` is a key of `PAPER_SIZES`."""
     c = base()
     shape = dict(PAPER_SIZES[size])
     c.num_steps = shape.pop("num_steps")
-    c.model.update(shape)
+    c.model.update(shape | dict(dtype="bfloat16", remat="dots"))
     c.model.head_dim = c.model.embed_dim // c.model.num_heads
-    c.model.dtype = "bfloat16"
-    c.model.remat = "dots"
     c.seed = 3407
     c.seq_len = 4096
     c.global_batch_size = 256
@@ -113,15 +111,14 @@ def paper(size: str, objective: str) -> ml_collections.ConfigDict:
 
 def seed_of(config: ml_collections.ConfigDict, name: str) -> int:
     """The seed for one use ("init", "data", "mask" or "noise"): its own if set, else the run's."""
-    own = config.seeds[name]
-    return config.seed if own is None else own
+    return config.seed if config.seeds[name] is None else config.seeds[name]
 
 
 def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """`data.mixture` as {source: weight}, in the order written."""
+    """Parses `data.mixture` into {name of a source: weight}, in the order written."""
     weights: dict[str, float] = {}
-    for part in config.data.mixture.split(","):
-        name, _, weight = part.strip().partition("=")
+    for entry in config.data.mixture.split(","):
+        name, _, weight = entry.strip().partition("=")
         if name in weights:
             raise ConfigError(f"data.mixture is {config.data.mixture!r}, but must name {name} once.")
         try:
@@ -131,14 +128,14 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
         known = dict.fromkeys([*EMBEDDED_SOURCES, *config.data.sources])
         if name not in known or not 0 < weights[name] < math.inf:
             raise ConfigError(
-                f"data.mixture is {config.data.mixture!r}, but {part.strip()!r} is not source=weight with a positive "
+                f"data.mixture is {config.data.mixture!r}, but {entry.strip()!r} is not source=weight with a positive "
                 f"weight and a source among {', '.join(known)}."
             )
     return weights
 
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Nested fields as {"model.num_layers": 2, ...}."""
+    """Flattens nested fields to {"model.num_layers": 2, ...}."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict | ml_collections.ConfigDict):
@@ -149,7 +146,7 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[
 
 
 def changed_on_resume(old: Mapping[str, Any], new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Fields in which a resumed run may not differ but does: {name: (checkpoint's value, config's value)}."""
+    """Finds fields in which a resumed run may not differ but does: {name: (checkpoint's value, config's value)}."""
     a, b = flatten(_with_defaults(old)), flatten(new)
     return {
         name: (a.get(name), b.get(name))
@@ -159,7 +156,7 @@ def changed_on_resume(old: Mapping[str, Any], new: ml_collections.ConfigDict) ->
 
 
 def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None:
-    """Stops a config that cannot work, before anything is compiled.
+    """Checks that a config can work, before anything is compiled.
 
     Args:
       config: of a run.
@@ -176,7 +173,7 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
 
 
 def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group: str = "") -> None:
-    """Makes the checks of a table of fields; `group` goes before their names in the sentence."""
+    """Runs the checks of a table of fields; `group` is put before their names in the error."""
     for name, field in fields.items():
         value = values[name]
         for check in field.checks:
@@ -185,7 +182,7 @@ def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group:
 
 
 def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
-    """Whether a source's path is data.path itself; of a config that was read back, which has no references, text's."""
+    """Whether a source's path is data.path itself: a reference to it, or text's in a config that was read back."""
     try:
         return config.data.sources[name].get_ref("path") is config.data.get_ref("path")
     except ValueError:  # A plain None has no reference.
@@ -193,7 +190,7 @@ def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
 
 
 def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:
-    """One group of data.sources."""
+    """Checks one group of data.sources."""
     source, group = config.data.sources[name], f"data.sources.{name}"
     path = "data.path" if _is_data_path(config, name) else f"{group}.path"
     if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "tokenizer":

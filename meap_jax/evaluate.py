@@ -19,7 +19,6 @@ from meap_jax.data.prepared import Prepared
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.models import open_model
 from meap_jax.paths import absolute
-from meap_jax.results import Result
 from meap_jax.run import check_data, open_data
 
 
@@ -41,7 +40,7 @@ def evaluate(
       mesh: sizes of its axes, in place of the config's.
 
     Returns:
-      As `as_json`, with the `step` of the checkpoint.
+      {"step": of the checkpoint, "metrics": {evaluator/metric: interval}, "examples": {evaluator: [records]}}.
 
     Raises:
       ConfigError, DataError: if the model or its data cannot be read.
@@ -54,27 +53,17 @@ def evaluate(
         check_data(prepared, opened.meta, workdir)
         return prepared
 
-    setting = Setting(opened.model, split, data)
+    evaluators = make_evaluators(Setting(opened.model, split, data), config.eval.tasks if tasks is None else tasks)
+    report: dict[str, Any] = {"step": opened.step, "metrics": {}, "examples": {}}
     with jax.set_mesh(opened.model.mesh):
-        evaluators = make_evaluators(setting, config.eval.tasks if tasks is None else tasks)
-        results = {name: evaluator.run(opened.params) for name, evaluator in evaluators.items()}
-    return {"step": opened.step, **as_json(results)}
-
-
-def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Results in the form in which they are kept: {"metrics": {name: interval}, "examples": {evaluator: [records]}}."""
-    return {
-        "metrics": {
-            f"{name}/{key}": interval._asdict()
-            for name, result in results.items()
-            for key, interval in result.metrics.items()
-        },
-        "examples": {name: result.examples for name, result in results.items()},
-    }
+        for name, evaluator in evaluators.items():
+            metrics, report["examples"][name] = evaluator.run(opened.params)
+            report["metrics"] |= {f"{name}/{key}": interval._asdict() for key, interval in metrics.items()}
+    return report
 
 
 def command(argv: list[str]) -> None:
-    """Evaluates the run that the command line names."""
+    """Evaluates the run that the command line names, prints its metrics and writes its JSON."""
     parser = argparse.ArgumentParser(prog="python -m meap_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of a run that has saved a checkpoint")
     parser.add_argument("--split", default="test", choices=("validation", "test"))

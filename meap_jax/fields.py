@@ -1,7 +1,7 @@
 """Every field of a config, each in one place: its name, its default, what it means in which unit, and what is valid.
 
-A new field is a line in `FIELDS`. Its default must mean what the code did before there was the field, for that is how
-configs of older runs are read.
+A new field is a line in `FIELDS`. Its default must mean what the code did before the field existed, since configs of
+older runs are read with it.
 """
 
 import math
@@ -17,7 +17,7 @@ Values = Mapping[str, Any]  # All fields beside the one that is checked: of the 
 
 
 class Check(NamedTuple):
-    """One rule for the value of a field."""
+    """One condition that the value of a field must meet."""
 
     is_valid: Callable[[Any, Values], bool]
     expected: Callable[[Values], str]  # The end of the sentence "FIELD is VALUE, but must be ...".
@@ -28,27 +28,27 @@ class Check(NamedTuple):
 class Field:
     """One field of a config.
 
-    Its checks are made in their order. One that reads other fields comes after theirs: it stands below them in the
-    table.
+    Its checks run in their order. A check that reads other fields must run after theirs, so its field comes below them
+    in the table.
     """
 
     def __init__(self, default: Any, doc: str, *checks: Check):
-        """`default` is the type where the field is unset (None) unless somebody sets it; no check is made then."""
+        """`default` is a type where the field is None until it is set; None is not checked."""
         self.default, self.doc, self.checks = default, doc, checks
 
 
 def rule(is_valid: Callable[[Any], bool], expected: str, *wrong: Any) -> Check:
-    """A check that needs no other field."""
+    """Makes a check that needs no other field; `wrong` are values that break it, for tests."""
     return Check(lambda value, _: is_valid(value), lambda _: expected, wrong)
 
 
 def at_least(low: int) -> Check:
-    """A finite number from `low` on."""
+    """Makes a check for a finite number of `low` or more."""
     return rule(lambda v: low <= v < math.inf, f"at least {low}" if low else "0 or more", low - 1)
 
 
 def at_most(*others: str) -> Check:
-    """No more than any of some other fields."""
+    """Makes a check for a value no greater than any of these fields."""
     return Check(
         lambda value, of: value <= min(of[other] for other in others),
         lambda of: f"at most {' and '.join(f'{other} ({of[other]})' for other in others)}",
@@ -57,12 +57,12 @@ def at_most(*others: str) -> Check:
 
 
 def one_of(*words: str) -> Check:
-    """One of some words."""
+    """Makes a check for one of these words."""
     return rule(words.__contains__, f"one of {', '.join(words)}", "unheard-of")
 
 
 def divides(other: str) -> Check:
-    """A divisor of another field."""
+    """Makes a check for a divisor of another field."""
     return Check(lambda value, of: of[other] % value == 0, lambda of: f"a divisor of {other} ({of[other]})", wrong=(3,))
 
 
@@ -112,7 +112,7 @@ NEEDS_LONG_FROM = Check(
 
 # fmt: off
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, "Of the whole run: of the seeds below, where they are unset.", SEED),
+    "seed": Field(0, "Of the whole run; each of the seeds below that is set takes its place for one use.", SEED),
     **{f"seeds.{name}": Field(int, f"Of {use}.", SEED) for name, use in SEEDS.items()},
     "num_steps": Field(1_000, "Optimizer steps.", at_least(1)),
     "global_batch_size": Field(32, "Sequences a step, over all devices and micro-batches.", at_least(1)),
@@ -173,7 +173,7 @@ FIELDS: dict[str, Field] = {
     "mesh.context": Field(1, "Devices over which a sequence is split.", NUM_DEVICES),
 
     "data.mixture": Field("stdlib=1", "source=weight,...; sources: stdlib, retrieval, and those of data.sources."),
-    "data.path": Field(str, "That of the source text: data.sources.text.path is this very field."),
+    "data.path": Field(str, "Files of the source named text; the same field as data.sources.text.path."),
     "data.tokenizer": Field("bpe", "bpe: trained on the corpus, model.vocab_size ids; mistral: 32,000 pieces + [MASK]; "
         "tekken: 131,072 ids + [MASK]; or the path of a tokenizer.model (SentencePiece), tokenizer.json (Hugging "
         "Face), tekken.json or a folder of one.", TOKENIZER),
@@ -215,7 +215,7 @@ SOURCE_FIELDS: dict[str, Field] = {  # Of each group data.sources.NAME.
     "path": Field(str, "A file, a folder or a glob of .txt, .jsonl or .parquet (.jsonl also with .gz or .zst), local "
         "or a bucket's; a dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as "
         "prepared:/data/frozen/c4/text."),
-    "validation": Field("", "The like for documents to hold out, half of them for test; empty: data.holdout of path."),
+    "validation": Field("", "Files, as in path, to hold out, half of them for test; empty: data.holdout of path."),
     "field": Field("text", "Where a record has its text; dots go deeper."),
     "where": Field("", "field=value: takes only such records, as meta.redpajama_set_name=RedPajamaGithub.",
         rule(lambda v: not v or "=" in v, "empty or field=value", "novalue")),
@@ -230,5 +230,5 @@ SOURCE_FIELDS: dict[str, Field] = {  # Of each group data.sources.NAME.
 
 
 def fields_of(sources: Iterable[str]) -> dict[str, Field]:
-    """All fields of a config that has these groups in `data.sources`."""
+    """Returns all fields of a config that has these groups in `data.sources`."""
     return FIELDS | {f"data.sources.{name}.{key}": field for name in sources for key, field in SOURCE_FIELDS.items()}

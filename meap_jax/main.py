@@ -65,13 +65,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         save_tokenizer(workdir, run.prepared.tokenizer)
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
     tokens = config.global_batch_size * config.seq_len
+    flops = model_flops(run.definition.config, config.seq_len, tokens)
     chip = detect(run.mesh.devices.flat[0].device_kind)
-    work = StepWork(
-        tokens=tokens,
-        flops=model_flops(run.definition.config, config.seq_len, tokens),
-        num_devices=run.mesh.size,
-        peak_flops=chip and chip.peak_flops,
-    )
+    work = StepWork(tokens=tokens, flops=flops, num_devices=run.mesh.size, peak_flops=chip and chip.peak_flops)
     writer = MetricsWriter(workdir, start=begin.step, num_steps=config.num_steps, work=work) if is_first else NoWriter()
     if config.profile.num_steps and begin.step >= config.profile.start:
         _log.info("no trace: profile.start is %d, and the run goes on after step %d", config.profile.start, begin.step)
@@ -114,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 
 
 def command(argv: list[str]) -> None:
-    """Trains the model of the command line."""
+    """Trains as the command line says."""
     config, workdir = cli.parse_config(argv)
     train(config, workdir, process_began())
 

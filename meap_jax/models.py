@@ -1,7 +1,7 @@
 """Opens a model apart from its data: from the workdir of a run, an imported folder, or a fresh config.
 
 Such a folder holds `config.json`, `checkpoints/` and `tokenizer/`, the tokenizer's files, whose hash every checkpoint
-remembers. An imported one has a checkpoint of parameters alone, at step 0.
+names. An imported one has a checkpoint of parameters alone, at step 0.
 """
 
 import json
@@ -29,7 +29,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class Model(NamedTuple):
-    """A model that has no parameters yet: what it computes, and the devices that compute it."""
+    """A model without its parameters: its config, the mesh that it runs on, and what it computes."""
 
     config: ml_collections.ConfigDict
     mesh: Mesh
@@ -49,7 +49,7 @@ class OpenModel(NamedTuple):
 def define_model(
     config: ml_collections.ConfigDict, mesh: Mesh | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Model:
-    """The definition and the mesh of a config; allocates nothing.
+    """Makes the definition and the mesh of a config; allocates nothing.
 
     Args:
       config: checked by `meap_jax.config.check`.
@@ -70,7 +70,7 @@ def define_model(
 
 
 def fresh_model(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> OpenModel:
-    """A model with parameters drawn from the seed of a config, as a run of it begins.
+    """Makes a model with parameters drawn from the seed of a config, as a run of it begins.
 
     Raises:
       ConfigError: as `define_model`, or for a tokenizer that can't be opened.
@@ -82,7 +82,7 @@ def fresh_model(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> 
 
 
 def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, int] | None = None) -> OpenModel:
-    """The model of a run, or one that was imported; reads no data.
+    """Opens the model of a run, or one that was imported; reads no data.
 
     Args:
       folder: absolute; see the module.
@@ -95,11 +95,8 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     config = read_config(folder)
     config.mesh.update(mesh or {})
     model = define_model(config)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        model.definition.shapes(),
-        model.definition.shardings(model.mesh),
-    )
+    shardings = model.definition.shardings(model.mesh)
+    shapes = jax.tree.map(lambda x, s: x.update(sharding=s), model.definition.shapes(), shardings)
     restored = restore_params(folder, shapes, step)
     tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
     return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
@@ -114,16 +111,16 @@ def write_config(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
-    """The config that stands in a model's folder.
+    """Reads the config in a model's folder.
 
     Raises:
       ConfigError: if there is none, it is damaged, or another version wrote it.
     """
     file = folder / CONFIG_FILE
-    if not file.exists():
-        raise ConfigError(f"{folder} holds no {CONFIG_FILE}: name the workdir of a run.")
     try:
         return config_lib.read_back(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} holds no {CONFIG_FILE}: name the workdir of a run.") from error
     except ConfigError as error:
         raise ConfigError(f"{file} {error}") from error
     except ValueError as error:
@@ -142,7 +139,7 @@ def save_tokenizer(folder: epath.Path, tokenizer: tokenizers.Tokenizer) -> str:
 
 
 def open_tokenizer(folder: epath.Path, expected_hash: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a model's folder.
+    """Opens the tokenizer in a model's folder.
 
     Raises:
       ConfigError: if it isn't there, or isn't the one that the model was trained with.

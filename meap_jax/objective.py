@@ -1,8 +1,8 @@
 """What a batch becomes under an objective: next-token prediction (NTP), MEAP, and the controls the paper lacks.
 
-All of them are NTP with something in the gaps of the *input*: nothing hidden (ntp), `[MASK]` (meap), a random token
-(random_tokens) or a zero embedding (token_dropout). With one mask key they hide the same positions. Targets are always
-the clean next tokens, and the loss covers every target that is not padding.
+All of them are NTP in which some *input* positions, the gaps, are replaced: none (ntp), by `[MASK]` (meap), by a random
+token (random_tokens) or by a zero embedding (token_dropout). With one mask key they replace the same positions. Targets
+are always the clean next tokens, and the loss covers every target that is not padding.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from meap_jax.rows import AnyArray, Row
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The static half: fields as in `meap_jax.config.base`."""
+    """What is static: fields as in `meap_jax.config.base`."""
 
     name: str
     mask_ratio: float
@@ -35,7 +35,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Objective":
-        """From a run's config; NTP is the ratio 0.
+        """Makes the objective of a run's config; NTP has the ratio 0.
 
         Raises:
           ConfigError: an objective that is not registered.
@@ -49,7 +49,7 @@ class Objective:
 
 
 class Inputs(NamedTuple):
-    """What the decoder is given and asked for; one axis more in front where micro-batches are stacked."""
+    """Inputs and targets of the decoder; one axis more in front where micro-batches are stacked."""
 
     tokens: Int32[Array, "*micro B T"]  # Corrupted.
     targets: Int32[Array, "*micro B T"]  # The clean next tokens.
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
     @property
     def visibility(self) -> Visibility:
-        """Who sees whom."""
+        """Which positions each position attends to."""
         visibility = causal(self.tokens, self.segment_ids)
         positions = visibility.positions if self.positions is None else self.positions
         return visibility._replace(positions=positions, branch_ids=self.branch_ids)
@@ -87,7 +87,7 @@ def put_random_tokens(clean: Inputs, gaps: jax.Array, key: jax.Array, objective:
 
 
 def drop_embeddings(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
-    """Has a zero stand for the embeddings in the gaps; others are not scaled up, so that nothing else differs."""
+    """Sets the embeddings in the gaps to zero; others are not scaled up, so that nothing else differs."""
     return clean._replace(keep_embedding=~gaps)
 
 
@@ -101,13 +101,13 @@ OBJECTIVES: dict[str, Corruption] = {
 
 
 def named_keys(config: ml_collections.ConfigDict) -> dict[str, Key[Array, ""]]:
-    """One key a use: init, data, mask, noise. `seed` gives all four; `seeds.mask` and so on set one alone."""
+    """Makes a key for each use: init, data, mask, noise. `seed` gives all four, `seeds.mask` that of masks alone."""
     return {name: jax.random.fold_in(jax.random.key(seed_of(config, name)), i) for i, name in enumerate(SEEDS)}
 
 
 def clean_inputs(row: Row) -> Inputs:
-    """A batch of rows, [B, L] each with L = T + 1, under plain next-token prediction."""
-    inputs, targets = (jax.tree.map(lambda x, part=part: x[:, part], row) for part in (slice(-1), slice(1, None)))
+    """Makes the inputs of plain next-token prediction from a batch of rows, [B, L] each with L = T + 1."""
+    inputs, targets = (jax.tree.map(lambda x, cut=cut: x[:, cut], row) for cut in (slice(-1), slice(1, None)))
     weights = jnp.ones(targets.tokens.shape, jnp.float32) if targets.loss_weights is None else targets.loss_weights
     if targets.segment_ids is not None:
         weights = jnp.where(targets.segment_ids != 0, weights, 0.0)
@@ -129,11 +129,11 @@ def make_inputs(
     step: Int[Array, ""],
     ratio: Float[Array, ""] | None = None,
 ) -> Inputs:
-    """The inputs of one step, from the whole global batch: call it before micro-batches are cut and outside any remat.
+    """Makes the inputs of one step from the whole global batch, before it is cut into micro-batches; not under remat.
 
     Args:
       row: a batch of rows, [B, L] with L = T + 1. Padding is never masked.
-      objective: what stands in the gaps, and where they are.
+      objective: what replaces the gaps, and where they are.
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
@@ -149,9 +149,22 @@ def make_inputs(
     fraction = objective.mask_ratio if ratio is None else ratio
     if isinstance(fraction, float) and fraction == 0:
         return clean
-    gaps = _gaps(
-        clean, _eligible(clean, row.maskable), objective, jax.random.fold_in(keys["mask"], step), step, fraction
-    )
+    eligible = _eligible(clean, row.maskable)
+    if objective.strategy == "official":
+        table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
+        gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
+        gaps = gaps if eligible is None else gaps & eligible
+    else:
+        _, gaps = mask_tokens(
+            jax.random.fold_in(keys["mask"], step),
+            clean.tokens,
+            fraction,
+            mask_id=objective.mask_id,
+            eligible=eligible,
+            segment_ids=clean.segment_ids,
+            strategy=objective.strategy,
+            span_length=objective.span_length,
+        )
     noise_key = jax.random.fold_in(keys["noise"], step)
     return OBJECTIVES[objective.name](clean, gaps, noise_key, objective)._replace(is_masked=gaps)
 
@@ -163,29 +176,3 @@ def _eligible(clean: Inputs, maskable: Bool[AnyArray, "B L"] | None) -> Bool[Arr
         return eligible
     allowed = jnp.asarray(maskable[:, :-1])
     return allowed if eligible is None else allowed & eligible
-
-
-def _gaps(
-    clean: Inputs,
-    eligible: Bool[Array, "B T"] | None,
-    objective: Objective,
-    key: Key[Array, ""],
-    step: Int[Array, ""],
-    fraction: float | Float[Array, ""],
-) -> Bool[Array, "B T"]:
-    """Which inputs are hidden."""
-    if objective.strategy == "official":
-        table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
-        gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
-        return gaps if eligible is None else gaps & eligible
-    _, gaps = mask_tokens(
-        key,
-        clean.tokens,
-        fraction,
-        mask_id=objective.mask_id,
-        eligible=eligible,
-        segment_ids=clean.segment_ids,
-        strategy=objective.strategy,
-        span_length=objective.span_length,
-    )
-    return gaps

@@ -9,7 +9,7 @@ import optax
 
 
 def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """The rate of each optimizer step, counted from 0.
+    """Makes the schedule: the learning rate of each optimizer step, counted from 0.
 
     Linear from 0 to the peak over `warmup_fraction * num_steps`, then cosine to `final_fraction` of it at `num_steps`.
     Step s uses the schedule at s + 1, so that the first step moves, as that of the official code does with its last
@@ -28,10 +28,10 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW, decoupled weight decay times the learning rate.
+    """Makes AdamW, with clipping by global norm before it and decoupled weight decay times the learning rate.
 
     `decay_on="all"` decays every parameter, norms and embeddings too, as the official code does
-    (`torch.optim.AdamW(model.parameters(), ...)`); "matrices" spares the norms.
+    (`torch.optim.AdamW(model.parameters(), ...)`); "matrices" leaves out the norms.
     """
     o = config.optimizer
     return optax.chain(
@@ -43,7 +43,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def _with_moments_in(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Adam that stores both moments in `dtype` between steps and computes with them in float32.
+    """Makes Adam store both moments in `dtype` between steps; it computes with them in float32.
 
     (optax's mu_dtype is for the first alone.) With b2 = 0.95 a step moves the second moment by up to a twentieth, which
     bfloat16's steps of 1/256 can hold; with b2 = 0.999 they could not.
@@ -69,7 +69,7 @@ def _is_matrix(params: Any) -> Any:
     """Whether each parameter is a matrix: a tree of bools like that of the parameters."""
 
     def decays(path: tuple[Any, ...], p: jax.Array) -> bool:
-        # Layers are stacked, so that a norm's scale is [L, D] and its axes don't tell: its name does.
+        # Layers are stacked, so that a norm's scale is [L, D] too: only its name shows it.
         is_scale = any("norm" in str(getattr(key, "key", key)) for key in path)
         return not is_scale and jnp.ndim(p) >= 2
 

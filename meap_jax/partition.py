@@ -1,4 +1,4 @@
-"""Which parameters train: names that an optimizer step changes, and the rest, which it leaves as they are.
+"""Splits parameters into those that an optimizer step changes and those that it leaves as they are.
 
 A parameter's name is its path with dots, such as layers.attn.q_proj. Gradients and moments exist for what trains only.
 """
@@ -26,19 +26,18 @@ def split(params: Params, trainable: str) -> tuple[Params, Params]:
     """
     flat = traverse_util.flatten_dict(params, sep=".")
     chosen: set[str] = set()
-    for glob in trainable.split(","):
-        found = fnmatch.filter(flat, glob.strip())
+    for glob in map(str.strip, trainable.split(",")):
+        found = fnmatch.filter(flat, glob)
         if not found:
             raise ConfigError(
-                f"trainable is {trainable!r}, but {glob.strip()!r} matches no parameter: they are {', '.join(flat)}."
+                f"trainable is {trainable!r}, but {glob!r} matches no parameter: they are {', '.join(flat)}."
             )
         chosen.update(found)
-    parts = ({name: leaf for name, leaf in flat.items() if (name in chosen) == trains} for trains in (True, False))
-    trained, frozen = (traverse_util.unflatten_dict(part, sep=".") for part in parts)
-    return trained, frozen
+    trained = {name: leaf for name, leaf in flat.items() if name in chosen}
+    frozen = {name: leaf for name, leaf in flat.items() if name not in chosen}
+    return traverse_util.unflatten_dict(trained, sep="."), traverse_util.unflatten_dict(frozen, sep=".")
 
 
 def merge(trained: Params, frozen: Params) -> Params:
-    """All parameters, from the two parts that `split` gave."""
-    flat = (traverse_util.flatten_dict(part, sep=".") for part in (trained, frozen))
-    return traverse_util.unflatten_dict({name: leaf for part in flat for name, leaf in part.items()}, sep=".")
+    """Joins the two trees that `split` gave."""
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen))

@@ -1,4 +1,4 @@
-"""Opens a run, which is a model and its data, and decides where its parameters start."""
+"""Opens a run, which is a model and its data, and restores, imports or draws the state that it starts from."""
 
 import importlib.metadata
 import logging
@@ -23,7 +23,7 @@ from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.models import Model, define_model
 from meap_jax.paths import absolute
-from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params, state_shardings
+from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class Run(NamedTuple):
-    """A model, where its run leaves what it makes, and its data."""
+    """A model, its workdir and its data."""
 
     config: ml_collections.ConfigDict
     mesh: Mesh
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh | None = None) -> Run:
-    """Mesh, model definition and data of a config that was checked.
+    """Makes the mesh and the model definition of a config that was checked, and opens its data.
 
     Args:
       config: of the run.
@@ -54,13 +54,17 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
       mesh: takes the place of the config's.
 
     Raises:
-      ConfigError, DataError: for a mesh, batch or data that do not fit.
+      ConfigError, DataError: for a mesh, batch or data that do not fit, or checkpoints in the workdir that were made
+        with another config or on other data.
     """
     model = define_model(config, mesh)
     meta = newest_meta(workdir)
     if meta is not None:
-        check_resume(config, meta, workdir)  # Before the data: it may lie in the workdir, and be the other config's.
-    return Run(*model, workdir, open_data(config, workdir))
+        check_resume(config, meta, workdir)  # Before the data: it may be in the workdir, and the other config's.
+    prepared = open_data(config, workdir)
+    if meta is not None:
+        check_data(prepared, meta, workdir)
+    return Run(*model, workdir, prepared)
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
@@ -97,7 +101,7 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
 def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
     """Stops a run that would take more passes over a source than the config allows.
 
-    A source that ran out on the way would change the mixture in the middle of a run.
+    The alternative, to leave out a source that was read often enough, would change the mixture in the middle of a run.
 
     Raises:
       ConfigError: naming the source, its passes, and the steps at most.
@@ -120,10 +124,10 @@ def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:
 
 
 def check_resume(config: ml_collections.ConfigDict, meta: dict[str, Any], workdir: epath.Path) -> None:
-    """Stops a config that would go on from a checkpoint of another experiment.
+    """Compares a config with that of a checkpoint from which it would go on.
 
     Raises:
-      ConfigError: naming the fields that differ.
+      ConfigError: naming the fields that differ and may not.
     """
     changed = changed_on_resume(meta["config"], config)
     if changed:
@@ -134,10 +138,10 @@ def check_resume(config: ml_collections.ConfigDict, meta: dict[str, Any], workdi
 
 
 def check_data(prepared: Prepared, meta: dict[str, Any], workdir: epath.Path) -> None:
-    """Stops where the checkpoint in `workdir` was made on other data.
+    """Compares prepared data with that of a checkpoint in `workdir`.
 
     Raises:
-      ConfigError: naming both fingerprints.
+      ConfigError: naming both fingerprints where they differ.
     """
     if meta["fingerprint"] != prepared.fingerprint:
         raise ConfigError(
@@ -147,7 +151,7 @@ def check_data(prepared: Prepared, meta: dict[str, Any], workdir: epath.Path) ->
 
 
 class Start(NamedTuple):
-    """Where a run begins."""
+    """The state that a run starts from."""
 
     step: int
     state: TrainState
@@ -155,18 +159,13 @@ class Start(NamedTuple):
 
 
 def start(run: Run, checkpointer: Checkpointer) -> Start:
-    """Decides where a run begins.
+    """Restores, imports or draws the state that a run starts from: the first of these that there is.
 
     1. Its own newest readable checkpoint: everything goes on as it was.
     2. `init_from`: the parameters of another run, with a fresh optimizer, step 0 and the first block of data.
     3. From scratch.
     """
-    shardings = state_shardings(run.config, run.definition, run.mesh)
     template, _ = abstract_inputs(run.config, run.definition, run.mesh)
-
-    meta = newest_meta(run.workdir)
-    if meta is not None:
-        check_data(run.prepared, meta, run.workdir)
     restored = checkpointer.restore(template)
     if restored is not None:
         _log.info("resuming from step %d of %s", restored.step, run.workdir)
@@ -174,19 +173,18 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
             _log.info("nothing is left to do: num_steps is %d", run.config.num_steps)
         return Start(restored.step, restored.state, restored.meta["data"])
 
+    shardings = jax.tree.map(lambda x: x.sharding, template)
     if run.config.init_from is not None:
         fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
         return Start(0, fresh(imported_params(run)), None)
-
-    fresh = jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)
-    return Start(0, fresh(), None)
+    return Start(0, jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)(), None)
 
 
 def imported_params(run: Run) -> Params:
-    """The parameters that `init_from` names.
+    """Reads the parameters of the run that `init_from` names.
 
     Raises:
-      ConfigError: if there are none of this shape, or their tokens mean something else here.
+      ConfigError: if there are none of this shape, or they were trained with another tokenizer.
     """
     template, _ = abstract_inputs(run.config, run.definition, run.mesh)
     restored = restore_params(absolute(epath.Path(run.config.init_from)), template.params)
@@ -213,6 +211,6 @@ def make_folder(name: str, folder: epath.Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the run runs on, for the record."""
+    """Versions of Python and of the packages that decide a result, and the backend."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "backend": jax.default_backend(), "meap_jax": __version__}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32
 
 from meap_jax import partition, sharding
 from meap_jax.data.spec import data_spec
@@ -58,8 +58,8 @@ def train_step(
       state: before the step.
       batch: rows of T + 1 tokens, the whole global batch.
       ratio: replaces the objective's mask ratio; may be traced.
-      definition, objective, optimizer, schedule, trainable, grad_accum_steps: static; `trainable` is the field of the
-        config: which parameters the step changes. All else that it knows of parameters is of those.
+      definition, objective, optimizer, schedule, trainable, grad_accum_steps: static. `trainable` is the field of the
+        config that names the parameters which train: gradients, moments and updates exist for those only.
       loss_options: static too, `chunk_size` and `z_loss` of `meap_jax.losses.linear_cross_entropy`.
 
     Returns:
@@ -113,31 +113,25 @@ def summed_loss(definition: Definition, params: Params, inputs: Inputs, **option
 
 
 def num_inputs(inputs: Inputs) -> jax.Array | int:
-    """Inputs that are no padding."""
+    """Counts the inputs that are not padding."""
     return inputs.tokens.size if inputs.segment_ids is None else (inputs.segment_ids != 0).sum()
 
 
 def micro_batches(inputs: Inputs, num: int) -> Inputs:
     """Stacks `num` micro-batches; the i-th takes rows i, i + num, ..., so that every device keeps its own rows."""
-
-    def dealt(x: Shaped[Array, "B T"]) -> Shaped[Array, "num B/num T"]:
-        return x.reshape(-1, num, x.shape[1]).swapaxes(0, 1)
-
-    return jax.tree.map(dealt, inputs)
+    return jax.tree.map(lambda x_BxT: x_BxT.reshape(-1, num, x_BxT.shape[1]).swapaxes(0, 1), inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
 
 
 def init_state(config: ml_collections.ConfigDict, definition: Definition) -> TrainState:
-    """Step 0, from the seeds of the config."""
-    keys = named_keys(config)
-    params = definition.init(keys["init"])
-    return state_of_params(config, params)
+    """Makes the state of step 0 from the seeds of the config."""
+    return state_of_params(config, definition.init(named_keys(config)["init"]))
 
 
 def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainState:
-    """Step 0 with these parameters and a fresh optimizer."""
+    """Makes the state of step 0 with these parameters and a fresh optimizer."""
     keys = named_keys(config)
     key_data = {name: jax.random.key_data(keys[name]) for name in ("mask", "noise")}
     trained, _ = partition.split(params, config.trainable)
@@ -145,11 +139,11 @@ def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainS
 
 
 def state_shardings(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> TrainState:
-    """The sharding of each array of the state: of a moment that of its parameter; the rest is on every device."""
+    """The sharding of each array of the state. Moments are sharded as their parameters; the rest is replicated."""
     params = definition.shardings(mesh)
     trained, shapes = (partition.split(tree, config.trainable)[0] for tree in (params, definition.shapes()))
     optimizer = make_optimizer(config)
-    everywhere: Any = sharding.replicated(mesh)  # Any: shardings stand where the state has arrays.
+    everywhere: Any = sharding.replicated(mesh)  # Any: the types of TrainState are arrays, and these are shardings.
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, param_sharding: param_sharding,
@@ -161,7 +155,7 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
 
 
 def step_function(config: ml_collections.ConfigDict, definition: Definition) -> Callable:
-    """`train_step` with everything static that the config says: (state, batch, ratio=None) -> (state, metrics)."""
+    """Binds the static arguments of `train_step` to a config: (state, batch, ratio=None) -> (state, metrics)."""
     return functools.partial(
         train_step,
         definition=definition,
@@ -175,10 +169,10 @@ def step_function(config: ml_collections.ConfigDict, definition: Definition) -> 
 
 
 def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
-    """The step of the config, jitted for this mesh.
+    """Jits the step of the config for this mesh.
 
-    `in_shardings` says where the state and the batch lie when they come in, `out_shardings` where the new state is
-    left: in the same place, so that its memory is the old state's, donated. Metrics are whole on every device.
+    The state and the batch come in with `in_shardings`, and the new state leaves with `out_shardings`, which are the
+    same: it takes the memory of the old one, which is donated. Metrics are replicated.
     """
     state = state_shardings(config, definition, mesh)
     return jax.jit(
@@ -192,13 +186,9 @@ def compile_step(config: ml_collections.ConfigDict, definition: Definition, mesh
 def abstract_inputs(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> tuple[TrainState, Row]:
     """State and batch as ShapeDtypeStructs that carry shardings: what restoring and compiling ahead of time need."""
     shapes = jax.eval_shape(lambda: init_state(config, definition))
-    state = jax.tree.map(_with_sharding, shapes, state_shardings(config, definition, mesh))
+    state = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, state_shardings(config, definition, mesh))
     shape = (config.global_batch_size, config.seq_len + 1)
     return state, abstract_rows(data_spec(config).row_fields, shape, sharding.batch_sharding(mesh))
-
-
-def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -214,16 +204,16 @@ class Evaluator(Protocol):
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes numbers of a step; see `meap_jax.metrics`."""
+    """Records numbers of a step; see `meap_jax.metrics`."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records the numbers of optimizer step `step`, counted from 1."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows them to whoever watches."""
+        """Shows them on the terminal."""
 
     def flush(self) -> None:
-        """Puts everything written so far on disk."""
+        """Writes everything recorded so far to disk."""
 
 
 class Diverged(UserError, RuntimeError):
@@ -243,10 +233,10 @@ def train_loop(
     clock: Clock,
     trace: Trace,
 ) -> TrainState:
-    """Steps `start + 1` to `config.num_steps`, with metrics, evaluations and checkpoints on the way.
+    """Runs steps `start + 1` to `config.num_steps`, with metrics, evaluations and checkpoints on the way.
 
     A step is dispatched before the metrics of the one before are fetched, so that the device never waits for the host.
-    Before a save they are fetched and must be finite, and stand on disk. `clock` tells what a record says of time.
+    Before a save they are fetched, must be finite, and are flushed to disk. `clock` measures the times of a record.
 
     Raises:
       Diverged: naming the step. What was saved before stays.

@@ -1,4 +1,4 @@
-"""What every test stands on: eight virtual CPU devices, one cache of compiled programs, one tiny decoder."""
+"""What all tests share: eight virtual CPU devices, one cache of compiled programs, one tiny decoder."""
 
 import os
 import tempfile
@@ -18,9 +18,12 @@ _CACHE = Path(tempfile.gettempdir()) / f"meap-jax-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from meap_jax.config import base  # noqa: E402  After the environment is set.
-from meap_jax.model.config import ModelConfig  # noqa: E402
+import jax  # noqa: E402  After the environment is set, as are the next two.
 
+from meap_jax.model.config import ModelConfig  # noqa: E402
+from tiny_runs import tiny_config  # noqa: E402
+
+jax.devices()  # Starts JAX with eight of them, before a test sets XLA_FLAGS for the processes that it starts.
 hypothesis.settings.register_profile("meap-jax", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("meap-jax")
 
@@ -28,6 +31,4 @@ hypothesis.settings.load_profile("meap-jax")
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     """A decoder with two of everything that can be two: 2 layers, 2 query heads a kv head, 2 kv heads."""
-    c = base().model
-    c.update(dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32, mlp_dim=48, vocab_size=64))
-    return ModelConfig.of(c, "cpu")
+    return ModelConfig.of(tiny_config().model, "cpu")

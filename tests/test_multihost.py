@@ -15,12 +15,6 @@ import tiny_runs
 from meap_jax.corpus.prepare import prepare
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_on_hosts(num_hosts, num_devices, workdir, **overrides):
     """Starts training as often, as on machines with so many devices each; returns what each said."""
     return start_on_hosts([tiny_runs.command(workdir, **overrides)] * num_hosts, num_devices)
@@ -28,27 +22,21 @@ def run_on_hosts(num_hosts, num_devices, workdir, **overrides):
 
 def start_on_hosts(commands, num_devices):
     """Runs each command on a host of its own with so many devices; returns what each said."""
-    port, num_hosts = free_port(), len(commands)
-    variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(num_hosts)}
+    with socket.create_server(("127.0.0.1", 0)) as probe:  # A port that is free.
+        address = "{}:{}".format(*probe.getsockname())
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands))}
     hosts = []
     for index, command in enumerate(commands):
         environment = tiny_runs.environment(JAX_PROCESS_ID=str(index), **variables)
         environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=1", f"device_count={num_devices}")
-        hosts.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                cwd=tiny_runs.ROOT,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        streams = dict(stderr=subprocess.PIPE, text=True)
+        hosts.append(subprocess.Popen(command, env=environment, cwd=tiny_runs.ROOT, **streams))
     try:
         said = [host.communicate(timeout=240)[1] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [0] * num_hosts, "\n".join(said)
+    assert not any(host.returncode for host in hosts), "\n".join(said)
     return said
 
 
@@ -62,7 +50,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same_records(workdir, alone):
-    """To the tolerance of sums in another order; what tells of time may differ."""
+    """To the tolerance of sums in another order; the fields in TIMES may differ."""
     for ours, theirs in zip(tiny_runs.records(workdir), tiny_runs.records(alone), strict=True):
         numbers = {name: value for name, value in theirs.items() if name not in tiny_runs.TIMES}
         assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
@@ -137,14 +125,14 @@ def read_on_hosts(num_hosts, scratch, task):
 
 
 def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_changes(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = []
-    for name in ("text", "more"):
-        texts = [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
-        paths.append(tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts))
-    specs = {
-        packing: tiny_data.text_spec(*paths, mixture="text,more", seq_len=32, packing=packing) for packing in PACKINGS
+    rng, names = np.random.default_rng(0), ("text", "more")
+    texts = {
+        name: [f"{name} {i}: " + " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 40))) for i in range(150)]
+        for name in names
     }
+    paths = [tiny_data.write_jsonl(tmp_path / f"{name}.jsonl", texts[name]) for name in names]
+    setting = dict(mixture="text,more", seq_len=32)
+    specs = {packing: tiny_data.text_spec(*paths, packing=packing, **setting) for packing in PACKINGS}
     task = dict(
         folder=str(tmp_path / "data"), specs=specs, weights={"text": 0.7, "more": 0.3}, seed=3, batch_size=8,
         mesh={"data": -1, "fsdp": 1, "tensor": 1, "context": 1},

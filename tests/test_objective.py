@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax import config as config_lib
 from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
@@ -15,6 +14,7 @@ from meap_jax.model.visibility import causal
 from meap_jax.objective import OBJECTIVES, Objective, clean_inputs, make_inputs, named_keys
 from meap_jax.rows import Row
 from meap_jax.train import micro_batches
+from tiny_runs import tiny_config
 
 MASK, VOCAB = 3, 64
 B, T = 4, 16
@@ -28,71 +28,59 @@ TOKENS = np.where(SEGMENTS, 4 + np.arange(B * (T + 1)).reshape(B, T + 1) % 57, 0
 BATCH = Row(jnp.asarray(TOKENS), jnp.asarray(SEGMENTS))
 
 
-def run_config(name="meap", **fields):
-    c = config_lib.base()
-    c.model.vocab_size = VOCAB
-    c.objective.update(dict(name=name, mask_id=MASK, mask_ratio=0.3) | fields)
+def run_config(name="meap", seeds=None, **fields):
+    c = tiny_config(**(seeds or {}))
+    c.objective.update(dict(name=name, mask_ratio=0.3) | fields)
     return c
 
 
-def inputs_of(name="meap", step=0, seed=0, ratio=None, **fields):
+def inputs_of(name="meap", step=0, ratio=None, row=BATCH, **fields):
     c = run_config(name, **fields)
-    c.seed = seed
-    return make_inputs(BATCH, Objective.of(c), named_keys(c), jnp.int32(step), ratio)
+    return make_inputs(row, Objective.of(c), named_keys(c), jnp.int32(step), ratio)
 
 
-def key_data(c):
-    return {name: jax.random.key_data(key).tolist() for name, key in named_keys(c).items()}
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
 # ------------------------------------------------------------------------------------------------------- the objectives
 
 
-def test_ntp_leaves_the_inputs_clean_whatever_its_mask_ratio():
-    inputs = inputs_of("ntp")
-    np.testing.assert_array_equal(inputs.tokens, TOKENS[:, :-1])
-    assert not inputs.is_masked.any()
-    assert inputs.keep_embedding is None
+def test_ntp_leaves_the_inputs_clean_whatever_its_mask_ratio_and_so_does_meap_at_ratio_0():
+    clean = clean_inputs(BATCH)
+    np.testing.assert_array_equal(clean.tokens, TOKENS[:, :-1])
+    assert not clean.is_masked.any() and clean.keep_embedding is None
+    for inputs in (inputs_of("ntp"), inputs_of(mask_ratio=0.0), inputs_of(ratio=jnp.float32(0.0))):
+        assert_equal(inputs, clean)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_targets_are_the_clean_next_tokens(name):
-    np.testing.assert_array_equal(inputs_of(name).targets, TOKENS[:, 1:])
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_loss_covers_every_target_but_padding(name):
-    weights = inputs_of(name).loss_weights
-    assert weights.dtype == jnp.float32
-    np.testing.assert_array_equal(weights, np.where(SEGMENTS[:, 1:] == 0, 0.0, 1.0))
-    assert weights.sum(axis=1).tolist() == [15, 16, 14, 13]
-
-
-def test_meap_puts_the_mask_id_in_the_gaps_and_changes_nothing_else():
-    inputs = inputs_of("meap")
-    assert inputs.is_masked.any()
-    np.testing.assert_array_equal(inputs.tokens, np.where(inputs.is_masked, MASK, TOKENS[:, :-1]))
-    assert inputs.keep_embedding is None
+def test_targets_are_the_clean_next_tokens_and_the_loss_covers_all_but_padding(name):
+    inputs = inputs_of(name)
+    np.testing.assert_array_equal(inputs.targets, TOKENS[:, 1:])
+    assert inputs.loss_weights.dtype == jnp.float32
+    np.testing.assert_array_equal(inputs.loss_weights, np.where(SEGMENTS[:, 1:] == 0, 0.0, 1.0))
+    assert inputs.loss_weights.sum(axis=1).tolist() == [15, 16, 14, 13]
 
 
 def test_meap_masks_the_exact_count_of_every_document_and_never_its_last_token():
+    inputs = inputs_of("meap")
+    is_masked = np.asarray(inputs.is_masked)
     # 0.3 of 7, and of the 9, 9, 8 and 7 inputs of the second documents: the last token of a full row is only a target.
-    is_masked = np.asarray(inputs_of("meap").is_masked)
-    assert is_masked[:, :7].sum(axis=1).tolist() == [2, 2, 2, 2]
-    assert is_masked[:, 7:].sum(axis=1).tolist() == [2, 2, 2, 2]
-    assert not is_masked[:, 6].any()
-    assert not is_masked[np.arange(B), [15, 15, 14, 13]].any()
+    assert is_masked[:, :7].sum(axis=1).tolist() == is_masked[:, 7:].sum(axis=1).tolist() == [2, 2, 2, 2]
+    assert not is_masked[:, 6].any() and not is_masked[np.arange(B), [15, 15, 14, 13]].any()
+    # Nothing else changes.
+    np.testing.assert_array_equal(inputs.tokens, np.where(is_masked, MASK, TOKENS[:, :-1]))
+    assert inputs.keep_embedding is None
 
 
-def test_random_tokens_stand_in_the_gaps_of_meap():
+def test_random_tokens_fill_the_gaps_of_meap():
     meap, noise = inputs_of("meap"), inputs_of("random_tokens")
     np.testing.assert_array_equal(noise.is_masked, meap.is_masked)
     np.testing.assert_array_equal(noise.tokens[~noise.is_masked], TOKENS[:, :-1][~np.asarray(noise.is_masked)])
-    many = np.concatenate(
-        [np.asarray(x.tokens[x.is_masked]) for x in (inputs_of("random_tokens", s) for s in range(60))]
-    )
+    draws = [inputs_of("random_tokens", step) for step in range(60)]
     # Every row of the embedding turns up but [MASK]'s.
-    assert set(many.tolist()) == set(range(VOCAB)) - {run_config().objective.mask_id}
+    assert {int(token) for x in draws for token in x.tokens[x.is_masked]} == set(range(VOCAB)) - {MASK}
 
 
 def test_token_dropout_drops_the_embeddings_in_the_gaps_of_meap():
@@ -111,16 +99,6 @@ def test_padding_is_never_masked(strategy, ratio):
         np.testing.assert_array_equal(inputs.segment_ids, SEGMENTS[:, :-1])
 
 
-def test_clean_inputs_are_those_of_ntp():
-    jax.tree.map(np.testing.assert_array_equal, clean_inputs(BATCH), inputs_of("ntp"))
-
-
-@pytest.mark.parametrize("ratio", [None, 0.0])
-def test_meap_at_ratio_0_is_ntp(ratio):
-    meap = inputs_of("meap", mask_ratio=0.0) if ratio is None else inputs_of("meap", ratio=jnp.float32(ratio))
-    jax.tree.map(np.testing.assert_array_equal, meap, inputs_of("ntp"))
-
-
 def test_spans_have_the_length_of_the_config():
     short, long = (inputs_of("meap", strategy="span", span_length=n).is_masked for n in (1, 5))
     assert (short != long).any()
@@ -132,25 +110,14 @@ def test_a_ratio_given_replaces_that_of_the_config():
     assert given.is_masked.sum() > inputs_of("meap").is_masked.sum()
 
 
-@pytest.mark.parametrize("step", [0, 1, 50, 51, 152])
-def test_the_official_strategy_masks_all_rows_of_a_step_as_the_official_code_does(step):
-    positions = random.Random(50 + step % 51).sample(range(T - 1), 4)  # int(16 * 0.3)
-    expected = np.isin(np.arange(T), positions) & (SEGMENTS[:, :-1] != 0)
-    inputs = inputs_of("meap", step, strategy="official")
-    np.testing.assert_array_equal(inputs.is_masked, expected)
-    np.testing.assert_array_equal(inputs.tokens, np.where(expected, MASK, TOKENS[:, :-1]))
-
-
-def test_the_official_strategy_works_for_a_traced_step():
-    c = run_config(strategy="official")
-    masked = jax.jit(lambda step: make_inputs(BATCH, Objective.of(c), named_keys(c), step).is_masked)
-    np.testing.assert_array_equal(masked(jnp.int32(52)), inputs_of("meap", 1, strategy="official").is_masked)
-
-
-def test_the_official_strategy_refuses_another_ratio_than_its_tables():
-    with pytest.raises(
-        ConfigError, match="objective.strategy is 'official', which masks with objective.mask_ratio only"
-    ):
+def test_the_official_strategy_masks_all_rows_of_a_step_as_the_official_code_does():
+    traced = jax.jit(lambda step: inputs_of("meap", step, strategy="official"))
+    for step in (0, 1, 50, 51, 152):
+        positions = random.Random(50 + step % 51).sample(range(T - 1), 4)  # int(16 * 0.3)
+        expected = np.isin(np.arange(T), positions) & (SEGMENTS[:, :-1] != 0)
+        np.testing.assert_array_equal(traced(step).is_masked, expected)
+        np.testing.assert_array_equal(traced(step).tokens, np.where(expected, MASK, TOKENS[:, :-1]))
+    with pytest.raises(ConfigError, match="'official', which masks with objective.mask_ratio only"):
         inputs_of("meap", strategy="official", ratio=jnp.float32(0.5))
 
 
@@ -160,8 +127,7 @@ def test_the_official_strategy_refuses_another_ratio_than_its_tables():
 def test_masks_fall_only_where_the_row_allows_them():
     maskable = np.zeros((B, T + 1), bool)
     maskable[:, 2:12] = True
-    c = run_config(mask_ratio=1.0)
-    inputs = make_inputs(BATCH._replace(maskable=jnp.asarray(maskable)), Objective.of(c), named_keys(c), jnp.int32(0))
+    inputs = inputs_of(row=BATCH._replace(maskable=jnp.asarray(maskable)), mask_ratio=1.0)
     candidates = maskable[:, :-1].copy()
     candidates[:, [6, 11]] = False  # The last of each document that may be masked.
     np.testing.assert_array_equal(inputs.is_masked, candidates)
@@ -175,8 +141,7 @@ def test_loss_weights_of_a_row_are_those_of_its_targets_and_padding_has_none():
 
 def test_positions_and_branches_of_a_row_decide_who_sees_whom():
     """Two continuations of one prompt in a row give the logits that each would give alone."""
-    config = ModelConfig.of(run_config().model)
-    definition = define(config)
+    definition = define(ModelConfig.of(run_config().model))
     params, rng = definition.init(jax.random.key(0)), np.random.default_rng(0)
     prompt, left, right = (rng.integers(4, VOCAB, (1, n)).astype(np.int32) for n in (4, 3, 5))
     row = Row(
@@ -196,10 +161,10 @@ def test_positions_and_branches_of_a_row_decide_who_sees_whom():
 
 
 def test_step_and_seed_change_the_draw_and_the_same_ones_repeat_it():
-    first = inputs_of("random_tokens", step=5, seed=1)
-    jax.tree.map(np.testing.assert_array_equal, first, inputs_of("random_tokens", step=5, seed=1))
-    for other in (inputs_of("random_tokens", step=6, seed=1), inputs_of("random_tokens", step=5, seed=2)):
-        assert (other.is_masked != first.is_masked).any()
+    first, again = (inputs_of("random_tokens", step=5, seeds={"seed": 1}) for _ in range(2))
+    assert_equal(first, again)
+    for step, seed in ((6, 1), (5, 2)):
+        assert (inputs_of("random_tokens", step, seeds={"seed": seed}).is_masked != first.is_masked).any()
 
 
 def test_the_noise_of_a_step_is_its_own():
@@ -209,28 +174,21 @@ def test_the_noise_of_a_step_is_its_own():
     assert (first.tokens != second.tokens).any()
 
 
-def test_the_same_seed_gives_the_same_keys_and_every_use_has_its_own():
-    keys = key_data(run_config())
-    assert list(keys) == ["init", "data", "mask", "noise"]
-    assert keys == key_data(run_config())
-    assert len(set(map(tuple, keys.values()))) == 4
+def test_every_use_has_a_key_of_its_own_which_its_own_seed_changes_alone():
+    def keys(**seeds):
+        return {
+            name: tuple(jax.random.key_data(key).tolist()) for name, key in named_keys(tiny_config(**seeds)).items()
+        }
 
-
-@pytest.mark.parametrize("name", ["init", "data", "mask", "noise"])
-def test_a_seed_of_its_own_changes_the_key_of_one_use_only(name):
-    alone, other_seed = run_config(), run_config()
-    alone.seeds[name], other_seed.seed = 7, 7
-    keys, keys_alone, keys_7 = key_data(run_config()), key_data(alone), key_data(other_seed)
-    assert keys_alone[name] != keys[name]
-    assert keys_alone == keys | {name: keys_7[name]}
+    assert list(keys()) == ["init", "data", "mask", "noise"] and len(set(keys().values())) == 4
+    for name, key in keys(seed=7).items():
+        assert key != keys()[name]
+        assert keys(**{f"seeds.{name}": 7}) == keys() | {name: key}
 
 
 @pytest.mark.parametrize("seed, changes_positions", [("mask", True), ("noise", False)])
 def test_the_mask_key_moves_the_gaps_and_the_noise_key_fills_them(seed, changes_positions):
-    c = run_config("random_tokens")
-    before = make_inputs(BATCH, Objective.of(c), named_keys(c), jnp.int32(0))
-    c.seeds[seed] = 7
-    after = make_inputs(BATCH, Objective.of(c), named_keys(c), jnp.int32(0))
+    before, after = (inputs_of("random_tokens", seeds=seeds) for seeds in ({}, {f"seeds.{seed}": 7}))
     assert bool((before.is_masked != after.is_masked).any()) == changes_positions
     assert (before.tokens != after.tokens).any()
 

@@ -1,6 +1,4 @@
-"""What trains is a part of the parameters: split and merged without loss, and all that a step changes."""
-
-import functools
+"""Parameters are split into those that train and the rest, and a step changes the first alone."""
 
 import jax
 import numpy as np
@@ -8,32 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meap_jax import partition, train
+from meap_jax import partition
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
-from test_train import run_steps, tiny_config
+from test_train import initial, run_steps
+from tiny_runs import tiny_config
 
 GLOBS = ("*", "head", "layers.attn.*", "*norm.scale", "layers.*")
+SHAPES = define(ModelConfig.of(tiny_config().model)).shapes()
 
 
 def names(tree):
     return {".".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(tree)}
 
 
-@functools.cache
-def shapes():
-    return define(ModelConfig.of(tiny_config().model)).shapes()
-
-
 @given(st.sets(st.sampled_from(GLOBS), min_size=1))
-def test_the_parts_share_nothing_and_merge_into_the_whole(globs):
-    trained, frozen = partition.split(shapes(), ",".join(sorted(globs)))
-    assert names(trained) | names(frozen) == names(shapes()) and not names(trained) & names(frozen)
-    assert partition.merge(trained, frozen) == shapes()
+def test_the_two_trees_share_nothing_and_merge_into_the_whole(globs):
+    trained, frozen = partition.split(SHAPES, ",".join(sorted(globs)))
+    assert not names(trained) & names(frozen)
+    assert partition.merge(trained, frozen) == SHAPES
 
 
 def test_globs_go_by_the_path_of_a_parameter():
-    trained, _ = partition.split(shapes(), "head, layers.attn.?_proj")
+    trained, _ = partition.split(SHAPES, "head, layers.attn.?_proj")
     assert names(trained) == {"head", *(f"layers.attn.{x}_proj" for x in "qkvo")}
 
 
@@ -50,8 +45,7 @@ def test_a_step_changes_what_trains_and_nothing_else(changes):
 
 
 def test_moments_are_kept_for_what_trains_alone():
-    config = tiny_config(trainable=TRAINABLE)
-    state = jax.eval_shape(lambda: train.init_state(config, define(ModelConfig.of(config.model))))
+    _, state = initial(tiny_config(trainable=TRAINABLE))
     trained, _ = partition.split(state.params, TRAINABLE)
     moments = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert sorted(moments) == sorted(2 * [x.shape for x in jax.tree.leaves(trained)]) and len(moments) == 8

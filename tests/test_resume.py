@@ -1,6 +1,5 @@
-"""Runs that are really killed go on bit for bit; damaged checkpoints and strange ones are said."""
+"""Runs that are really killed go on bit for bit; damaged checkpoints are put aside or refused."""
 
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -8,46 +7,41 @@ import time
 
 import pytest
 
-from tiny_runs import command, environment, losses, records, run
+from tiny_runs import ROOT, command, environment, losses, records, run
 
 STEPS = 240
+
+
+def setting(folder):
+    """Of all runs here: they share their data, in `folder`."""
+    return dict(data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A run that nothing disturbs, and the data folder that all of them share."""
     folder = tmp_path_factory.mktemp("reference")
-    finished = run(
-        folder / "run", data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000
-    )
+    finished = run(folder / "run", **setting(folder))
     assert finished.returncode == 0, finished.stderr
     return folder
 
 
 def start(reference, workdir):
-    return subprocess.Popen(
-        command(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000),
-        env=environment(), cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    words = command(workdir, **setting(reference))
+    return subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def kill_when(process, moment, timeout=200):
     """SIGKILL as soon as `moment()` holds; returns whether it did before the run was over."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
-        if moment():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
+    while not (now := moment()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.0005)
     process.kill()
-    process.wait()
-    return False
+    return now and process.wait() == -signal.SIGKILL
 
 
 def logged(workdir):
-    file = workdir / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+    return sum(file.read_text().count("\n") for file in workdir.glob("metrics.jsonl"))
 
 
 def saved(workdir):
@@ -84,7 +78,7 @@ def test_a_truncated_checkpoint_is_put_aside_and_the_one_before_is_used(referenc
     shutil.copytree(reference / "run", workdir)
     assert saved(workdir) == [STEPS - 20, STEPS]
     truncate(workdir / "checkpoints" / str(STEPS))
-    finished = run(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    finished = run(workdir, **setting(reference))
     assert finished.returncode == 0, finished.stderr
     assert f"checkpoints/{STEPS} is damaged" in finished.stderr
     assert f"resuming from step {STEPS - 20}" in finished.stderr
@@ -97,7 +91,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_stops_and_keeps_them(reference
     shutil.copytree(reference / "run", workdir)
     for step in saved(workdir):
         truncate(workdir / "checkpoints" / str(step))
-    finished = run(workdir, data__prepared=reference / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    finished = run(workdir, **setting(reference))
     assert finished.returncode == 1
     assert "none of the checkpoints" in finished.stderr and "Traceback" not in finished.stderr
     assert saved(workdir) == [STEPS - 20, STEPS]

@@ -1,4 +1,4 @@
-"""Tiny runs that the tests of the doors share."""
+"""The config of a tiny decoder, and tiny runs of the training command, for tests."""
 
 import json
 import os
@@ -6,7 +6,20 @@ import pathlib
 import subprocess
 import sys
 
+from meap_jax import config as config_lib
+
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def tiny_config(**overrides):
+    """A decoder with two of everything that can be two (layers, query heads a kv head, kv heads), on rows of 16."""
+    c = config_lib.base()
+    c.model.update(dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32, mlp_dim=48, vocab_size=64))
+    c.objective.mask_id = 3
+    c.global_batch_size, c.seq_len, c.num_steps, c.optimizer.learning_rate = 8, 16, 20, 1e-2
+    c.update_from_flattened_dict(overrides)
+    return c
+
 
 # A model that compiles fast, on few and short documents; eight steps unless a test says otherwise.
 TINY = {
@@ -42,22 +55,15 @@ def command(workdir, **overrides):
 
 
 def environment(**variables):
-    """That of the tests, on one device."""
+    """The tests' own for a process that sees one device, with these variables too."""
     one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return {**os.environ, "XLA_FLAGS": one_device, "PYTHONPATH": str(ROOT), **variables}
 
 
 def run(workdir, **overrides):
     """Runs it to the end; returns the finished process, its output as text."""
-    return subprocess.run(
-        command(workdir, **overrides),
-        env=environment(),
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
+    words = command(workdir, **overrides)
+    return subprocess.run(words, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
 
 
 def records(workdir):
@@ -66,7 +72,7 @@ def records(workdir):
 
 
 def losses(workdir):
-    """{step: (loss, gradient norm)}; fails if a step stands in the log twice."""
+    """{step: (loss, gradient norm)}; fails if a step is in the log twice."""
     values = [(r["step"], (r["loss"], r["grad_norm"])) for r in records(workdir)]
-    assert len(values) == len(dict(values)), "a step stands in metrics.jsonl twice"
+    assert len(values) == len(dict(values)), "a step is in metrics.jsonl twice"
     return dict(values)

@@ -9,7 +9,7 @@ ours is a shard as `meap_jax.corpus.prepare` makes it, theirs `load_dataset("jso
 Reading goes from tokenized documents on disk to shuffled blocks of 4,097 ids as numpy arrays, in batches of 8. Ours is
 the sequence that training reads, which puts blocks together as they are asked for. Theirs is twice: streaming, where a
 batched `map` cuts documents into blocks on the way and a buffer of 1,000 shuffles them; and the way of the examples of
-`transformers`, where that map has run before and its blocks lie on disk, with an exact shuffle.
+`transformers`, where that map has run before and its blocks are on disk, with an exact shuffle.
 
 Memory is the resident size of a process that tokenizes and packs a simulated source, after a tenth of its documents and
 after all of them.

@@ -3,9 +3,9 @@
 python -m experiments.benchmarks.data [--repeats=N] [--quick] [--json=FILE]
 
 The pipeline is `TrainBatches` on one core, with blocks of the paper's length (4096) of the standard library's text in
-mistral's 32,000 pieces, prepared on the spot; its tokens/s stand beside those that train steps take, timed in turns
-with it. The wait is what real runs record as `data_wait`: the share of their steps' time in which the loop waited in
-`next(batches)` and the device had nothing left to do, an upper bound; from the second step on, the first compiles.
+mistral's 32,000 pieces, prepared on the spot; its tokens/s are compared with those that train steps take, timed in
+turns with it. The wait is what real runs record as `data_wait`: the share of their steps' time in which the loop waited
+in `next(batches)` and the device had nothing left to do, an upper bound; from the second step on, the first compiles.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def pipeline_table(config: ml_collections.ConfigDict, prepared: Prepared, args: 
     with _on_one_core():  # Where the pipeline's reader thread then stays too.
         batches = _batches(config, prepared, BATCH_SIZE)
         next(batches)
-    read = timed(lambda: next(batches), 4 if args.quick else 100)  # More than the few that lie ready.
+    read = timed(lambda: next(batches), 4 if args.quick else 100)  # More than the few that are prefetched.
 
     def pipeline() -> float:
         with _on_one_core():
@@ -125,7 +125,7 @@ def _wait_row(name: str, config: ml_collections.ConfigDict, prepared: Prepared, 
 
 
 def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mapping[str, float]:
-    """What a run tells of its steps from the second on, without evaluations and checkpoints on the way."""
+    """What a run records of its steps from the second on, without evaluations and checkpoints on the way."""
     config.log.every = config.eval.every = config.checkpoint.every = config.num_steps
     config_lib.check(config)
     mesh = make_mesh(config)
@@ -149,8 +149,8 @@ def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mappin
 
 
 def _batches(config: ml_collections.ConfigDict, prepared: Prepared, batch_size: int) -> TrainBatches:
-    lies = sharding.batch_sharding(make_mesh(config))
-    return TrainBatches(prepared, mixture(config), seed=0, batch_size=batch_size, sharding=lies)
+    on_mesh = sharding.batch_sharding(make_mesh(config))
+    return TrainBatches(prepared, mixture(config), seed=0, batch_size=batch_size, sharding=on_mesh)
 
 
 class _LastRecord:

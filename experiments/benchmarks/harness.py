@@ -24,7 +24,7 @@ class Table(NamedTuple):
     note: str = ""
 
     def markdown(self) -> str:
-        """As it stands in docs/performance.md; a ratio is its median, with the quartiles in parentheses."""
+        """As in docs/performance.md; a ratio is its median, with the quartiles in parentheses."""
         columns = list(self.rows[0])
         lines = [f"**{self.title}**", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
         lines += [f"| {' | '.join(cell(row[column]) for column in columns)} |" for row in self.rows]
@@ -76,7 +76,7 @@ def _processor() -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one sentence, as our other doors do."""
+    """Raises mistakes on the command line as a ConfigError, as our other commands do."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the flags.")
@@ -90,7 +90,7 @@ def main(
     repeats: int,
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> Callable[[list[str]], None]:
-    """The door of a benchmark, for `cli.run_command`.
+    """Makes the command of a benchmark, for `cli.run_command`.
 
     Args:
       name: of the module, as in `python -m experiments.benchmarks.NAME`.
@@ -132,7 +132,7 @@ def main(
 
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs the door on sys.argv."""
+    """Runs the command on sys.argv."""
     cli.run_command(command)
 
 

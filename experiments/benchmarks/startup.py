@@ -2,12 +2,12 @@
 
 python -m experiments.benchmarks.startup [--repeats=N] [--quick] [--json=FILE]
 
-Start-up: `python -m meap_jax.main` in a fresh process, from its start until the record of step 1 stands in
+Start-up: `python -m meap_jax.main` in a fresh process, from its start until the record of step 1 is in
 metrics.jsonl, on data that was prepared before; cold with an empty JAX_COMPILATION_CACHE_DIR, warm with the one that
 the cold start of that round filled. "imports" is a process that imports meap_jax.main and ends.
 
 Checkpoints: `Checkpointer.save` copies the state and writes it in the background. Timed are the call alone, for which
-the loop stands still, and the steps of the second after it, against as many steps of a second without a save.
+the loop waits, and the steps of the second after it, against as many steps of a second without a save.
 """
 
 import argparse

@@ -41,7 +41,7 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-PREPARED = "~/meap_prepared"  # Where hosts find data that lies prepared in a bucket.
+PREPARED = "~/meap_prepared"  # Where hosts find their copy of prepared data from a bucket.
 
 # Of a cell. `workdir` is the folder that sky is started in, and is copied but for what .gitignore names.
 TASK = """\
@@ -201,7 +201,7 @@ def checked_config(argv0: str, file: str, settings: list[str]) -> tuple[ml_colle
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Writes a task file for each run of the sweep and, without --dry-run, submits them."""
     args, settings = parse(argv)
     ratios = parse_ratios(args.ratios)
     config, file = checked_config(argv[0], args.config, settings)

@@ -1,7 +1,7 @@
 """Evaluators by name, each of which gives a `Result` of a model; `eval.tasks` of a config says which are run.
 
-An evaluator has `run(params) -> Result`. What is registered under a name makes the evaluators of a `Setting`, by the
-name that stands in front of their metrics; none, where the setting has nothing for them.
+An evaluator has `run(params) -> Result`. Under each name is a function that makes evaluators for a `Setting`:
+{prefix of their metrics: evaluator}, empty where the setting has no data for them.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ EVALUATORS: dict[str, Callable[[Setting], Mapping[str, Evaluator]]] = {
 
 
 def make_evaluators(setting: Setting, tasks: str) -> dict[str, Evaluator]:
-    """The evaluators that `tasks` names, in that order, by the name of their metrics.
+    """Makes the evaluators that `tasks` names, in that order: {prefix of their metrics: evaluator}.
 
     Raises:
       ConfigError: as `check_tasks`.
@@ -29,7 +29,7 @@ def make_evaluators(setting: Setting, tasks: str) -> dict[str, Evaluator]:
 
 
 def check_tasks(tasks: str) -> list[str]:
-    """The names in a list such as "validation,retrieval".
+    """Reads a list of names such as "validation,retrieval".
 
     Raises:
       ConfigError: one of them is not registered.

@@ -12,7 +12,7 @@ from meap_jax.rows import Row, stacked
 
 
 def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[Row]:
-    """The first `max_rows` rows in order, [batch_size, T + 1]; the last batch is filled up with padding (segment 0)."""
+    """Yields the first `max_rows` rows in order, [batch_size, T + 1]; padding (segment 0) fills up the last batch."""
     num_rows = min(max_rows, len(blocks))
     for start in range(0, num_rows, batch_size):
         rows = stacked([blocks[i] for i in range(start, min(start + batch_size, num_rows))])
@@ -20,10 +20,10 @@ def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Itera
 
 
 def filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Rows [b, ...] with zeros behind them, [batch_size, ...]."""
+    """Pads rows [b, ...] with zeros to [batch_size, ...]."""
     return np.pad(rows, ((0, batch_size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
 
 
 def on_mesh(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Rows as an array on the mesh, as those of a training batch."""
+    """Puts rows on the mesh, sharded as a training batch is."""
     return sharding.put_whole(sharding.batch_sharding(mesh), rows)

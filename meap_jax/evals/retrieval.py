@@ -1,4 +1,4 @@
-"""Exact-match retrieval: does the model give back the fact that it was told?
+"""Exact-match retrieval: the share of questions about a document's facts that a model answers right.
 
 An answer counts if, given the document up to it, the most likely token is right at each of its positions. Under teacher
 forcing this equals exact match of greedy decoding: both go on only while every token so far was right.
@@ -24,16 +24,13 @@ from meap_jax.rows import Row
 QUESTION_DTYPE = np.dtype([
     ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
 ])  # fmt: skip
+SPAN = ["row", "start", "length"]
 
 
 def make(setting: Setting) -> dict[str, "Retrieval"]:
-    """One for each source whose held-out documents ask for something."""
-    sources = {name: setting.prepared.blocks(name, setting.split) for name in setting.prepared.sources}
-    return {
-        f"{setting.split}_{name}_answers": Retrieval(setting, blocks)
-        for name, blocks in sources.items()
-        if len(blocks.spans("answer"))
-    }
+    """Makes one for each source whose held-out documents have answers."""
+    asked = {name: blocks for name, blocks in setting.held_out().items() if len(blocks.spans("answer"))}
+    return {f"{name}_answers": Retrieval(setting, blocks) for name, blocks in asked.items()}
 
 
 class Retrieval:
@@ -47,7 +44,7 @@ class Retrieval:
         self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(self._mesh))
 
     def run(self, params: Params) -> Result:
-        """The accuracy, and of every answer whether it is right, its depth and its distance.
+        """Computes the accuracy, and of every answer whether it is right, its depth and its distance.
 
         `depth` is 0 for the first fact of the context and 1 for the last; `distance` counts the tokens from the stated
         value to the answer.
@@ -63,37 +60,33 @@ class Retrieval:
         np.put_along_axis(hits_NxT, at, np.concatenate(jax.device_get(hits)), axis=1)
         correct = exact_matches(hits_NxT, self._answers)
         examples = [
-            {
-                "row": int(a["row"]),
-                "correct": int(is_right),
-                "depth": round(float(a["depth"]), 4),
-                "distance": int(a["distance"]),
-            }
-            for is_right, a in zip(correct, self._answers, strict=True)
+            {"row": row, "correct": int(is_right), "depth": round(depth, 4), "distance": distance}
+            for is_right, (row, _, _, depth, distance) in zip(correct, self._answers.tolist(), strict=True)
         ]
         return Result({"accuracy": binomial_interval(int(correct.sum()), len(correct))}, examples)
 
 
 def answer_positions(answers: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
-    """The positions whose next token is of an answer.
+    """Finds the positions whose next token belongs to an answer.
 
     Args:
       answers: records with `row`, `start` (position in the block) and `length`.
-      num_rows: R, blocks and what they are filled up with.
+      num_rows: R, blocks and the padding rows that fill up the last batch.
       seq_len: T.
 
     Returns:
-      [R, N] int32, each row's in order; N is that of the row with most of them, and other positions fill up the rest.
+      [R, N] int32, each row's in order; N is that of the row with most of them, others are filled up with positions
+      that belong to no answer.
     """
     is_asked = np.zeros((num_rows, seq_len), bool)
-    for a in answers:
-        is_asked[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]] = True
+    for row, start, length in answers[SPAN].tolist():
+        is_asked[row, start - 1 : start - 1 + length] = True
     first_asked = np.argsort(~is_asked, axis=1, kind="stable").astype(np.int32)
     return first_asked[:, : is_asked.sum(axis=1).max(initial=0)]
 
 
 def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """How deep the fact that an answer repeats is in its document, and how far away.
+    """Measures how deep in its document the fact is that an answer repeats, and how far away.
 
     Args:
       facts: `Blocks.spans("fact")`, the values where they are stated; its column `fact` numbers those of a document.
@@ -114,7 +107,7 @@ def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Whether every token of each answer is a hit.
+    """Checks whether every token of each answer is a hit.
 
     Args:
       hits: [N, T] bool; hits[n, t] says that the most likely token after position t of block n is the block's next one.
@@ -123,11 +116,11 @@ def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     Returns:
       [number of answers] bool.
     """
-    return np.array([hits[a["row"], a["start"] - 1 : a["start"] - 1 + a["length"]].all() for a in answers], bool)
+    return np.array([hits[r, start - 1 : start - 1 + n].all() for r, start, n in answers[SPAN].tolist()], bool)
 
 
 def _hits(definition: Definition, params: Params, row: Row, at: jax.Array) -> jax.Array:
-    """[B, N] bool: whether the most likely token after each of the positions `at` is the one that stands there."""
+    """[B, N] bool: whether the most likely token after each of the positions `at` is the row's next one."""
     inputs = clean_inputs(row)
     logits = definition.apply(params, inputs.tokens, inputs.visibility, at_BN=at)
     return jnp.argmax(logits, axis=-1) == jnp.take_along_axis(inputs.targets, at, axis=1)

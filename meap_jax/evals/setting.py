@@ -1,17 +1,17 @@
-"""What evaluators are made for: a model on a mesh, and data that is opened only if one of them asks for it."""
+"""What evaluators are made from: a model on a mesh, and data that is opened only if one of them needs it."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
-from meap_jax.data.prepared import Prepared
+from meap_jax.data.prepared import Blocks, Prepared
 from meap_jax.models import Model
 from meap_jax.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model apart from its parameters, and what it is evaluated on."""
+    """A model without its parameters, and the data to evaluate it on."""
 
     model: Model
     split: str  # Of the data: validation or test.
@@ -19,10 +19,14 @@ class Setting:
 
     @classmethod
     def of(cls, run: Run, split: str) -> "Setting":
-        """That of a run, whose data is open."""
+        """The setting of a run, whose data is open."""
         return cls(run.model, split, lambda: run.prepared)
 
     @functools.cached_property
     def prepared(self) -> Prepared:
         """The prepared data of the config."""
         return self.open_data()
+
+    def held_out(self) -> dict[str, Blocks]:
+        """The blocks of the split, by split and source: {"validation_text": ...}."""
+        return {f"{self.split}_{name}": self.prepared.blocks(name, self.split) for name in self.prepared.sources}

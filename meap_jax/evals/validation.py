@@ -1,4 +1,4 @@
-"""Validation loss on clean inputs, and on masked ones beside it."""
+"""Validation loss on clean inputs and on masked ones."""
 
 import dataclasses
 import functools
@@ -18,9 +18,8 @@ from meap_jax.rows import Row
 
 
 def make(setting: Setting) -> dict[str, "Validation"]:
-    """One for each source that has held-out rows."""
-    sources = {name: setting.prepared.blocks(name, setting.split) for name in setting.prepared.sources}
-    return {f"{setting.split}_{name}": Validation(setting, blocks) for name, blocks in sources.items() if len(blocks)}
+    """Makes one for each source that has held-out rows."""
+    return {name: Validation(setting, blocks) for name, blocks in setting.held_out().items() if len(blocks)}
 
 
 class Validation:
@@ -42,7 +41,7 @@ class Validation:
         self._key = self._replicated(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31)))
 
     def run(self, params: Params) -> Result:
-        """Both losses, over all rows and of each."""
+        """Computes both losses, over all rows and of each."""
         rows = batches(self._blocks, self._mesh, self._batch_size, self._max_rows)
         of_batches = [self._step(params, row, self._key, self._replicated(i)) for i, row in enumerate(rows)]
         columns = (np.concatenate(column) for column in zip(*jax.device_get(of_batches), strict=True))

@@ -9,7 +9,6 @@ import pytest
 
 import tiny_data
 from meap_jax import sharding
-from meap_jax.config import base
 from meap_jax.data.store import TokenSpan
 from meap_jax.evals import Setting
 from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, _hits, answer_positions, exact_matches, questions
@@ -19,16 +18,16 @@ from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.models import Model
-from meap_jax.rows import stacked
+from meap_jax.objective import clean_inputs
+from meap_jax.rows import Row, stacked
+from tiny_runs import tiny_config
 
-V, T = 32, 24
+V, T = 40, 24  # No other dimension of the decoder is 40.
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    c = base()
-    c.model.update(dict(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, embed_dim=16, mlp_dim=24, vocab_size=V))
-    c.objective.mask_id, c.global_batch_size, c.seq_len = 3, 4, T
+    c = tiny_config(**{"model.vocab_size": V, "global_batch_size": 4, "seq_len": T})
     definition = define(ModelConfig.of(c.model))
     params = definition.init(jax.random.key(0))
     params["head"] = params["head"] * 20
@@ -81,9 +80,8 @@ def test_logits_of_answers_alone_are_computed(setup):
 def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
-    answers = np.array(
-        [(0, 5, 1, 0, 0), (0, 5, 2, 0, 0), (0, 5, 3, 0, 0), (0, 4, 2, 0, 0), (1, 5, 1, 0, 0)], QUESTION_DTYPE
-    )
+    spans = [(0, 5, 1), (0, 5, 2), (0, 5, 3), (0, 4, 2), (1, 5, 1)]
+    answers = np.array([(*span, 0, 0) for span in spans], QUESTION_DTYPE)
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
     # Other positions fill up the rows that are asked less, or nothing.
     assert answer_positions(answers, 3, 10).tolist() == [[3, 4, 5, 6], [4, 0, 1, 2], [0, 1, 2, 3]]
@@ -108,9 +106,8 @@ def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(set
     c, definition, params, blocks = setup
     result = Validation(setting(c, definition, 2), blocks).run(params)
     tokens, segments, *_ = stacked([blocks[i] for i in range(len(blocks))])
-    logits = definition.apply(
-        params, jnp.asarray(tokens[:, :-1]), causal(jnp.asarray(tokens[:, :-1]), jnp.asarray(segments[:, :-1]))
-    )
+    inputs = clean_inputs(Row(jnp.asarray(tokens), jnp.asarray(segments)))
+    logits = definition.apply(params, inputs.tokens, inputs.visibility)
     log_p = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float64)))
     losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
     counts = segments[:, 1:] != 0

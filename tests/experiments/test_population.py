@@ -1,4 +1,4 @@
-"""A population in one program over the devices: each member as if alone, one trace for all, no word between devices."""
+"""A population in one program over the devices: each member as if alone, one trace for all, no communication."""
 
 import re
 
@@ -13,6 +13,7 @@ from meap_jax import cli, sharding, train
 from meap_jax.config import mixture
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.run import Run, open_run
+from tiny_models import mesh_of
 
 RATIOS = (0.0, 0.05, 0.15, 0.5)
 NUM_SEEDS = 2
@@ -29,33 +30,25 @@ def run(tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def alone(run) -> list[train.TrainState]:
     """Every member trained by itself on one device, with the step, start and batches that `meap_jax.main` gives it."""
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    mesh = mesh_of()
 
-    seeds = population.seed_configs(run.config, NUM_SEEDS)
-    lies = train.state_shardings(run.config, run.definition, mesh)
-    init = [jax.jit(lambda c=config: train.init_state(c, run.definition), out_shardings=lies) for config in seeds]
-
-    def steps():
-        for ratio in RATIOS:
-            config = population.seed_configs(run.config, 1)[0]
-            config.objective.mask_ratio = ratio
-            yield train.compile_step(config, run.definition, mesh)
-
-    def trained(step, seed):
-        state, config = init[seed](), seeds[seed]
-        batches = TrainBatches(
-            run.prepared,
-            mixture(config),
-            seed=config.seed,
-            batch_size=config.global_batch_size,
-            sharding=sharding.batch_sharding(mesh),
-        )
+    def trained(step, config):
+        shardings = train.state_shardings(config, run.definition, mesh)
+        state = jax.jit(lambda: train.init_state(config, run.definition), out_shardings=shardings)()
+        setting = dict(batch_size=config.global_batch_size, sharding=sharding.batch_sharding(mesh))
+        batches = TrainBatches(run.prepared, mixture(config), seed=config.seed, **setting)
         for _ in range(NUM_STEPS):
             state, _ = step(state, next(batches))
         return jax.device_get(state)
 
+    states = []
     with jax.set_mesh(mesh):
-        return [trained(step, seed) for step in steps() for seed in range(NUM_SEEDS)]
+        for ratio in RATIOS:
+            seeds = population.seed_configs(run.config, NUM_SEEDS)
+            seeds[0].objective.mask_ratio = ratio
+            step = train.compile_step(seeds[0], run.definition, mesh)
+            states += [trained(step, config) for config in seeds]
+    return states
 
 
 def use_devices(monkeypatch, num):
@@ -97,7 +90,7 @@ def test_every_member_is_bit_equal_to_the_model_trained_alone_and_all_share_one_
     assert len(traces) == 1
 
 
-def test_every_device_holds_its_own_members_and_tells_the_others_nothing(run):
+def test_every_device_holds_its_own_members_and_no_device_sends_anything_to_another(run):
     mesh = population.population_mesh(len(RATIOS) * NUM_SEEDS, jax.devices())
     members = population.init_population(run, RATIOS, NUM_SEEDS, mesh)
     batches = next(population.population_batches(run, NUM_SEEDS, 2, mesh))
@@ -120,7 +113,7 @@ def test_no_device_is_used_that_saves_no_turn(num_members, num_devices, used, tu
     assert (mesh.size, -(-num_members // mesh.size)) == (used, turns)
 
 
-def test_members_that_fill_up_the_mesh_are_copies_of_the_last(run, monkeypatch):
+def test_members_that_fill_up_the_mesh_are_copies_of_the_last(run):
     mesh = population.population_mesh(8, jax.devices()[:3])
     members = population.init_population(run, RATIOS, NUM_SEEDS, mesh)
     np.testing.assert_array_equal(members.seed_index, [0, 1, 0, 1, 0, 1, 0, 1, 1])

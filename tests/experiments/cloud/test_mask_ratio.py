@@ -1,5 +1,6 @@
 """The sweep on rented slices: what a task file says, what SkyPilot makes of it, and that its command runs."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import tiny_runs
 from experiments.cloud import mask_ratio
@@ -45,21 +47,10 @@ def write(folder, *flags, dry_run=True):
     return {path.stem: path.read_text() for path in pathlib.Path(folder).rglob("*.yaml")}
 
 
-def read(text):
-    """A task file as YAML."""
-    return pytest.importorskip("yaml").safe_load(text)
-
-
-def words_of(text):
-    """What follows `python -m meap_jax.main` in a task file, as a shell splits it."""
-    run = read(text)["run"]
-    assert run.count("python -m meap_jax.main") == 1
-    return shlex.split(run.partition("meap_jax.main")[2].replace("\\\n", " "))
-
-
 def config_of(text):
-    """The config and workdir that `meap_jax.main` makes of the command."""
-    return cli.parse_config(["main", *words_of(text)])
+    """The config and workdir that `meap_jax.main` makes of the command in a task file, as a shell splits it."""
+    _, words = yaml.safe_load(text)["run"].split("python -m meap_jax.main")
+    return cli.parse_config(["main", *shlex.split(words.replace("\\\n", " "))])
 
 
 def test_a_file_a_ratio_and_seed_and_a_command_a_file(tmp_path, capsys):
@@ -85,17 +76,17 @@ def test_main_accepts_every_command_as_the_run_that_its_name_says(tmp_path):
 
 def test_runs_of_one_seed_differ_in_their_objective_alone(tmp_path):
     files = write(tmp_path, *PAPER, "--ratios=0,.1,.15", "--seeds=1")
-    configs = [config_of(text)[0].to_dict() for text in files.values()]
-    for config in configs:
-        config.pop("objective")
-    assert len(configs) == 3 and configs[0] == configs[1] == configs[2]
+    first, *others = (config_of(text)[0].to_dict() | {"objective": None} for text in files.values())
+    assert others == [first, first]
 
 
 def test_a_config_of_ntp_trains_meap_off_ratio_0_and_a_control_stays_itself(tmp_path):
     flags = (*FLAGS, "--config.data.path=gs://my-bucket/c4", "--ratios=0,.15", "--seeds=1")
-    for config, objective in (("ntp", "meap"), ("meap", "random_tokens")):
-        control = [f"--config.objective.name={objective}"] if objective != "meap" else []
-        files = write(tmp_path / config, f"--config=configs/{config}_100m.py", *control, *flags)
+    for words, objective in (
+        (["--config=configs/ntp_100m.py"], "meap"),
+        (["--config=configs/meap_100m.py", "--config.objective.name=random_tokens"], "random_tokens"),
+    ):
+        files = write(tmp_path / objective, *words, *flags)
         names = {name: config_of(text)[0].objective.name for name, text in files.items()}
         assert names == {"ratio-0-seed-3407": "ntp", "ratio-0.15-seed-3407": objective}
 
@@ -104,7 +95,7 @@ def test_spot_slices_that_recover_and_a_cache_in_the_bucket(tmp_path):
     for accelerator, runtime in (("tpu-v5litepod-16", "v2-alpha-tpuv5-lite"), ("tpu-v6e-8", "v2-alpha-tpuv6e")):
         files = write(tmp_path / accelerator, *PAPER, f"--accelerator={accelerator}")
         for text in files.values():
-            task = read(text)
+            task = yaml.safe_load(text)
             assert task["resources"]["accelerators"] == accelerator
             assert task["resources"]["accelerator_args"] == {"runtime_version": runtime}
             assert task["resources"]["use_spot"] is True
@@ -115,7 +106,7 @@ def test_spot_slices_that_recover_and_a_cache_in_the_bucket(tmp_path):
 
 def test_prepared_data_in_a_bucket_is_copied_to_the_hosts(tmp_path):
     for text in write(tmp_path, *PAPER, "--config.data.prepared=gs://my-bucket/data").values():
-        assert read(text)["file_mounts"] == {"~/meap_prepared": "gs://my-bucket/data"}
+        assert yaml.safe_load(text)["file_mounts"] == {"~/meap_prepared": "gs://my-bucket/data"}
         assert config_of(text)[0].data.prepared == "~/meap_prepared"  # meap_jax.main expands it.
 
 
@@ -124,7 +115,7 @@ def test_the_scripts_are_shell(tmp_path):
     (text, *_) = write(tmp_path, *PAPER, awkward).values()
     assert config_of(text)[0].data.mixture == "text=0.9, retrieval=0.1"
     for script in ("setup", "run"):
-        subprocess.run(["bash", "-n"], input=read(text)[script], text=True, check=True)
+        subprocess.run(["bash", "-n"], input=yaml.safe_load(text)[script], text=True, check=True)
 
 
 def test_a_cell_runs_as_written_and_started_again_goes_on_from_its_newest_checkpoint(tmp_path):
@@ -135,46 +126,30 @@ def test_a_cell_runs_as_written_and_started_again_goes_on_from_its_newest_checkp
     activate = tmp_path / "meap_venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text(f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n')
-    script = read(text)["run"].replace("gs://", f"{tmp_path}/")
+    script = yaml.safe_load(text)["run"].replace("gs://", f"{tmp_path}/")
     workdir = tmp_path / "my-bucket" / "sweep" / "ratio-0.15-seed-0"
 
-    def start():
-        environment = tiny_runs.environment(HOME=str(tmp_path))
-        return subprocess.run(
-            ["bash", "-c", script], env=environment, text=True, capture_output=True, timeout=300, check=False
-        )
+    how = dict(env=tiny_runs.environment(HOME=str(tmp_path)), text=True, stderr=subprocess.PIPE, timeout=300)
+    start = functools.partial(subprocess.run, ["bash", "-c", script], check=True, **how)
 
-    first = start()
-    assert first.returncode == 0, first.stderr
+    start()
     losses = tiny_runs.losses(workdir)
     assert len(losses) == 8
     shutil.rmtree(workdir / "checkpoints" / "8")
-    second = start()
-    assert second.returncode == 0 and "resuming from step 6" in second.stderr, second.stderr
+    assert "resuming from step 6" in start().stderr
     assert tiny_runs.losses(workdir) == losses
 
 
-def sky_python():
-    """A Python that has SkyPilot: of the environment that `make test-cloud` makes, or this one."""
-    for python in (tiny_runs.ROOT / ".cloud" / "bin" / "python", pathlib.Path(sys.executable)):
-        if python.exists() and not subprocess.run([python, "-c", "import sky"], capture_output=True).returncode:
-            return python
-    return None
-
-
 def test_skypilot_reads_every_file_as_meant(tmp_path):
-    python = sky_python()
-    if python is None:
+    python = tiny_runs.ROOT / ".cloud" / "bin" / "python"
+    if not python.exists() or subprocess.run([python, "-c", "import sky"], capture_output=True).returncode:
         pytest.skip("needs SkyPilot: make test-cloud installs it")
     flags = (*PAPER, "--config.data.prepared=gs://my-bucket/data")
     files = write(tmp_path, *flags) | write(tmp_path / "v6e", *flags, "--accelerator=tpu-v6e-8")
     paths = sorted(tmp_path.rglob("*.yaml"))
     environment = {**os.environ, "HOME": str(tmp_path / "home"), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    found = subprocess.run(
-        [python, "-c", READ, *paths], env=environment, text=True, capture_output=True, timeout=120, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    tasks = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    found = subprocess.check_output([python, "-c", READ, *paths], env=environment, text=True, timeout=120)
+    tasks = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
     assert len(tasks) == len(paths) == 2 * len(files) == 30
     for path, task in zip(paths, tasks, strict=True):
         accelerator, runtime = ("v6e-8", "v6e") if "v6e" in path.parts else ("v5litepod-16", "v5-lite")
