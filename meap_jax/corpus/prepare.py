@@ -235,12 +235,14 @@ def _check_vocabulary(tokenizer: tokenizers.Tokenizer, spec: DataSpec) -> None:
 def _training_texts(sources: list[Source]) -> Iterator[str]:
     skips = Skips(2**62)  # They are counted when the documents are tokenized.
     for source in sources:
-        if isinstance(source, TokenIds):
-            raise ConfigError("data.tokenizer is 'bpe', which is trained on text, but a source holds token ids alone.")
         room = _BPE_GENERATED_CHARACTERS if isinstance(source, Retrieval) else _BPE_CHARACTERS
         for part in source.parts():
             for split, document in source.read(part, skips):
-                if split == TRAIN and isinstance(document, Document) and room > 0:
+                if not isinstance(document, Document):
+                    raise ConfigError(
+                        "data.tokenizer is 'bpe', which is trained on text, but a source holds token ids."
+                    )
+                if split == TRAIN and room > 0:
                     yield document.text[:room]
                     room -= len(document.text)
             if room <= 0:

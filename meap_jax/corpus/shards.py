@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from meap_jax import tokenizers
 from meap_jax.corpus.documents import encode_documents
-from meap_jax.corpus.sources import Source, SourcePart, TokenIds
+from meap_jax.corpus.sources import Source, SourcePart
 from meap_jax.corpus.workers import worker_pool
-from meap_jax.data.store import ids_dtype, put_in_place, shard_file, unfinished, write_shard
+from meap_jax.data.store import EncodedDocument, ids_dtype, put_in_place, shard_file, unfinished, write_shard
 from meap_jax.errors import DataError
 from meap_jax.readers import Skips
 
@@ -138,10 +138,10 @@ def make_shard(job: Job) -> Summary:
     skips = Skips(job.max_skipped)
     dtype = ids_dtype(tokenizer.num_tokens)
 
-    documents: Iterable[Any] = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
-    if not isinstance(job.source, TokenIds):
-        documents = encode_documents(documents, tokenizer)
-    written = write_shard(job.folder, job.shard, documents, dtype)
+    read = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
+    runs: Iterable[tuple[bool, Iterable[Any]]] = groupby(read, lambda item: isinstance(item[1], EncodedDocument))
+    documents = (run if is_encoded else encode_documents(run, tokenizer) for is_encoded, run in runs)
+    written = write_shard(job.folder, job.shard, chain.from_iterable(documents), dtype)
     summary = {
         **written._asdict(),
         "bytes": shard_file(job.folder, job.shard).stat().st_size,

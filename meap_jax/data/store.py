@@ -195,6 +195,10 @@ class Store:
         path = self.folder / f"spans.{role}.npy"
         return np.load(path, mmap_mode="r") if path.exists() else np.zeros(0, SPAN_DTYPE)
 
+    def roles(self) -> list[str]:
+        """The roles that any span of this store has."""
+        return [path.name.split(".")[1] for path in index_files(self.folder)[1:]]
+
     def documents(self, split: str) -> np.ndarray:
         """The numbers of a split's documents, in order."""
         return np.flatnonzero(self.index["split"] == SPLITS.index(split))
