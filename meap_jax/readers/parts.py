@@ -1,5 +1,6 @@
 """What all readers share: pieces of work, and the count of what had to be left out."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -35,13 +36,8 @@ class Skips:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.counts: dict[str, int] = {}
+        self.counts = Counter[str]()
         self.first: dict[str, str] = {}
-
-    @property
-    def total(self) -> int:
-        """All records skipped so far."""
-        return sum(self.counts.values())
 
     def add(self, reason: str, place: str, count: int = 1) -> None:
         """Counts `count` records at a place (a file, and the line, byte or row in it).
@@ -49,10 +45,10 @@ class Skips:
         Raises:
           DataError: more than `limit` have now been skipped.
         """
-        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.counts[reason] += count
         self.first.setdefault(reason, place)
-        if self.total > self.limit:
-            raise DataError(f"{place} {reason} (bad records: {self.total:,}, allowed: {self.limit:,}).")
+        if (total := self.counts.total()) > self.limit:
+            raise DataError(f"{place} {reason} (bad records: {total:,}, allowed: {self.limit:,}).")
 
 
 class Corpus(Protocol):
