@@ -227,18 +227,12 @@ def command(argv: list[str]) -> None:
 
 def _divide(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """Command line -> (what `cli.parse_config` takes, worker_folder, what Beam takes)."""
-    config_words, worker_folder, beam_words = [], None, []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name == "--worker_folder":
-            if not value:
-                raise ConfigError("--worker_folder is not set: write --worker_folder=gs://bucket/frozen.")
-            worker_folder = value
-        elif name.startswith(("--config", "--noconfig")) or name == "--workdir":
-            config_words.append(word)
-        else:
-            beam_words.append(word)
-    return config_words, worker_folder, beam_words
+    folders = [word.partition("=")[2] for word in words if word.partition("=")[0] == "--worker_folder"]
+    if "" in folders:
+        raise ConfigError("--worker_folder is not set: write --worker_folder=gs://bucket/frozen.")
+    ours = [word for word in words if word.startswith(("--config", "--noconfig", "--workdir="))]
+    beams = [word for word in words if word not in ours and not word.startswith("--worker_folder=")]
+    return ours, folders[-1] if folders else None, beams
 
 
 def beam_options(words: Sequence[str]) -> Any:

@@ -79,11 +79,7 @@ def _packer(packing: str, num_documents: int) -> Iterator[Callable[..., Iterator
 
 
 def _pack(
-    pack: Callable[..., Iterator[plans.Plan]],
-    partial: Path,
-    store: Store,
-    spec: PlanSpec,
-    source: SourceSpec,
+    pack: Callable[..., Iterator[plans.Plan]], partial: Path, store: Store, spec: PlanSpec, source: SourceSpec
 ) -> tuple[str, dict[str, Any]]:
     """Saves the plans of all splits; returns what splits are made of, document or block, and what is told of each."""
     name, lengths, block_len = store.folder.name, store.index["length"], spec.block_len

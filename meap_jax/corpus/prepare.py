@@ -32,12 +32,12 @@ import numpy as np
 from meap_jax import tokenizers
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.packing import make_plans
-from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, told
+from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, skips_by_reason
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
 from meap_jax.data.spec import DataSpec, SourceSpec, TextSourceSpec, data_spec
-from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, index_files, merge_indices
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, completed, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import is_path
 from meap_jax.paths import is_url
@@ -52,11 +52,7 @@ _log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __
 
 
 def prepare(
-    folder: str | os.PathLike[str],
-    spec: DataSpec,
-    *,
-    workers: int | None = None,
-    shard_maker: ShardMaker | None = None,
+    folder: str | os.PathLike[str], spec: DataSpec, *, workers: int | None = None, shard_maker: ShardMaker | None = None
 ) -> Prepared:
     """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
 
@@ -206,11 +202,15 @@ def _make_tokenizer(folder: Path, spec: DataSpec) -> None:
         tokenizer = tokenizers.train_bpe(_training_texts(sources), spec.vocab_size)
     else:
         tokenizer = tokenizers.make(spec.tokenizer)
-    _check_vocabulary(tokenizer, spec)
+    if spec.vocab_size < tokenizer.num_tokens:
+        raise ConfigError(
+            f"model.vocab_size is {spec.vocab_size}, but the tokenizer {spec.tokenizer} has "
+            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
+        )
     files = tokenizer.files()
     for name, content in files.items():
-        (folder / f".{name}").write_bytes(content)
-        (folder / f".{name}").replace(folder / name)
+        with completed(folder / name) as partial:
+            partial.write_bytes(content)
     ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
     write_manifest(
         folder,
@@ -222,14 +222,6 @@ def _make_tokenizer(folder: Path, spec: DataSpec) -> None:
             "files": sorted(files),
         },
     )
-
-
-def _check_vocabulary(tokenizer: tokenizers.Tokenizer, spec: DataSpec) -> None:
-    if spec.vocab_size < tokenizer.num_tokens:
-        raise ConfigError(
-            f"model.vocab_size is {spec.vocab_size}, but the tokenizer {spec.tokenizer} has "
-            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
-        )
 
 
 def _training_texts(sources: list[Source]) -> Iterator[str]:
@@ -302,11 +294,11 @@ def _finish_store(
     index = np.load(partial / "index.npy", mmap_mode="r")
     skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
     if skipped:
-        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
+        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), skips_by_reason(skipped, summaries))
     if not len(index):
         shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
         where = f" in records with {source.where}" if isinstance(source, TextSourceSpec) and source.where else ""
-        reason = f": {told(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
+        reason = f": {skips_by_reason(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
         raise DataError(f"The source {name} holds no text{where}{reason}")
     by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
     shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]

@@ -22,7 +22,7 @@ from meap_jax import tokenizers
 from meap_jax.corpus.documents import encode_documents
 from meap_jax.corpus.sources import Source, SourcePart
 from meap_jax.corpus.workers import worker_pool
-from meap_jax.data.store import EncodedDocument, ids_dtype, put_in_place, shard_file, unfinished, write_shard
+from meap_jax.data.store import EncodedDocument, completed, ids_dtype, shard_file, write_shard
 from meap_jax.errors import DataError
 from meap_jax.readers import Skips
 
@@ -90,41 +90,35 @@ def run_jobs(planned: Sequence[Job], shard_maker: ShardMaker, name: str) -> list
     todo = [job for job in planned if job.shard not in summaries]
     if summaries and todo:
         _log.info("%s: %d of %d shards are there, going on", name, len(summaries), len(planned))
-    sizes = {job.shard: _num_bytes(job) for job in planned}
-    done = sum(sizes[shard] for shard in summaries)
+    total = sum(map(_num_bytes, planned))
+    done = total - sum(map(_num_bytes, todo))
     tokens, skipped = 0, Counter[str]()
-    for summary in summaries.values():
+
+    def count(summary: Summary) -> None:
+        nonlocal tokens
         tokens += summary["tokens"]
         skipped.update(summary["skipped"])
-    total = sum(sizes.values()) or None
-    bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
-
-    def check_skipped() -> None:
-        limit = planned[0].max_skipped
-        if skipped.total() > limit:
+        if skipped.total() > (limit := planned[0].max_skipped):
             raise DataError(
                 f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = {limit}: "
-                f"{told(skipped, (summaries[k] for k in sorted(summaries)))}"
+                f"{skips_by_reason(skipped, (summaries[shard] for shard in sorted(summaries)))}"
             )
 
-    check_skipped()  # Of shards that are there already, made before this limit or before it was passed.
+    for summary in summaries.values():  # Of shards that are there already, made before this limit perhaps.
+        count(summary)
+    bar = tqdm(desc=f"tokenizing {name}", total=total or None, initial=done, unit="B", unit_scale=True, disable=None)
     with bar, shard_maker(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
-            tokens += summary["tokens"]
-            skipped.update(summary["skipped"])
-            bar.update(sizes[job.shard])
+            count(summary)
+            bar.update(_num_bytes(job))
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-            check_skipped()
     return [summaries[job.shard] for job in planned]
 
 
-def told(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
+def skips_by_reason(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
     """Counts of bad records by reason, each with the place of the first."""
-    first: dict[str, str] = {}
-    for summary in summaries:
-        for reason, place in summary["skipped_first"].items():
-            first.setdefault(reason, place)
+    first = {k: place for s in reversed(list(summaries)) for k, place in s["skipped_first"].items()}
     return "; ".join(f"{count} x {reason} (first: {first[reason]})" for reason, count in sorted(skipped.items())) + "."
 
 
@@ -149,10 +143,8 @@ def make_shard(job: Job) -> Summary:
         "skipped": dict(skips.counts),
         "skipped_first": dict(skips.first),
     }
-    path = summary_file(job)
-    partial = unfinished(path)
-    partial.write_text(json.dumps(summary), encoding="utf-8")
-    put_in_place(partial, path)
+    with completed(summary_file(job)) as partial:
+        partial.write_text(json.dumps(summary), encoding="utf-8")
     return summary
 
 

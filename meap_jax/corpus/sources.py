@@ -23,6 +23,7 @@ import numpy as np
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
+from meap_jax.data.manifest import MANIFEST
 from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, EncodedDocument, Store, TokenSpan, ids_dtype
 from meap_jax.errors import ConfigError, DataError
@@ -65,8 +66,7 @@ def open_source(name: str, spec: SourceSpec) -> Source:
         return _retrieval(spec)
     if isinstance(spec, StdlibSourceSpec):
         return StandardLibrary(spec.holdout)
-    if spec.path is None:
-        raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
+    assert spec.path is not None, "prepare refuses a source without a path that isn't prepared"
     scheme = "" if is_url(spec.path) else spec.path.partition(":")[0]
     return SOURCES.get(scheme, _text)(name, spec)
 
@@ -149,21 +149,18 @@ class TokenIds:
     folder: str
 
     def __post_init__(self) -> None:
-        manifest = Path(self.folder, "manifest.json")
-        if not manifest.is_file():
-            raise ConfigError(f"prepared:{self.folder} names no prepared source: it holds no manifest.json.")
-        kind = self._manifest.get("options", {}).get("kind")
-        if kind is None or "shards" not in self._manifest:
+        manifest = self._manifest if Path(self.folder, MANIFEST).is_file() else {}
+        if "shards" not in manifest:
             raise ConfigError(
                 f"prepared:{self.folder} names no prepared source: name the folder of one in it, such as "
                 f"prepared:{self.folder.rstrip('/')}/text."
             )
-        if kind == "retrieval":
+        if manifest["options"]["kind"] == "retrieval":
             raise ConfigError(f"prepared:{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        return json.loads(Path(self.folder, "manifest.json").read_text(encoding="utf-8"))
+        return json.loads(Path(self.folder, MANIFEST).read_text(encoding="utf-8"))
 
     @property
     def tokenizer_hash(self) -> str:

@@ -6,6 +6,7 @@ store how long it is and which split it belongs to. `spans.ROLE.npy` has a recor
 split: SPAN_DTYPE, and behind it the columns that spans of this role have, as float64.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -69,9 +70,22 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.arrayrecord"
 
 
-def unfinished(path: Path) -> Path:
-    """A name to write a file under before it is renamed to `path`; no other process or machine takes the same."""
-    return path.with_suffix(f".{uuid.uuid4().hex}.partial")
+@contextlib.contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets the name `path` once it is complete and on the disk.
+
+    So a file under its name is complete, even after a power cut, and no other process or machine writes the same one.
+    What an error leaves is removed.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except Exception:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_shard(
@@ -93,30 +107,27 @@ def write_shard(
     spans: dict[str, tuple[tuple[str, ...], array]] = {}  # Of each role the names of its columns, and all records.
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
-    partial = unfinished(path)
     try:
-        writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
-        for split, document in documents:
-            ids = np.asarray(document.ids, dtype)
-            digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
-            digest.update(ids.tobytes())
-            largest = max(largest, int(ids.max(initial=0)))
-            for span in document.spans:
-                names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
-                if names != tuple(span.columns):
-                    raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
-                values.extend((len(lengths), span.start, span.length, *span.columns.values()))
-            lengths.append(len(ids))
-            splits.append(split)
-            writer.write(ids.tobytes())
-        writer.close()
+        with completed(path) as partial:
+            writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+            for split, document in documents:
+                ids = np.asarray(document.ids, dtype)
+                digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
+                digest.update(ids.tobytes())
+                largest = max(largest, int(ids.max(initial=0)))
+                for span in document.spans:
+                    names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
+                    if names != tuple(span.columns):
+                        raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
+                    values.extend((len(lengths), span.start, span.length, *span.columns.values()))
+                lengths.append(len(ids))
+                splits.append(split)
+                writer.write(ids.tobytes())
+            writer.close()
     except UserError:  # What the documents raise, such as too many bad records.
-        partial.unlink(missing_ok=True)
         raise
     except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
-    put_in_place(partial, path)
+        raise OSError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     index = np.empty(len(lengths), INDEX_DTYPE)
     index["length"], index["split"] = lengths, splits
     save_array(path.with_suffix(".index.npy"), index)
@@ -127,19 +138,10 @@ def write_shard(
     return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a file that is complete its name, once it is on the disk: after a power cut a name stands for all of it."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def save_array(path: Path, array: np.ndarray) -> None:
-    """`np.save` under another name, then renamed."""
-    partial = unfinished(path)
-    with partial.open("wb") as file:
+    """`np.save` of a file that is complete once it is there."""
+    with completed(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-    put_in_place(partial, path)
 
 
 def merge_indices(folder: Path, num_shards: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO
 
 from meap_jax.readers import lines, parquet
@@ -39,8 +40,7 @@ class FileCorpus:
             return parquet.divide(whole, self.part_bytes)
         number = round(file.size / self.part_bytes)
         cuts = [file.size * index // number for index in range(number + 1)]
-        pieces = zip(cuts, cuts[1:], strict=False)
-        parts = [Part(file.path, start, stop, stop - start) for start, stop in pieces]
+        parts = [Part(file.path, start, stop, stop - start) for start, stop in pairwise(cuts)]
         return [*parts[:-1], parts[-1]._replace(stop=None)]
 
     def read(self, part: Part, skips: Skips) -> Iterator[str]:

@@ -106,24 +106,25 @@ def test_beam_is_imported_by_nothing_else():
 
 
 @needs_beam
-@pytest.mark.parametrize("words", [[], IN_PROCESSES, SUBMITTED, ["--direct_runner_bundle_repeat=1"]], ids=str)
-def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words)
+@pytest.mark.parametrize(
+    ("words", "worker_folder"),
+    [
+        ([], None),
+        (IN_PROCESSES, None),
+        (SUBMITTED, None),
+        (["--direct_runner_bundle_repeat=1"], None),
+        ([], "file://{}/data/"),  # Workers copy shards to a bucket ...
+        (IN_PROCESSES, "file://{}/data/"),
+        ([], "{}/seen"),  # ... or see the disk under another name.
+    ],
+    ids=str,
+)
+def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words, worker_folder):
+    (tmp_path / "seen").symlink_to(tmp_path / "data")
+    worker_folder = worker_folder and worker_folder.format(tmp_path)
+    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words, worker_folder)
     assert len(made.manifest("text")["shards"]) == NUM_SHARDS
     assert content(made) == alone
-
-
-@needs_beam
-@pytest.mark.parametrize("words", [[], IN_PROCESSES], ids=str)
-def test_workers_without_our_disk_copy_shards_to_a_bucket(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words, f"file://{tmp_path}/data/")
-    assert content(made) == alone
-
-
-@needs_beam
-def test_workers_may_see_the_disk_under_another_name(corpus, alone, tmp_path):
-    (tmp_path / "seen").symlink_to(tmp_path / "data")
-    assert content(prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), f"{tmp_path}/seen")) == alone
 
 
 @needs_beam

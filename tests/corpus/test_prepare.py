@@ -207,12 +207,17 @@ FEW = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1,
         ({"tokenizer": "{here}/data/"}, r"must be another folder than that of data\.tokenizer"),
         ({"tokenizer": "{here}/data/tokenizer.json"}, r"must be another folder than that of data\.tokenizer"),
         (TEXT | {"where": "a=b", "path": "{here}/little.jsonl"}, "holds no text in records with a=b"),
+        ({"path": "prepared:{made}"}, "names no prepared source: .* such as prepared:.*/text"),
+        ({"path": "prepared:{made}/retrieval"}, "holds retrieval documents"),
+        ({"path": "prepared:{made}/text"}, "data.tokenizer is 'bpe', which is trained on text"),
+        ({"path": "prepared:{made}/text", "where": "a=b"}, r"text\.where is 'a=b', but its path is 'prepared:.*leave"),
+        (TEXT | TEKKEN | {"path": "prepared:{made}/text"}, r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \("),
     ],
 )
-def test_impossible_options_are_one_sentence_and_leave_nothing_behind(tmp_path, books, change, sentence):
+def test_impossible_options_are_one_sentence_and_leave_nothing_behind(tmp_path, books, prepared, change, sentence):
     tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
     with pytest.raises(UserError, match=sentence):
-        prepare(tmp_path / "data", spec_of(**filled(change, books, tmp_path)))
+        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path, made=prepared.folder)))
     assert os.listdir(tmp_path) == ["little.jsonl"]
 
 
@@ -231,13 +236,13 @@ def test_impossible_options_are_one_sentence_and_leave_nothing_behind(tmp_path, 
 def test_too_little_or_too_long_for_blocks_is_an_error_with_the_numbers(tmp_path, books, change, sentence):
     tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
     with pytest.raises(DataError, match=sentence):
-        prepare(tmp_path / "data", spec_of(**filled(change, books, tmp_path)))
+        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path)))
 
 
-def filled(change, books, here):
+def filled(change, books, **folders):
     """The fields of `spec_of`, with the folders in their strings."""
     fields = {"path": books} | change
-    return {k: v.format(here=here, books=books) if isinstance(v, str) else v for k, v in fields.items()}
+    return {k: v.format(books=books, **folders) if isinstance(v, str) else v for k, v in fields.items()}
 
 
 def test_a_bucket_must_be_mounted(books):
@@ -262,8 +267,6 @@ def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path,
     copied = prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
     assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
     assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
-    with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
-        prepare(tmp_path / "third", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}", **TEKKEN))
 
 
 def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
@@ -322,15 +325,6 @@ def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path
     assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
     assert len(made[0].blocks("text", "train")) != len(made[1].blocks("text", "train"))
     assert made[0].fingerprint != made[1].fingerprint
-
-
-def test_a_folder_of_prepared_sources_is_none_itself(tmp_path, books):
-    first = tmp_path / "first"
-    prepare(first, tiny_data.text_spec(books))
-    with pytest.raises(ConfigError, match=rf"names no prepared source: .* such as prepared:{first}/text"):
-        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}"))
-    with pytest.raises(ConfigError, match=r"text\.where is 'a=b', but its path is 'prepared:.*leave it out"):
-        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}/text", where="a=b"))
 
 
 def test_a_damaged_index_is_named(copy, books):

@@ -19,7 +19,6 @@ from meap_jax.corpus.retrieval import FACT
 from meap_jax.corpus.sources import SourcePart, open_source
 from meap_jax.data.spec import StdlibSourceSpec
 from meap_jax.data.store import SPLITS
-from meap_jax.errors import ConfigError
 from meap_jax.readers import Part, Skips
 
 
@@ -132,8 +131,3 @@ def test_a_kind_of_source_of_ones_own_trains_and_its_spans_come_along_where_it_i
         name = f"text/spans.{role}.npy"
         assert (copied.folder / name).read_bytes() == (first.folder / name).read_bytes()
         assert len(np.load(copied.folder / name)) == 67 and len(np.load(copied.folder / name).dtype) == 3 + num_columns
-
-
-def test_a_path_that_is_no_prepared_source_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"prepared:{tmp_path} names no prepared source"):
-        text(f"prepared:{tmp_path}")

@@ -39,13 +39,6 @@ def test_a_range_reads_no_further_than_its_last_line():
     assert file.tell() <= lines._CHUNK
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(text))
-def test_lines_do_not_depend_on_the_chunks_they_come_in(chunks):
-    expected = [line.removesuffix(b"\n") for line in io.BytesIO(b"".join(chunks))]
-    assert list(lines.split_lines(chunks)) == expected
-
-
 ZSTD = zstandard.ZstdCompressor(write_checksum=True)
 KINDS = {"gzip": (gzip.compress, lines.gunzipped), "zstd": (ZSTD.compress, lines.unzstandardized)}
 kinds = pytest.mark.parametrize("kind", KINDS)
