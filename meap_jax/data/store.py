@@ -14,6 +14,8 @@ import uuid
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,10 +216,9 @@ class Store:
         documents = np.asarray(documents, np.int64)
         shards = np.searchsorted(self._ends, documents, side="right")
         out: list[np.ndarray] = []
-        for first, last in _runs(shards):
-            shard = int(shards[first])
+        for shard, run in groupby(zip(shards.tolist(), documents.tolist(), strict=True), itemgetter(0)):
             start = int(self._ends[shard - 1]) if shard else 0
-            out += self._read_shard(shard, (documents[first:last] - start).tolist())
+            out += self._read_shard(shard, [document - start for _, document in run])
         return out
 
     def _read_shard(self, shard: int, records: list[int]) -> list[np.ndarray]:
@@ -242,10 +243,3 @@ class Store:
                 readers.popitem(last=False)[1].close()
         readers[shard] = reader
         return reader
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of each run of equal values."""
-    bounds = np.flatnonzero(np.diff(values)) + 1
-    starts = [0, *bounds.tolist(), len(values)]
-    return zip(starts[:-1], starts[1:], strict=True) if len(values) else iter(())

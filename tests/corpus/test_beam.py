@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 
 import tiny_data
@@ -40,14 +38,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
-    rng = np.random.default_rng(0)
-    for i in range(NUM_SHARDS):
-        tiny_data.write_jsonl(
-            folder / f"{i}.jsonl", (f"{i}-{j} " + " ".join(rng.choice(words, 100)) for j in range(60))
-        )
-    return folder
+    return tiny_data.write_sea_stories(tmp_path_factory.mktemp("corpus"), NUM_SHARDS, 60, num_words=100)
 
 
 @pytest.fixture
@@ -151,18 +142,15 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
         f"prepare.prepare({str(folder)!r}, {tiny_data.text_spec(corpus)!r}, shard_maker=maker)\n"
     )
     process = subprocess.Popen([sys.executable, str(program)], env=tiny_runs.environment())
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob(".text.partial/?????.json"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
+    tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= 2, process)
     process.kill()
     process.wait()
-    done = {path.stem: path.stat().st_mtime_ns for path in folder.glob(".text.partial/?????.json")}
+    done = [path.with_suffix(".arrayrecord") for path in tiny_data.complete(folder)]
     assert 2 <= len(done) < NUM_SHARDS and not (folder / "text").exists()
-    records = {name: (folder / ".text.partial" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
+    records = {path.name: path.stat().st_mtime_ns for path in done}
     made = prepare_on_beam(folder, tiny_data.text_spec(corpus), (), worker_folder)
     assert content(made) == alone
-    now = {name: (folder / "text" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
+    now = {name: (folder / "text" / name).stat().st_mtime_ns for name in records}
     assert now == records  # What was complete was not made again.
 
 
@@ -181,7 +169,7 @@ def spoilt(corpus, tmp_path):
 @pytest.mark.parametrize("is_bucket", [False, True])
 def test_too_many_bad_records_in_one_shard_stop_it_with_file_and_line(spoilt, tmp_path, words, is_bucket):
     worker_folder = f"file://{tmp_path}/data" if is_bucket else None
-    place = re.escape(f"{tmp_path}/spoilt/0.jsonl, line 63")
+    place = re.escape(f"{tmp_path}/spoilt/00.jsonl, line 63")
     with pytest.raises(DataError, match=rf"^{place} [\w ]+ \(bad records: 3, allowed: 2\)\.$"):
         prepare_on_beam(tmp_path / "data", spoilt(2), words, worker_folder)
     # With a higher limit it goes on from there, and leaves nothing of what failed.

@@ -262,13 +262,6 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
     assert len(rows[1]) == len(rows[2]) == max(1, num_blocks // 10)
 
 
-def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
-    first = prepare(tmp_path / "first", tiny_data.text_spec(books))
-    copied = prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
-    assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
-    assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
-
-
 def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
     first = prepare(tmp_path / "first", tiny_data.text_spec(books))
     manifest = tmp_path / "first" / "text" / "manifest.json"

@@ -12,7 +12,6 @@ import sys
 import time
 from unittest import mock
 
-import numpy as np
 import pytest
 
 import tiny_data
@@ -39,14 +38,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Files of about 130 KB, every text of which is its own."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
-    rng = np.random.default_rng(0)
-    for i in range(NUM_FILES):
-        texts = (f"{i}-{j} " + " ".join(rng.choice(words, 200)) for j in range(TEXTS_A_FILE))
-        tiny_data.write_jsonl(folder / f"{i:02}.jsonl", texts)
-    return folder
+    """Files of about 130 KB."""
+    return tiny_data.write_sea_stories(tmp_path_factory.mktemp("corpus"), NUM_FILES, TEXTS_A_FILE, num_words=200)
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +66,6 @@ def documents_of(prepared):
     return [(int(split), store[i].tolist()) for i, split in enumerate(store.index["split"])]
 
 
-def complete(folder):
-    """The summaries of the shards that are there."""
-    return list(folder.glob(".text.partial/?????.json"))
-
-
-def wait_for(condition, process):
-    """Until `condition()`, while the process runs; a minute at most."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-
-
 def living_of(group):
     """What the processes of a group, which are still there, were started with."""
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
@@ -108,13 +88,13 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
     done_first = 0
     for _ in range(3):  # Killed again and again, each time a few shards later.
         process = start(folder, corpus, workers=2)
-        wait_for(lambda: len(complete(folder)) >= done_first + 2, process)  # noqa: B023  Called at once.
+        tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= done_first + 2, process)  # noqa: B023  Called at once.
         process.kill()
         process.wait()
-        done_first = len(complete(folder))
+        done_first = len(tiny_data.complete(folder))
         check_all_end(process.pid)  # Workers don't outlive it.
     assert not (folder / "text").exists()
-    done = {path.stem: path.with_suffix(".arrayrecord").stat().st_mtime_ns for path in complete(folder)}
+    done = {path.stem: path.with_suffix(".arrayrecord").stat().st_mtime_ns for path in tiny_data.complete(folder)}
     process = start(folder, corpus, workers=2)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     made = prepare(folder, tiny_data.text_spec(corpus))
@@ -129,7 +109,7 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
 def test_an_interrupt_ends_all_workers_and_says_nothing_but_one_line(corpus, tmp_path):
     folder = tmp_path / "data"
     process = start(folder, corpus, workers=2)
-    wait_for(lambda: complete(folder), process)
+    tiny_data.wait_for(lambda: tiny_data.complete(folder), process)
     os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal does.
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode != 0
@@ -226,7 +206,7 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     )
     assert ended.returncode == 7, ended.stderr
     assert "can't be completed" in ended.stdout and "File too large" in ended.stdout and "start again" in ended.stdout
-    assert len(complete(folder)) == 5 and not list(folder.rglob("*.partial/*.partial"))
+    assert len(tiny_data.complete(folder)) == 5 and not list(folder.rglob("*.partial/*.partial"))
     process = start(folder, corpus, workers=1)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert documents_of(prepare(folder, tiny_data.text_spec(corpus))) == documents_of(alone)
@@ -242,6 +222,6 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeyp
 
 def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
     interrupt_before_it_is_finished(tmp_path / "data", tiny_data.text_spec(corpus), monkeypatch)
-    [summary] = complete(tmp_path / "data")
+    [summary] = tiny_data.complete(tmp_path / "data")
     summary.write_text("")
     assert prepare(tmp_path / "data", tiny_data.text_spec(corpus)).fingerprint == alone.fingerprint
