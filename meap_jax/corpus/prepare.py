@@ -48,7 +48,7 @@ from meap_jax.readers import Skips
 _BPE_CHARACTERS = 50_000_000
 _BPE_GENERATED_CHARACTERS = 2_500_000
 
-_log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ at the door.
+_log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ where this is a command.
 
 
 def prepare(
@@ -58,7 +58,7 @@ def prepare(
 
     Text is split by document, by a hash of it (see `sources`). Where that leaves a split without one full block, as a
     single book does, the whole source is packed and the share `holdout` of its blocks, at least one, is cut off the end
-    for test and again for validation; the plan's manifest says `split_by: block`.
+    for test and again for validation; the plan's manifest has `split_by: block`.
 
     Args:
       folder: a local folder, or one that is mounted; made with its parents.
@@ -96,9 +96,9 @@ def prepare(
 
 
 def _check_paths(folder: Path, spec: DataSpec) -> None:
-    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
+    """Stops a config with a source that isn't prepared and has no path, or a path that the folder is in.
 
-    And one whose own tokenizer lies in the folder, which would be written over.
+    And one whose own tokenizer is in the folder, where it would be written over.
     """
     if is_path(spec.tokenizer) and Path(spec.tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
@@ -126,7 +126,7 @@ def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
     with contextlib.suppress(OSError):  # It may be a mount, or in a folder of somebody else.
         came = [folder / name for name in set(os.listdir(folder)) - set(before)]
         if not any(path.is_dir() for path in came):
-            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # It says that the rest is there.
+            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # Where it is, the rest is.
                 path.unlink()
         if os.listdir(folder) == [".lock"]:
             (folder / ".lock").unlink()
@@ -156,7 +156,7 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes things in a folder; the others find them made."""
+    """Lets one process at a time write to a folder; those that waited find what it made."""
     while True:
         try:
             lock = (folder / ".lock").open("a")
@@ -174,12 +174,12 @@ def _alone(folder: Path) -> Iterator[None]:
             if _is_at(folder / ".lock", lock):
                 yield
                 return
-        # The one that had it came to nothing, and removed the folder with it.
+        # The process that had the lock failed, and removed it with the folder.
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether an open file still stands under its name."""
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -322,19 +322,19 @@ def _finish_store(
     _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# ------------------------------------------------------------------------------------------------------------- command
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Prepares the data of a config, and prints a line of JSON a source with its counts."""
     from meap_jax import cli  # Here, since workers import this module and need no JAX.
 
     config, _ = cli.parse_config(argv)
-    prepare_and_tell(config)
+    prepare_and_print(config)
 
 
-def prepare_and_tell(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
-    """What the doors do with a config: `prepare` with this `shard_maker`, and a line of JSON a source, on stdout.
+def prepare_and_print(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
+    """Prepares the data of a config with a `shard_maker`, and prints a line of JSON a source with its counts.
 
     Raises:
       ConfigError, DataError: as `prepare`, and without `data.prepared`.

@@ -1,6 +1,6 @@
 """Turns a source into a store: shard by shard, on all cores, and after an interruption from where it was.
 
-A shard is made from a few consecutive parts of the source by one process, and stands under its name, with a summary
+A shard is made from a few consecutive parts of the source by one process, and has its name, with a summary
 beside it, only when it is complete. Nothing in it depends on who made it or when: any number of workers, or of
 interruptions, gives the same store.
 """
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from meap_jax import tokenizers
 from meap_jax.corpus.documents import encode_documents
-from meap_jax.corpus.sources import Source, SourcePart
+from meap_jax.corpus.sources import Source
 from meap_jax.corpus.workers import worker_pool
 from meap_jax.data.store import EncodedDocument, completed, ids_dtype, shard_file, write_shard
 from meap_jax.errors import DataError
-from meap_jax.readers import Skips
+from meap_jax.readers import Part, Skips
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     """One shard to be made."""
 
     source: Source
-    parts: tuple[SourcePart, ...]
+    parts: tuple[Part, ...]
     folder: Path  # Of the store.
     shard: int
     tokenizer: Path  # The folder that it is loaded from.
@@ -49,14 +49,14 @@ def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> lis
     Raises:
       DataError: the folder holds shards of other parts: the source has changed since they were made.
     """
-    groups: list[list[SourcePart]] = []
+    groups: list[list[Part]] = []
     room = 0
     for part in source.parts():
         if room <= 0:
             groups.append([])
             room = SHARD_BYTES
         groups[-1].append(part)
-        room -= max(part.part.num_bytes, 1)
+        room -= max(part.num_bytes, 1)
     planned = [Job(source, tuple(group), folder, i, tokenizer, max_skipped) for i, group in enumerate(groups)]
     for job in planned:
         summary = read_summary(job)
@@ -179,8 +179,8 @@ def read_summary(job: Job) -> Summary | None:
 
 
 def _num_bytes(job: Job) -> int:
-    return sum(part.part.num_bytes for part in job.parts)
+    return sum(part.num_bytes for part in job.parts)
 
 
-def _described(parts: Sequence[SourcePart]) -> list[Any]:
-    return [[*part.part, part.is_held_out] for part in parts]
+def _described(parts: Sequence[Part]) -> list[Any]:
+    return [list(part) for part in parts]

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,20 +34,13 @@ from meap_jax.readers import Corpus, Part, Skips, open_corpus
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
 
-class SourcePart(NamedTuple):
-    """A part of a source."""
-
-    part: Part
-    is_held_out: bool = False  # Of a text source: from its own held-out corpus.
-
-
 class Source(Protocol):
     """Documents of one kind. Sources are sent to worker processes, and so are small and picklable."""
 
-    def parts(self) -> Sequence[SourcePart]:
+    def parts(self) -> Sequence[Part]:
         """What it consists of, in an order that doesn't depend on the machine."""
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
         """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
 
 
@@ -75,22 +68,22 @@ def open_source(name: str, spec: SourceSpec) -> Source:
 class Text:
     """A corpus of texts, and perhaps a second one that is held out.
 
-    A text's split depends on a hash of it alone, so that equal texts never stand on both sides, and adding texts moves
-    none.
+    A text's split depends on a hash of it alone, so that equal texts share a split, and added texts move none.
     """
 
     name: str
     corpora: tuple[Corpus, ...]
     holdout: float  # Share in each of validation and test, if there is no second corpus.
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """Those of the first corpus, then those of the second."""
         with _naming(self.name):
-            return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
+            corpora = enumerate(self.corpora)
+            return [part._replace(is_held_out=i > 0) for i, corpus in corpora for part in corpus.parts()]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
-        for text in self.corpora[part.is_held_out].read(part.part, skips):
+        for text in self.corpora[part.is_held_out].read(part, skips):
             if part.is_held_out:
                 split = VALIDATION if _fraction(text) < 0.5 else TEST
             else:
@@ -104,11 +97,11 @@ class StandardLibrary:
 
     holdout: float
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """One."""
-        return [SourcePart(Part("stdlib"))]
+        return [Part("stdlib")]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
         return ((_split(text, self.holdout), Document(text)) for text in read_stdlib())
 
@@ -121,15 +114,15 @@ class Retrieval:
     sizes: Mapping[str, int]
     seed: int
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """One a split."""
-        return [SourcePart(Part(f"retrieval:{split}")) for split in SPLITS]
+        return [Part(f"retrieval:{split}") for split in SPLITS]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
         # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
         order = ("test", "validation", "train")
-        split = part.part.path.partition(":")[2]
+        split = part.path.partition(":")[2]
         earlier = {document.text for other in order[: order.index(split)] for document in self._generate(other)}
         for document in self._generate(split):
             if document.text not in earlier:
@@ -167,21 +160,21 @@ class TokenIds:
         """Of the tokenizer that made the ids."""
         return self._manifest["tokenizer"]
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """Its shards."""
         shards = self._manifest["shards"]
         starts = np.cumsum([0] + [shard["documents"] for shard in shards]).tolist()
         return [
-            SourcePart(Part(self.folder, start, stop, shard["bytes"]))
+            Part(self.folder, start, stop, shard["bytes"])
             for start, stop, shard in zip(starts[:-1], starts[1:], shards, strict=True)
         ]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
         """See `Source`."""
         manifest = self._manifest
         num_tokens = manifest["num_tokens"]
         store = Store(Path(self.folder), [s["documents"] for s in manifest["shards"]], ids_dtype(num_tokens))
-        documents = range(part.part.start, len(store) if part.part.stop is None else part.part.stop)
+        documents = range(part.start, len(store) if part.stop is None else part.stop)
         spans = _spans(store, documents)
         for document in documents:
             try:
@@ -238,7 +231,7 @@ def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts the source in front of what corpora say of its path, field or where."""
+    """Puts the source's name in front of errors about its path, field or where."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Manifests: what stands in a folder of prepared data, with the options it was made with."""
+"""Manifests: JSON with the contents of a folder of prepared data and the options it was made with."""
 
 import hashlib
 import json

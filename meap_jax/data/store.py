@@ -1,9 +1,9 @@
 """Tokenized documents in ArrayRecord shards, read in any order.
 
 A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos
-included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the
-store how long it is and which split it belongs to. `spans.ROLE.npy` has a record for each span of a role, of every
-split: SPAN_DTYPE, and behind it the columns that spans of this role have, as float64.
+included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` has the length and the split
+of each document. `spans.ROLE.npy` has a record for each span of a role, of every split: SPAN_DTYPE, and behind it the
+columns that spans of this role have, as float64.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ MAX_DOCUMENTS = 2**32  # Of a store: plans and spans number them so.
 INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
 SPAN_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
-# Blocks take runs of documents, so that neighbours lie together; compressed (zstd:1) they would take two thirds of the
+# Blocks take runs of documents, which are neighbours on disk; compressed (zstd:1) they would take two thirds of the
 # disk and blocks twice the time to read.
 _WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.

@@ -1,4 +1,4 @@
-"""What all readers share: pieces of work, and the count of what had to be left out."""
+"""What all readers share: parts of a corpus, and the count of records that were left out."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,17 +12,18 @@ PART_BYTES = 64 * 2**20
 
 
 class Part(NamedTuple):
-    """A piece of a corpus that one worker reads from its beginning to its end.
+    """What one worker reads of a corpus from its beginning to its end.
 
     `start` and `stop` count bytes (.jsonl, .json), row groups (.parquet) or records (TFDS). Without a `stop` the part
     goes to the end of its file, which is then `start + num_bytes` bytes long; otherwise `num_bytes` is about what
-    there is to read.
+    there is to read. `is_held_out` is for `meap_jax.corpus.sources`: the part is of a corpus that is held out.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     num_bytes: int = 0
+    is_held_out: bool = False
 
 
 class Skips:

@@ -29,7 +29,7 @@ def make(name_or_path: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, unless that is bpe, which is trained (`train_bpe`).
 
     Args:
-      name_or_path: mistral, tekken, or the path of a local file or folder. A file's kind is told by its content.
+      name_or_path: mistral, tekken, or the path of a local file or folder. A file's kind is recognized by its content.
 
     Raises:
       ConfigError: an unknown word, a package that isn't installed, a path where nothing is, or a file that is no

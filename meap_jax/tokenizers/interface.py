@@ -109,7 +109,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _anchor(self) -> tuple[str, list[int]]:
-        """A word that stands for what is in front of a text in mid-document, and its ids.
+        """A word to put in front of a text that continues a document, and its ids.
 
         Both are empty where nothing is needed: the tokenizer neither puts a space in front of a text nor removes one.
         """
@@ -159,7 +159,7 @@ def clean(text: str) -> str:
 
 def _of_given(text: str, offsets: np.ndarray) -> np.ndarray:
     """Offsets in `clean(text)` as offsets in `text`; none is empty."""
-    pairs = [pair.start() - i for i, pair in enumerate(_SURROGATE_PAIR.finditer(text))]  # Where they stand as one.
+    pairs = [pair.start() - i for i, pair in enumerate(_SURROGATE_PAIR.finditer(text))]  # Each is one character.
     offsets[:, 1] = np.clip(offsets[:, 1], offsets[:, 0] + 1, len(text) - len(pairs))
     return offsets + np.searchsorted(pairs, offsets)
 

@@ -58,7 +58,7 @@ def prepare_on_beam(folder, spec, words=(), worker_folder=None):
     return prepare(folder, spec, shard_maker=on_beam)
 
 
-def door(*arguments, module="meap_jax.corpus.beam", **environment):
+def run_command(*arguments, module="meap_jax.corpus.beam", **environment):
     command = [sys.executable, "-m", module, "--config=configs/meap_100m.py", *map(str, arguments)]
     environment = tiny_runs.environment() | environment
     return subprocess.run(command, cwd=tiny_runs.ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -83,9 +83,9 @@ def test_one_shard_made_at_once_by_many_with_one_process_id_is_right(corpus, tmp
     assert {path.name: path.read_bytes() for path in job.folder.iterdir()} == made
 
 
-def test_without_beam_the_door_says_what_to_install(tmp_path):
+def test_without_beam_the_command_says_what_to_install(tmp_path):
     (tmp_path / "apache_beam.py").write_text("raise ImportError('No module named apache_beam')")
-    ended = door(PYTHONPATH=f"{tmp_path}:{tiny_runs.ROOT}")
+    ended = run_command(PYTHONPATH=f"{tmp_path}:{tiny_runs.ROOT}")
     assert ended.returncode == 1
     sentence = "needs Apache Beam (No module named apache_beam): pip install -r requirements-beam.txt"
     assert ended.stderr.strip() == f"error: meap_jax.corpus.beam {sentence}"
@@ -211,7 +211,7 @@ def test_a_worker_folder_that_is_another_one_is_refused_before_any_work(corpus, 
 
 
 @needs_beam
-def test_a_disk_that_workers_do_not_see_is_told(corpus, tmp_path):
+def test_a_disk_that_workers_do_not_see_is_an_error(corpus, tmp_path):
     with pytest.raises(DataError, match="the pipeline failed: /nowhere holds none of tokenizer.json"):
         prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), "/nowhere")
 
@@ -233,20 +233,21 @@ def test_impossible_options_are_one_sentence(words, sentence):
 
 
 @needs_beam
-def test_the_door_tells_what_the_door_of_prepare_tells(corpus, tmp_path):
+def test_the_command_prints_what_that_of_prepare_prints(corpus, tmp_path):
     data = (f"--config.data.path={corpus}", "--config.seq_len=64")
-    alone = door(*data, f"--config.data.prepared={tmp_path}/alone", module="meap_jax.corpus.prepare")
+    alone = run_command(*data, f"--config.data.prepared={tmp_path}/alone", module="meap_jax.corpus.prepare")
     folder = tmp_path / "data"
-    ended = door(*data, f"--config.data.prepared={folder}", f"--worker_folder=file://{folder}", "--runner=DirectRunner")
+    words = (f"--config.data.prepared={folder}", f"--worker_folder=file://{folder}", "--runner=DirectRunner")
+    ended = run_command(*data, *words)
     assert ended.returncode == alone.returncode == 0, ended.stderr
     assert ended.stdout == alone.stdout and json.loads(ended.stdout)["source"] == "text"
 
 
 @needs_beam
-def test_the_door_ends_bad_records_in_one_sentence_and_without_a_traceback(corpus, tmp_path):
+def test_the_command_ends_at_bad_records_in_one_sentence_and_without_a_traceback(corpus, tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
     words = (f"--config.data.path={tmp_path}/bad.jsonl", "--config.data.max_skipped=4")
-    ended = door(*words, f"--config.data.prepared={tmp_path}/data")
+    ended = run_command(*words, f"--config.data.prepared={tmp_path}/data")
     assert ended.returncode == 1
     (line,) = ended.stderr.strip().splitlines()
     assert line == f"error: {tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."

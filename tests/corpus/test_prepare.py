@@ -64,7 +64,7 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
     assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
 
 
-def test_every_answer_stands_where_the_blocks_say(prepared):
+def test_every_answer_is_where_the_blocks_say(prepared):
     for split in ("validation", "test"):
         blocks = prepared.blocks("retrieval", split)
         documents = prepared.plan_manifest("retrieval")["splits"][split]["documents"]
@@ -166,7 +166,7 @@ def test_a_missing_or_cut_file_is_named(copy, books, name):
         prepare(copy, spec_of(books)).blocks("text", "train")
 
 
-def test_a_changed_tokenizer_is_told_with_both_hashes(copy, books, prepared):
+def test_a_changed_tokenizer_is_reported_with_both_hashes(copy, books, prepared):
     path = copy / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
     with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
@@ -273,16 +273,16 @@ def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
     assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())
 
 
-def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_path, books, capsys, monkeypatch):
+def test_the_command_prepares_and_prints_the_counts(tmp_path, books, capsys, monkeypatch):
     flags = [
         f"--config={tiny_runs.ROOT / 'configs/meap_100m.py'}", f"--config.data.path={books}", "--config.seq_len=32",
         f"--config.data.prepared={tmp_path / 'data'}", "--config.data.holdout=0.1", "--config.data.packing=best_fit",
     ]  # fmt: skip
     prepare_module.command(["prepare", *flags])
-    told = json.loads(capsys.readouterr().out)
-    assert told["source"] == "text" and sum(told["documents"].values()) == 41 and told["skipped"] == {}
-    assert told["splits"]["train"]["blocks"] > 100 and 0 < told["splits"]["train"]["padding_share"] < 0.5
-    assert {"cut_documents", "mean_document_tokens"} <= told["splits"]["train"].keys()
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["source"] == "text" and sum(counts["documents"].values()) == 41 and counts["skipped"] == {}
+    assert counts["splits"]["train"]["blocks"] > 100 and 0 < counts["splits"]["train"]["padding_share"] < 0.5
+    assert {"cut_documents", "mean_document_tokens"} <= counts["splits"]["train"].keys()
     with pytest.raises(ConfigError, match="data.prepared is not set: name the folder to make"):
         prepare_module.command(["prepare", *flags[:3]])
 
@@ -369,7 +369,7 @@ def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, bo
     assert (folder / "text").is_dir()
 
 
-def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
+def test_more_documents_than_numbers_are_refused(tmp_path, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
     with pytest.raises(DataError, match="has 41 documents, more than 40"):
         prepare(tmp_path, tiny_data.text_spec(books))

@@ -131,7 +131,7 @@ def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, mo
         prepare(tmp_path / "data", tiny_data.text_spec(mine))
 
 
-def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
+def test_bad_records_are_counted_over_all_shards_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
     mine = tmp_path / "corpus"
     mine.mkdir()
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     assert documents_of(prepare(folder, tiny_data.text_spec(corpus))) == documents_of(alone)
 
 
-def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_reported_in_a_sentence(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
     monkeypatch.setattr(workers, "_start", functools.partial(os._exit, 1))

@@ -16,7 +16,7 @@ from meap_jax.corpus import shards, sources
 from meap_jax.corpus.documents import Document, Span
 from meap_jax.corpus.prepare import prepare
 from meap_jax.corpus.retrieval import FACT
-from meap_jax.corpus.sources import SourcePart, open_source
+from meap_jax.corpus.sources import open_source
 from meap_jax.data.spec import StdlibSourceSpec
 from meap_jax.data.store import SPLITS
 from meap_jax.readers import Part, Skips
@@ -54,7 +54,7 @@ def test_held_out_documents_have_the_same_number_of_facts_and_ask_each_of_them_o
         assert all(facts == list(range(9)) for facts in asked)
 
 
-def test_no_document_stands_in_two_splits_though_chance_would_have_it():
+def test_no_document_is_in_two_splits_though_chance_would_have_it():
     few = dict(num_keys=2, num_values=2, min_facts=1, num_facts=2, num_eval_facts=2, questions_per_fact=0.5)
     documents = by_split(retrieval(**few, max_fillers=0))
     texts = {split: {d.text for d in documents[split]} for split in SPLITS}
@@ -106,10 +106,10 @@ class Counting:
     stop: int
 
     def parts(self):
-        return [SourcePart(Part("a", 0, self.stop // 2)), SourcePart(Part("b", self.stop // 2, self.stop))]
+        return [Part("a", 0, self.stop // 2), Part("b", self.stop // 2, self.stop)]
 
     def read(self, part, skips):
-        for i in range(part.part.start, part.part.stop):
+        for i in range(part.start, part.stop):
             spans = (Span(0, 5, "digit", {"number": i}), Span(3, 9, "loss")) if i % 3 == 0 else ()
             yield i % 10 % 3, Document(f"The number {i}. " * 5, spans)
 

@@ -85,7 +85,7 @@ def test_a_saved_plan_is_the_parts_in_order(tmp_path_factory, lengths, block_len
     assert counts["blocks"] == len(blocks_of(parts))
 
 
-def test_what_is_told_of_a_plan_is_what_a_count_gives(tmp_path):
+def test_a_saved_plan_has_its_counts(tmp_path):
     lengths = np.array([7, 5, 9, 3])
     documents = [plans.whole(np.arange(4), lengths)]
     assert plans.save(tmp_path, "a", plans.concat(documents, 10), lengths, 10) == {

@@ -117,7 +117,7 @@ def test_a_bad_record_is_skipped_or_one_sentence_with_file_and_line(tmp_path, na
     assert list(skips.first.values())[0] == f"{tmp_path}/{place}"
 
 
-def test_a_bad_line_in_a_later_part_is_told_by_its_byte(tmp_path):
+def test_a_bad_line_in_a_later_part_is_reported_by_its_byte(tmp_path):
     data = jsonl(TEXTS)
     broken = data.index(b'{"text": "document 400')
     (tmp_path / "a.jsonl").write_bytes(data[:broken] + b"#" + data[broken + 1 :])

@@ -74,7 +74,7 @@ def test_a_window_of_2_gib_is_read():
 
 
 def unpacked_until_bad(unpack, file):
-    """What came before the damage, and how it was told."""
+    """What came before the damage, and its error."""
     found = []
     with pytest.raises(BadRecord) as bad:
         for chunk in unpack(io.BytesIO(file)):

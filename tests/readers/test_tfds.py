@@ -196,7 +196,7 @@ def test_a_shard_or_records_that_vanished_are_an_error_whatever_the_limit(data_d
         ("tfds:gs://bucket/c4/en/3.1.0", "read from disks alone"),
     ],
 )
-def test_what_is_not_there_is_told_in_a_sentence(data_dir, path, sentence):
+def test_what_is_not_there_is_reported_in_a_sentence(data_dir, path, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
         open_corpus(path).parts()
     assert repr(path) in str(error.value) and "\n" not in str(error.value)
