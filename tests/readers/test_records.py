@@ -30,21 +30,6 @@ def test_where_keeps_only_the_records_with_the_value(value, wanted):
     assert list(select(records, selection, skips)) == ["kept"] and not skips.counts
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"a": None}, "has no field `a.b`"),
-        ({"a": {"b": ["x"]}}, "has a field `a.b` that is not a string"),
-        ({"a": {"b": b"x\xff"}}, "is not UTF-8"),
-        ("a", "is not an object"),
-    ],
-)
-def test_a_record_without_a_text_is_skipped_with_the_reason(record, reason):
-    skips = Skips(1)
-    assert list(select([("here", record)], Selection.parse("a.b"), skips)) == []
-    assert skips.counts == {reason: 1} and skips.first[reason].startswith("here")
-
-
 def test_whole_surrogate_pairs_and_marks_are_no_damage():
     assert checked(parse_json(b'\xef\xbb\xbf{"t": "\\ud83d\\ude00"}')["t"]) == "😀"
     assert decode("\ufeffx".encode()) == "x"
