@@ -290,12 +290,12 @@ def test_the_command_prepares_and_prints_the_counts(tmp_path, books, capsys, mon
 def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path):
     lengths = np.random.default_rng(0).choice([20, 400], 400)
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
-    prepare(tmp_path / "data", tiny_data.text_spec(path))
-    every = prepare(tmp_path / "data", tiny_data.text_spec(path)).plan_manifest("text")["splits"]["train"]
-    long = tiny_data.text_spec(path, long_from=300, keep_shorter=0.1)
-    kept = prepare(tmp_path / "data", long).plan_manifest("text")["splits"]["train"]
-    few = tiny_data.text_spec(path, max_tokens=5000)
-    first = prepare(tmp_path / "data", few).plan_manifest("text")["splits"]["train"]
+
+    def train(**fields):
+        made = prepare(tmp_path / "data", tiny_data.text_spec(path, **fields))
+        return made.plan_manifest("text")["splits"]["train"]
+
+    every, kept, first = train(), train(long_from=300, keep_shorter=0.1), train(max_tokens=5000)
     assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
     assert kept["tokens"] > 0.9 * every["tokens"]
     assert 5000 - 97 <= first["tokens"] <= 5000 + 410

@@ -75,17 +75,6 @@ def test_compressed_files_and_texts_are_one_part_each(tmp_path):
     assert [part.start for part in corpus.parts()] == [0, 0] and len(read(corpus)) == 1 + len(TEXTS)
 
 
-def test_where_takes_some_records_and_the_others_are_no_skips(tmp_path):
-    lines = [
-        {"text": "code", "meta": {"set": "GitHub"}},
-        {"text": "prose", "meta": {"set": "Book"}},
-        {"text": "more", "meta": {"set": "GitHub"}},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert read(open_corpus(str(tmp_path), where="meta.set=GitHub")) == ["code", "more"]
-    assert read(open_corpus(str(tmp_path), field="meta.set")) == ["GitHub", "Book", "GitHub"]
-
-
 BAD = [
     ("a.jsonl", b'{"text": "x"}\n\n{"text"', "is not JSON", "a.jsonl, line 3, column 8"),
     ("a.jsonl", b'{"body": "x"}', "has no field `text`", "a.jsonl, line 1"),
