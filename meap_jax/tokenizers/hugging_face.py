@@ -154,8 +154,7 @@ def _hide_specials(content: dict[str, Any]) -> None:
 
 def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
     content = content | {"truncation": None, "padding": None, "post_processor": None}
-    if content["model"].get("dropout"):  # would give other ids each time
-        content["model"] = content["model"] | {"dropout": None}
+    content["model"].pop("dropout", None)  # would give other ids each time
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     tokenizer.encode_special_tokens = True  # special tokens in text are text
     return tokenizer
