@@ -1,6 +1,7 @@
 """Small stores and blocks, made on the spot."""
 
 import json
+import time
 
 import numpy as np
 
@@ -54,3 +55,26 @@ def write_jsonl(path, texts):
     """A line a text."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def complete(folder):
+    """The summaries of the shards that are there."""
+    return list(folder.glob(".text.partial/?????.json"))
+
+
+def wait_for(condition, process):
+    """Until `condition()`, while the process runs; a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+
+
+def write_sea_stories(folder, num_files, texts_a_file, num_words):
+    """Files {i:02}.jsonl of random words, every text of which is its own."""
+    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
+    rng = np.random.default_rng(0)
+    for i in range(num_files):
+        texts = (f"{i}-{j} " + " ".join(rng.choice(words, num_words)) for j in range(texts_a_file))
+        write_jsonl(folder / f"{i:02}.jsonl", texts)
+    return folder

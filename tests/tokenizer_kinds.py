@@ -8,6 +8,8 @@ import sentencepiece
 
 from meap_jax import tokenizers
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
+from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
+from meap_jax.tokenizers.sentence_piece import SentencePieceTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [document.text for document in generate(RetrievalSpec(16, 16, 4, 1, 3), 0, 300)]
@@ -16,18 +18,19 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "[MASK]", "<s>", "</s>", "<unk>", "<|endo
 CORPUS = [*TEXTS, *(name for special in SPECIALS for name in [special] * 50)]
 
 
+NORMALIZING = dict(
+    model_type="unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True,
+    vocab_size=300,
+)  # fmt: skip
+
+
 @cache
 def sentencepiece_model(**options) -> bytes:
     """A model of 600 pieces, Llama's way unless the options say otherwise."""
     llama = dict(
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        vocab_size=600,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        vocab_size=600, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **(llama | options))
     return model.getvalue()
@@ -95,30 +98,19 @@ def unigram() -> str:
 
 
 def hugging_face(serialized: str, config: dict | None = None):
-    from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
-
     return HuggingFaceTokenizer(serialized, config or {})
 
 
 @cache
 def kind(name: str):
     """The tokenizer of a name in `KINDS`."""
-    from meap_jax.tokenizers.sentence_piece import SentencePieceTokenizer
-
     made = {
         "bpe": lambda: tokenizers.train_bpe(CORPUS, 600),
         "mistral": lambda: tokenizers.make("mistral"),
         "tekken": lambda: tokenizers.make("tekken"),
         "sentencepiece": lambda: SentencePieceTokenizer(sentencepiece_model(control_symbols="[MASK]")),
         "sentencepiece_normalizing": lambda: SentencePieceTokenizer(
-            sentencepiece_model(
-                model_type="unigram",
-                byte_fallback=False,
-                normalization_rule_name="nmt_nfkc",
-                remove_extra_whitespaces=True,
-                vocab_size=300,
-                user_defined_symbols="<mask>",
-            )
+            sentencepiece_model(**NORMALIZING, user_defined_symbols="<mask>")
         ),
         "byte_level": lambda: hugging_face(byte_level()),
         "llama": lambda: hugging_face(llama(False)),

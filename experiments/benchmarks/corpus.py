@@ -37,7 +37,7 @@ from meap_jax.config import base
 from meap_jax.corpus import packing, shards
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.prepare import prepare
-from meap_jax.corpus.sources import SourcePart, open_source
+from meap_jax.corpus.sources import open_source
 from meap_jax.corpus.stdlib import read_stdlib
 from meap_jax.data import plans
 from meap_jax.data.manifest import write_manifest
@@ -240,14 +240,14 @@ class Simulated:
     def __init__(self, num_documents: int):
         self._num_documents = num_documents
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """See `meap_jax.corpus.sources.Source`."""
         starts = range(0, self._num_documents, self.PART)
-        return [SourcePart(Part("simulated", i, min(i + self.PART, self._num_documents), 2**30)) for i in starts]
+        return [Part("simulated", i, min(i + self.PART, self._num_documents), 2**30) for i in starts]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `meap_jax.corpus.sources.Source`."""
-        for i in range(part.part.start, part.part.stop or 0):
+        for i in range(part.start, part.stop or 0):
             yield int(i % 1000 == 0), Document(f"Number {i} is followed by {i + 1} and has {len(str(i))} digits.")
 
 

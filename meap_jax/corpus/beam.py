@@ -44,7 +44,7 @@ from typing import Any
 
 import fsspec
 
-from meap_jax.corpus.prepare import prepare_and_tell
+from meap_jax.corpus.prepare import prepare_and_print
 from meap_jax.corpus.shards import Job, Summary, make_shard, read_summary, summary_file
 from meap_jax.data.manifest import MANIFEST
 from meap_jax.errors import ConfigError, DataError, UserError
@@ -66,7 +66,7 @@ def run_on_beam(
 
     Raises:
       ConfigError: `worker_folder` can't be opened, or is not the folder.
-      DataError: the pipeline ended before all shards were there; says what the first of the others failed of.
+      DataError: the pipeline ended before all shards were there; with the error of the first that is missing.
     """
     if not todo:
         yield iter(())
@@ -84,7 +84,7 @@ def run_on_beam(
     pipeline = beam.Pipeline(options=options)
     shards = pipeline | "Shards" >> beam.Create(elements) | "Spread" >> beam.Reshuffle()
     shards | "Tokenize" >> beam.Map(functools.partial(_make_element, common, worker_folder))
-    with _told(todo):
+    with _in_a_sentence(todo):
         result = pipeline.run()
     try:
         yield _as_done(todo, result)
@@ -99,7 +99,7 @@ def _as_done(todo: Sequence[Job], result: Any) -> Iterator[tuple[Job, Summary]]:
 
     left = {summary_file(job).name: job for job in todo}
     while left:
-        with _told(todo):
+        with _in_a_sentence(todo):
             result.wait_until_finish(duration=_LOOK_AFTER)
         is_over = PipelineState.is_terminal(result.state)
         for name in sorted(left.keys() & os.listdir(todo[0].folder)):
@@ -116,7 +116,7 @@ def _as_done(todo: Sequence[Job], result: Any) -> Iterator[tuple[Job, Summary]]:
 
 
 @contextlib.contextmanager
-def _told(todo: Sequence[Job]) -> Iterator[None]:
+def _in_a_sentence(todo: Sequence[Job]) -> Iterator[None]:
     """Turns a pipeline's failure into the sentence of the first shard that failed, if a worker left one."""
     try:
         yield
@@ -192,7 +192,7 @@ def _make_in_bucket(job: Job, url: str) -> Summary:
         except (UserError, OSError) as error:
             bucket.pipe_file(f"{root}/{_error_file(job).name}", str(error).encode())
             raise
-        # The summary last: it says that the rest is there.
+        # The summary last: where it is, the rest is complete.
         for name in sorted(os.listdir(scratch), key=lambda name: name == summary_file(job).name):
             bucket.put_file(f"{scratch}/{name}", f"{root}/{name}")
     return summary
@@ -208,37 +208,31 @@ def _fetch_tokenizer(url: str) -> tempfile.TemporaryDirectory:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# ------------------------------------------------------------------------------------------------------------- command
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Prepares the data of a config with the workers of a Beam runner, and prints a line of JSON a source."""
     from meap_jax import cli  # Here, since workers import this module and need no JAX.
 
     config_words, worker_folder, beam_words = _divide(argv[1:])
     options = beam_options(beam_words)
-    # Where shards are made in this process, Beam would log with a traceback what we tell in a sentence.
+    # Where shards are made in this process, Beam would log with a traceback what ends in one sentence.
     logging.getLogger("apache_beam.runners.common").addFilter(
         lambda record: not isinstance(record.msg, UserError | OSError)
     )
     config, _ = cli.parse_config([argv[0], *config_words])
-    prepare_and_tell(config, functools.partial(run_on_beam, options=options, worker_folder=worker_folder))
+    prepare_and_print(config, functools.partial(run_on_beam, options=options, worker_folder=worker_folder))
 
 
 def _divide(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """Command line -> (what `cli.parse_config` takes, worker_folder, what Beam takes)."""
-    config_words, worker_folder, beam_words = [], None, []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name == "--worker_folder":
-            if not value:
-                raise ConfigError("--worker_folder is not set: write --worker_folder=gs://bucket/frozen.")
-            worker_folder = value
-        elif name.startswith(("--config", "--noconfig")) or name == "--workdir":
-            config_words.append(word)
-        else:
-            beam_words.append(word)
-    return config_words, worker_folder, beam_words
+    folders = [word.partition("=")[2] for word in words if word.partition("=")[0] == "--worker_folder"]
+    if "" in folders:
+        raise ConfigError("--worker_folder is not set: write --worker_folder=gs://bucket/frozen.")
+    ours = [word for word in words if word.startswith(("--config", "--noconfig", "--workdir="))]
+    beams = [word for word in words if word not in ours and not word.startswith("--worker_folder=")]
+    return ours, folders[-1] if folders else None, beams
 
 
 def beam_options(words: Sequence[str]) -> Any:
@@ -247,7 +241,7 @@ def beam_options(words: Sequence[str]) -> Any:
     Raises:
       ConfigError: a flag that Beam has not, a bad value, or no Beam.
     """
-    logging.disable(logging.WARNING)  # Its import tells of every cloud that it can't reach.
+    logging.disable(logging.WARNING)  # Its import warns of every cloud that it can't reach.
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions, TypeOptions

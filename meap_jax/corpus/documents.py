@@ -1,16 +1,16 @@
 """Documents as text with spans, and the same documents as token ids with spans of tokens."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from meap_jax.data.store import EncodedDocument, TokenSpan
 from meap_jax.tokenizers import Tokenizer
+from meap_jax.tokenizers.interface import batches
 
-_BATCH = 256  # Documents that are encoded at a time ...
-_BATCH_CHARACTERS = 4_000_000  # ... or fewer: documents can be books.
+_BATCH_CHARACTERS = 4_000_000  # That are encoded at a time: documents can be books ...
+_MIN_CHARACTERS = _BATCH_CHARACTERS // 256  # ... and a document counts as so many at least: 256 at a time are enough.
 
 
 class Span(NamedTuple):
@@ -43,8 +43,7 @@ def encode_documents(
     Raises:
       ValueError: a span holds no character of its document.
     """
-    stream = iter(documents)
-    while batch := _next_batch(stream):
+    for batch in batches(documents, lambda item: max(len(item[1].text), _MIN_CHARACTERS), _BATCH_CHARACTERS):
         texts = [document.text for _, document in batch]
         if any(document.spans for _, document in batch):
             encoded = tokenizer.encode_with_offsets(texts)
@@ -53,17 +52,6 @@ def encode_documents(
         for (split, document), (ids, offsets) in zip(batch, encoded, strict=True):
             ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
             yield split, EncodedDocument(ids, token_spans(document, offsets))
-
-
-def _next_batch(stream: Iterator[tuple[int, Document]]) -> list[tuple[int, Document]]:
-    batch = []
-    room = _BATCH_CHARACTERS
-    for split, document in islice(stream, _BATCH):
-        batch.append((split, document))
-        room -= len(document.text)
-        if room <= 0:
-            break
-    return batch
 
 
 def token_spans(document: Document, offsets: np.ndarray) -> tuple[TokenSpan, ...]:

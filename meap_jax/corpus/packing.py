@@ -1,4 +1,4 @@
-"""Packs the splits of a source, as its plan says; the packing itself is in `plans`."""
+"""Packs the splits of a source into blocks as a `PlanSpec` asks; the algorithms are in `plans`."""
 
 import contextlib
 import dataclasses
@@ -79,13 +79,9 @@ def _packer(packing: str, num_documents: int) -> Iterator[Callable[..., Iterator
 
 
 def _pack(
-    pack: Callable[..., Iterator[plans.Plan]],
-    partial: Path,
-    store: Store,
-    spec: PlanSpec,
-    source: SourceSpec,
+    pack: Callable[..., Iterator[plans.Plan]], partial: Path, store: Store, spec: PlanSpec, source: SourceSpec
 ) -> tuple[str, dict[str, Any]]:
-    """Saves the plans of all splits; returns what splits are made of, document or block, and what is told of each."""
+    """Saves the plans of all splits; returns what was split, document or block, and the counts of each split."""
     name, lengths, block_len = store.folder.name, store.index["length"], spec.block_len
     counts = {}
     for split in SPLITS:

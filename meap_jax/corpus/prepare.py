@@ -32,12 +32,12 @@ import numpy as np
 from meap_jax import tokenizers
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.packing import make_plans
-from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, told
+from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, skips_by_reason
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
 from meap_jax.data.spec import DataSpec, SourceSpec, TextSourceSpec, data_spec
-from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, index_files, merge_indices
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, completed, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import is_path
 from meap_jax.paths import is_url
@@ -48,21 +48,17 @@ from meap_jax.readers import Skips
 _BPE_CHARACTERS = 50_000_000
 _BPE_GENERATED_CHARACTERS = 2_500_000
 
-_log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ at the door.
+_log = logging.getLogger("meap_jax.corpus.prepare")  # Not __name__, which is __main__ where this is a command.
 
 
 def prepare(
-    folder: str | os.PathLike[str],
-    spec: DataSpec,
-    *,
-    workers: int | None = None,
-    shard_maker: ShardMaker | None = None,
+    folder: str | os.PathLike[str], spec: DataSpec, *, workers: int | None = None, shard_maker: ShardMaker | None = None
 ) -> Prepared:
     """Prepares what a config needs in a folder, and opens it; what is there already is used as it is.
 
     Text is split by document, by a hash of it (see `sources`). Where that leaves a split without one full block, as a
     single book does, the whole source is packed and the share `holdout` of its blocks, at least one, is cut off the end
-    for test and again for validation; the plan's manifest says `split_by: block`.
+    for test and again for validation; the plan's manifest has `split_by: block`.
 
     Args:
       folder: a local folder, or one that is mounted; made with its parents.
@@ -100,9 +96,9 @@ def prepare(
 
 
 def _check_paths(folder: Path, spec: DataSpec) -> None:
-    """Stops a config whose sources, as far as they aren't prepared, have no path, or one that the folder lies in.
+    """Stops a config with a source that isn't prepared and has no path, or a path that the folder is in.
 
-    And one whose own tokenizer lies in the folder, which would be written over.
+    And one whose own tokenizer is in the folder, where it would be written over.
     """
     if is_path(spec.tokenizer) and Path(spec.tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
@@ -130,7 +126,7 @@ def _remove_what_came(folder: Path, before: Sequence[str]) -> None:
     with contextlib.suppress(OSError):  # It may be a mount, or in a folder of somebody else.
         came = [folder / name for name in set(os.listdir(folder)) - set(before)]
         if not any(path.is_dir() for path in came):
-            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # It says that the rest is there.
+            for path in sorted(came, key=lambda path: path.name != MANIFEST):  # Where it is, the rest is.
                 path.unlink()
         if os.listdir(folder) == [".lock"]:
             (folder / ".lock").unlink()
@@ -160,7 +156,7 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes things in a folder; the others find them made."""
+    """Lets one process at a time write to a folder; those that waited find what it made."""
     while True:
         try:
             lock = (folder / ".lock").open("a")
@@ -178,12 +174,12 @@ def _alone(folder: Path) -> Iterator[None]:
             if _is_at(folder / ".lock", lock):
                 yield
                 return
-        # The one that had it came to nothing, and removed the folder with it.
+        # The process that had the lock failed, and removed it with the folder.
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether an open file still stands under its name."""
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -206,11 +202,15 @@ def _make_tokenizer(folder: Path, spec: DataSpec) -> None:
         tokenizer = tokenizers.train_bpe(_training_texts(sources), spec.vocab_size)
     else:
         tokenizer = tokenizers.make(spec.tokenizer)
-    _check_vocabulary(tokenizer, spec)
+    if spec.vocab_size < tokenizer.num_tokens:
+        raise ConfigError(
+            f"model.vocab_size is {spec.vocab_size}, but the tokenizer {spec.tokenizer} has "
+            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
+        )
     files = tokenizer.files()
     for name, content in files.items():
-        (folder / f".{name}").write_bytes(content)
-        (folder / f".{name}").replace(folder / name)
+        with completed(folder / name) as partial:
+            partial.write_bytes(content)
     ids = ("name", "num_tokens", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id")
     write_manifest(
         folder,
@@ -224,23 +224,17 @@ def _make_tokenizer(folder: Path, spec: DataSpec) -> None:
     )
 
 
-def _check_vocabulary(tokenizer: tokenizers.Tokenizer, spec: DataSpec) -> None:
-    if spec.vocab_size < tokenizer.num_tokens:
-        raise ConfigError(
-            f"model.vocab_size is {spec.vocab_size}, but the tokenizer {spec.tokenizer} has "
-            f"{tokenizer.num_tokens} ids: set {tokenizer.vocab_size}."
-        )
-
-
 def _training_texts(sources: list[Source]) -> Iterator[str]:
     skips = Skips(2**62)  # They are counted when the documents are tokenized.
     for source in sources:
-        if isinstance(source, TokenIds):
-            raise ConfigError("data.tokenizer is 'bpe', which is trained on text, but a source holds token ids alone.")
         room = _BPE_GENERATED_CHARACTERS if isinstance(source, Retrieval) else _BPE_CHARACTERS
         for part in source.parts():
             for split, document in source.read(part, skips):
-                if split == TRAIN and isinstance(document, Document) and room > 0:
+                if not isinstance(document, Document):
+                    raise ConfigError(
+                        "data.tokenizer is 'bpe', which is trained on text, but a source holds token ids."
+                    )
+                if split == TRAIN and room > 0:
                     yield document.text[:room]
                     room -= len(document.text)
             if room <= 0:
@@ -300,11 +294,11 @@ def _finish_store(
     index = np.load(partial / "index.npy", mmap_mode="r")
     skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
     if skipped:
-        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), told(skipped, summaries))
+        _log.warning("%s: %d bad records passed over: %s", name, skipped.total(), skips_by_reason(skipped, summaries))
     if not len(index):
         shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
         where = f" in records with {source.where}" if isinstance(source, TextSourceSpec) and source.where else ""
-        reason = f": {told(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
+        reason = f": {skips_by_reason(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
         raise DataError(f"The source {name} holds no text{where}{reason}")
     by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
     shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
@@ -328,19 +322,19 @@ def _finish_store(
     _log.info("tokenized %s: %s documents, %d tokens", name, by_split, manifest["tokens"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# ------------------------------------------------------------------------------------------------------------- command
 
 
 def command(argv: list[str]) -> None:
-    """The door."""
+    """Prepares the data of a config, and prints a line of JSON a source with its counts."""
     from meap_jax import cli  # Here, since workers import this module and need no JAX.
 
     config, _ = cli.parse_config(argv)
-    prepare_and_tell(config)
+    prepare_and_print(config)
 
 
-def prepare_and_tell(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
-    """What the doors do with a config: `prepare` with this `shard_maker`, and a line of JSON a source, on stdout.
+def prepare_and_print(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
+    """Prepares the data of a config with a `shard_maker`, and prints a line of JSON a source with its counts.
 
     Raises:
       ConfigError, DataError: as `prepare`, and without `data.prepared`.

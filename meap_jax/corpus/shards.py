@@ -1,6 +1,6 @@
 """Turns a source into a store: shard by shard, on all cores, and after an interruption from where it was.
 
-A shard is made from a few consecutive parts of the source by one process, and stands under its name, with a summary
+A shard is made from a few consecutive parts of the source by one process, and has its name, with a summary
 beside it, only when it is complete. Nothing in it depends on who made it or when: any number of workers, or of
 interruptions, gives the same store.
 """
@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from meap_jax import tokenizers
 from meap_jax.corpus.documents import encode_documents
-from meap_jax.corpus.sources import Source, SourcePart, TokenIds
+from meap_jax.corpus.sources import Source
 from meap_jax.corpus.workers import worker_pool
-from meap_jax.data.store import ids_dtype, put_in_place, shard_file, unfinished, write_shard
+from meap_jax.data.store import EncodedDocument, completed, ids_dtype, shard_file, write_shard
 from meap_jax.errors import DataError
-from meap_jax.readers import Skips
+from meap_jax.readers import Part, Skips
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     """One shard to be made."""
 
     source: Source
-    parts: tuple[SourcePart, ...]
+    parts: tuple[Part, ...]
     folder: Path  # Of the store.
     shard: int
     tokenizer: Path  # The folder that it is loaded from.
@@ -49,14 +49,14 @@ def jobs(source: Source, folder: Path, tokenizer: Path, max_skipped: int) -> lis
     Raises:
       DataError: the folder holds shards of other parts: the source has changed since they were made.
     """
-    groups: list[list[SourcePart]] = []
+    groups: list[list[Part]] = []
     room = 0
     for part in source.parts():
         if room <= 0:
             groups.append([])
             room = SHARD_BYTES
         groups[-1].append(part)
-        room -= max(part.part.num_bytes, 1)
+        room -= max(part.num_bytes, 1)
     planned = [Job(source, tuple(group), folder, i, tokenizer, max_skipped) for i, group in enumerate(groups)]
     for job in planned:
         summary = read_summary(job)
@@ -90,41 +90,35 @@ def run_jobs(planned: Sequence[Job], shard_maker: ShardMaker, name: str) -> list
     todo = [job for job in planned if job.shard not in summaries]
     if summaries and todo:
         _log.info("%s: %d of %d shards are there, going on", name, len(summaries), len(planned))
-    sizes = {job.shard: _num_bytes(job) for job in planned}
-    done = sum(sizes[shard] for shard in summaries)
+    total = sum(map(_num_bytes, planned))
+    done = total - sum(map(_num_bytes, todo))
     tokens, skipped = 0, Counter[str]()
-    for summary in summaries.values():
+
+    def count(summary: Summary) -> None:
+        nonlocal tokens
         tokens += summary["tokens"]
         skipped.update(summary["skipped"])
-    total = sum(sizes.values()) or None
-    bar = tqdm(desc=f"tokenizing {name}", total=total, initial=done, unit="B", unit_scale=True, disable=None)
-
-    def check_skipped() -> None:
-        limit = planned[0].max_skipped
-        if skipped.total() > limit:
+        if skipped.total() > (limit := planned[0].max_skipped):
             raise DataError(
                 f"{skipped.total()} records of {name} can't be used, more than data.max_skipped = {limit}: "
-                f"{told(skipped, (summaries[k] for k in sorted(summaries)))}"
+                f"{skips_by_reason(skipped, (summaries[shard] for shard in sorted(summaries)))}"
             )
 
-    check_skipped()  # Of shards that are there already, made before this limit or before it was passed.
+    for summary in summaries.values():  # Of shards that are there already, made before this limit perhaps.
+        count(summary)
+    bar = tqdm(desc=f"tokenizing {name}", total=total or None, initial=done, unit="B", unit_scale=True, disable=None)
     with bar, shard_maker(todo) as results:
         for job, summary in results:
             summaries[job.shard] = summary
-            tokens += summary["tokens"]
-            skipped.update(summary["skipped"])
-            bar.update(sizes[job.shard])
+            count(summary)
+            bar.update(_num_bytes(job))
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-            check_skipped()
     return [summaries[job.shard] for job in planned]
 
 
-def told(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
+def skips_by_reason(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
     """Counts of bad records by reason, each with the place of the first."""
-    first: dict[str, str] = {}
-    for summary in summaries:
-        for reason, place in summary["skipped_first"].items():
-            first.setdefault(reason, place)
+    first = {k: place for s in reversed(list(summaries)) for k, place in s["skipped_first"].items()}
     return "; ".join(f"{count} x {reason} (first: {first[reason]})" for reason, count in sorted(skipped.items())) + "."
 
 
@@ -138,10 +132,10 @@ def make_shard(job: Job) -> Summary:
     skips = Skips(job.max_skipped)
     dtype = ids_dtype(tokenizer.num_tokens)
 
-    documents: Iterable[Any] = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
-    if not isinstance(job.source, TokenIds):
-        documents = encode_documents(documents, tokenizer)
-    written = write_shard(job.folder, job.shard, documents, dtype)
+    read = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
+    runs: Iterable[tuple[bool, Iterable[Any]]] = groupby(read, lambda item: isinstance(item[1], EncodedDocument))
+    documents = (run if is_encoded else encode_documents(run, tokenizer) for is_encoded, run in runs)
+    written = write_shard(job.folder, job.shard, chain.from_iterable(documents), dtype)
     summary = {
         **written._asdict(),
         "bytes": shard_file(job.folder, job.shard).stat().st_size,
@@ -149,10 +143,8 @@ def make_shard(job: Job) -> Summary:
         "skipped": dict(skips.counts),
         "skipped_first": dict(skips.first),
     }
-    path = summary_file(job)
-    partial = unfinished(path)
-    partial.write_text(json.dumps(summary), encoding="utf-8")
-    put_in_place(partial, path)
+    with completed(summary_file(job)) as partial:
+        partial.write_text(json.dumps(summary), encoding="utf-8")
     return summary
 
 
@@ -187,8 +179,8 @@ def read_summary(job: Job) -> Summary | None:
 
 
 def _num_bytes(job: Job) -> int:
-    return sum(part.part.num_bytes for part in job.parts)
+    return sum(part.num_bytes for part in job.parts)
 
 
-def _described(parts: Sequence[SourcePart]) -> list[Any]:
-    return [[*part.part, part.is_held_out] for part in parts]
+def _described(parts: Sequence[Part]) -> list[Any]:
+    return [list(part) for part in parts]

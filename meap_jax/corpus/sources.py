@@ -1,42 +1,46 @@
-"""Where documents come from: each source in parts that can be read on their own, each document with its split."""
+"""Where documents come from: each source in parts that can be read on their own, each document with its split.
+
+A kind of source of one's own is a class with the two methods of `Source`, and an entry of `SOURCES`:
+
+    SOURCES["counting"] = lambda name, spec: Counting(int(spec.path.removeprefix("counting:")))
+
+makes `--config.data.path=counting:500` work in every command of the Python process that has run this line.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
-from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec
-from meap_jax.data.store import SPLITS, EncodedDocument, Store, ids_dtype
+from meap_jax.data.manifest import MANIFEST
+from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
+from meap_jax.data.store import SPLITS, EncodedDocument, Store, TokenSpan, ids_dtype
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import SOURCE_FIELDS
+from meap_jax.paths import is_url
 from meap_jax.readers import Corpus, Part, Skips, open_corpus
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
-PREPARED = "prepared:"  # How the path of a source of token ids begins.
-
-
-class SourcePart(NamedTuple):
-    """A part of a source."""
-
-    part: Part
-    is_held_out: bool = False  # Of a text source: from its own held-out corpus.
 
 
 class Source(Protocol):
-    """Documents of one kind. Sources are handed to worker processes, and so are small and picklable."""
+    """Documents of one kind. Sources are sent to worker processes, and so are small and picklable."""
 
-    def parts(self) -> Sequence[SourcePart]:
+    def parts(self) -> Sequence[Part]:
         """What it consists of, in an order that doesn't depend on the machine."""
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
         """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
 
 
@@ -55,44 +59,31 @@ def open_source(name: str, spec: SourceSpec) -> Source:
         return _retrieval(spec)
     if isinstance(spec, StdlibSourceSpec):
         return StandardLibrary(spec.holdout)
-    path = spec.path
-    if path is None:
-        raise ConfigError(f"data.sources.{name}.path is not set: name a folder of .txt or .jsonl files.")
-    if path.startswith(PREPARED):
-        for field in ("validation", "field", "where"):
-            value = getattr(spec, field)
-            if value != SOURCE_FIELDS[field].default:
-                raise ConfigError(
-                    f"data.sources.{name}.{field} is {value!r}, but its path is {path!r}, whose splits and "
-                    "documents stay what they are: leave it out."
-                )
-        return TokenIds(path.removeprefix(PREPARED))
-    paths = [path, spec.validation] if spec.validation else [path]
-    with _naming(name):
-        corpora = tuple(open_corpus(path, field=spec.field, where=spec.where) for path in paths)
-    return Text(name, corpora, spec.holdout)
+    assert spec.path is not None, "prepare refuses a source without a path that isn't prepared"
+    scheme = "" if is_url(spec.path) else spec.path.partition(":")[0]
+    return SOURCES.get(scheme, _text)(name, spec)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A corpus of texts, and perhaps a second one that is held out.
 
-    A text's split depends on a hash of it alone, so that equal texts never stand on both sides, and adding texts moves
-    none.
+    A text's split depends on a hash of it alone, so that equal texts share a split, and added texts move none.
     """
 
     name: str
     corpora: tuple[Corpus, ...]
     holdout: float  # Share in each of validation and test, if there is no second corpus.
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """Those of the first corpus, then those of the second."""
         with _naming(self.name):
-            return [SourcePart(part, nth > 0) for nth, corpus in enumerate(self.corpora) for part in corpus.parts()]
+            corpora = enumerate(self.corpora)
+            return [part._replace(is_held_out=i > 0) for i, corpus in corpora for part in corpus.parts()]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
-        for text in self.corpora[part.is_held_out].read(part.part, skips):
+        for text in self.corpora[part.is_held_out].read(part, skips):
             if part.is_held_out:
                 split = VALIDATION if _fraction(text) < 0.5 else TEST
             else:
@@ -106,11 +97,11 @@ class StandardLibrary:
 
     holdout: float
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """One."""
-        return [SourcePart(Part("stdlib"))]
+        return [Part("stdlib")]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
         return ((_split(text, self.holdout), Document(text)) for text in read_stdlib())
 
@@ -123,15 +114,15 @@ class Retrieval:
     sizes: Mapping[str, int]
     seed: int
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """One a split."""
-        return [SourcePart(Part(f"retrieval:{split}")) for split in SPLITS]
+        return [Part(f"retrieval:{split}") for split in SPLITS]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, Document]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
         # With few keys and values equal documents turn up by chance: an earlier split keeps its own.
         order = ("test", "validation", "train")
-        split = part.part.path.partition(":")[2]
+        split = part.path.partition(":")[2]
         earlier = {document.text for other in order[: order.index(split)] for document in self._generate(other)}
         for document in self._generate(split):
             if document.text not in earlier:
@@ -143,51 +134,49 @@ class Retrieval:
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """A source that was prepared elsewhere: its folder in a prepared folder. Splits stay what they are there.
+    """A source that was prepared elsewhere: its folder in a prepared folder. Splits and spans stay what they are there.
 
-    Spans don't come along. Documents with ids beyond the vocabulary are bad records, and so are those that can't be
-    read.
+    Documents with ids beyond the vocabulary are bad records, and so are those that can't be read.
     """
 
     folder: str
 
     def __post_init__(self) -> None:
-        manifest = Path(self.folder, "manifest.json")
-        if not manifest.is_file():
-            raise ConfigError(f"{PREPARED}{self.folder} names no prepared source: it holds no manifest.json.")
-        kind = self._manifest.get("options", {}).get("kind")
-        if kind is None or "shards" not in self._manifest:
+        manifest = self._manifest if Path(self.folder, MANIFEST).is_file() else {}
+        if "shards" not in manifest:
             raise ConfigError(
-                f"{PREPARED}{self.folder} names no prepared source: name the folder of one in it, such as "
-                f"{PREPARED}{self.folder.rstrip('/')}/text."
+                f"prepared:{self.folder} names no prepared source: name the folder of one in it, such as "
+                f"prepared:{self.folder.rstrip('/')}/text."
             )
-        if kind == "retrieval":
-            raise ConfigError(f"{PREPARED}{self.folder} holds retrieval documents, which are generated, not copied.")
+        if manifest["options"]["kind"] == "retrieval":
+            raise ConfigError(f"prepared:{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        return json.loads(Path(self.folder, "manifest.json").read_text(encoding="utf-8"))
+        return json.loads(Path(self.folder, MANIFEST).read_text(encoding="utf-8"))
 
     @property
     def tokenizer_hash(self) -> str:
         """Of the tokenizer that made the ids."""
         return self._manifest["tokenizer"]
 
-    def parts(self) -> list[SourcePart]:
+    def parts(self) -> list[Part]:
         """Its shards."""
         shards = self._manifest["shards"]
         starts = np.cumsum([0] + [shard["documents"] for shard in shards]).tolist()
         return [
-            SourcePart(Part(self.folder, start, stop, shard["bytes"]))
+            Part(self.folder, start, stop, shard["bytes"])
             for start, stop, shard in zip(starts[:-1], starts[1:], shards, strict=True)
         ]
 
-    def read(self, part: SourcePart, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
         """See `Source`."""
         manifest = self._manifest
         num_tokens = manifest["num_tokens"]
         store = Store(Path(self.folder), [s["documents"] for s in manifest["shards"]], ids_dtype(num_tokens))
-        for document in range(part.part.start, len(store) if part.part.stop is None else part.part.stop):
+        documents = range(part.start, len(store) if part.stop is None else part.stop)
+        spans = _spans(store, documents)
+        for document in documents:
             try:
                 ids = store[document]
             except DataError as error:
@@ -197,7 +186,40 @@ class TokenIds:
                 place = f"{self.folder}, document {document}"
                 skips.add(f"has an id beyond the vocabulary of {num_tokens}", place)
                 continue
-            yield int(store.index["split"][document]), EncodedDocument(ids.tolist())
+            yield int(store.index["split"][document]), EncodedDocument(ids.tolist(), tuple(spans.get(document, ())))
+
+
+def _spans(store: Store, documents: range) -> Mapping[int, list[TokenSpan]]:
+    """The spans of consecutive documents, by document; those without spans are left out."""
+    found = defaultdict[int, list[TokenSpan]](list)
+    for role in store.roles():
+        spans = store.spans(role)
+        first, stop = (bisect_left(spans, end, key=itemgetter("document")) for end in (documents.start, documents.stop))
+        names = [name for name, *_ in spans.dtype.descr[3:]]  # Of columns, behind document, start and length.
+        for document, start, length, *columns in spans[first:stop].tolist():
+            found[document].append(TokenSpan(start, length, role, dict(zip(names, columns, strict=True))))
+    return found
+
+
+def _text(name: str, spec: TextSourceSpec) -> Text:
+    paths = filter(None, (spec.path, spec.validation))
+    with _naming(name):
+        return Text(name, tuple(open_corpus(path, field=spec.field, where=spec.where) for path in paths), spec.holdout)
+
+
+def _token_ids(name: str, spec: TextSourceSpec) -> TokenIds:
+    for field in ("validation", "field", "where"):
+        value = getattr(spec, field)
+        if value != SOURCE_FIELDS[field].default:
+            raise ConfigError(
+                f"data.sources.{name}.{field} is {value!r}, but its path is {spec.path!r}, whose splits and "
+                "documents stay what they are: leave it out."
+            )
+    return TokenIds(str(spec.path).removeprefix("prepared:"))
+
+
+# What opens a source whose path begins with this word and a colon; every other path is read as text.
+SOURCES: dict[str, Callable[[str, TextSourceSpec], Source]] = {"prepared": _token_ids}
 
 
 def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
@@ -209,7 +231,7 @@ def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts the source in front of what corpora say of its path, field or where."""
+    """Puts the source's name in front of errors about its path, field or where."""
     try:
         yield
     except ConfigError as error:

@@ -33,9 +33,7 @@ def read_stdlib() -> list[str]:
 def _topics(path: Path) -> list[str]:
     """The values of the one dictionary in pydoc_data/topics.py; none where a distro left it out."""
     tree = _parse(path)
-    if tree is None:
-        return []
-    for node in tree.body:
+    for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics = ast.literal_eval(node.value)
             return [_clean(topics[name]) for name in sorted(topics)]

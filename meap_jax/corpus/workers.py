@@ -26,7 +26,7 @@ def worker_pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start) as pool:
         try:
-            # Held back from workers until they know what to do with it: one that still imports would tell all of that.
+            # Held back from workers until they know what to do with it: one that still imports would print a traceback.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for _ in range(workers):

@@ -1,4 +1,4 @@
-"""Manifests: what stands in a folder of prepared data, with the options it was made with."""
+"""Manifests: JSON with the contents of a folder of prepared data and the options it was made with."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meap_jax.config import flatten
-from meap_jax.data.store import put_in_place
+from meap_jax.data.store import completed
 from meap_jax.errors import ConfigError, DataError
 
 LAYOUT_VERSION = 4  # Raise when a folder's files change their meaning.
@@ -16,9 +16,8 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes a manifest, which marks its folder as complete."""
-    partial = folder / f".{MANIFEST}"
-    partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
-    put_in_place(partial, folder / MANIFEST)
+    with completed(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
 
 
 def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:

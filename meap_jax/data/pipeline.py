@@ -70,13 +70,7 @@ class TrainBatches(Iterator[Row]):
     """Endless global batches: the rows of `global_sequence` as arrays [B, T + 1], laid out by `sharding`."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        weights: dict[str, float],
-        *,
-        seed: int,
-        batch_size: int,
-        sharding: NamedSharding,
+        self, prepared: Prepared, weights: dict[str, float], *, seed: int, batch_size: int, sharding: NamedSharding
     ):
         self._shape = (batch_size, prepared.block_len)
         self._sharding = sharding

@@ -108,7 +108,7 @@ def _fit(block_len: int, documents: np.ndarray) -> Plan:
 
 
 def _cut(documents: np.ndarray, block_len: int) -> np.ndarray:
-    """Pieces of `block_len` at most."""
+    """Cuts slices that are longer than a block."""
     lengths = documents["length"].astype(np.int64)
     counts = -(-lengths // block_len)
     which = np.repeat(np.arange(len(documents)), counts)
@@ -175,7 +175,7 @@ def keep_long(ranges: Iterable[np.ndarray], *, long_from: int, keep_shorter: flo
 
 
 def save(folder: Path, name: str, parts: Iterable[Plan], lengths: np.ndarray, block_len: int) -> dict[str, float]:
-    """Writes a plan, part by part, and returns what is told of it.
+    """Writes a plan, part by part, and returns its counts.
 
     Args:
       folder: that is there.

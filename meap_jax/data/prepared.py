@@ -55,7 +55,7 @@ class Blocks:
         return Row(tokens, segment_ids)
 
     def spans(self, role: str) -> np.ndarray:
-        """Where the spans of a role stand in these blocks.
+        """The places of a role's spans in these blocks.
 
         Returns:
           [number of spans] records of ROW_SPAN_DTYPE and the role's columns, ordered by row and start. A span that is
@@ -113,15 +113,15 @@ class Prepared:
         return list(self.spec.plans)
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """What was read of a source."""
+        """The manifest of a source: its options and counts."""
         return read_manifest(self.folder / name)
 
     def plan_manifest(self, name: str) -> dict[str, Any]:
-        """What its plan came to, by split."""
+        """The manifest of its plan: counts by split."""
         return read_manifest(plan_folder(self.folder / name, self.spec.plans[name]))
 
     def counts(self, name: str) -> dict[str, Any]:
-        """What a source came to: documents, tokens and bad records in all, and its blocks by split."""
+        """Counts of a source: documents, tokens and bad records in all, and its blocks by split."""
         manifest, plan = self.manifest(name), self.plan_manifest(name)
         return {key: manifest[key] for key in ("documents", "tokens", "skipped")} | {
             key: plan[key] for key in ("split_by", "splits")
@@ -161,18 +161,18 @@ class Prepared:
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:
         folder = plan_folder(self.folder / name, self.spec.plans[name])
-        told = self.plan_manifest(name)["splits"][split]["blocks"]
+        expected = self.plan_manifest(name)["splits"][split]["blocks"]
         try:
             plan = plans_lib.load(folder, split)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is damaged ({error}): delete it to make it again.") from error
-        if len(plan) != told or (told and plan.bounds[-1] != len(plan.slices)):
-            raise DataError(f"{folder} is damaged: its {split} has not the {told} blocks of its manifest. Delete it.")
+        if len(plan) != expected or (expected and plan.bounds[-1] != len(plan.slices)):
+            raise DataError(f"{folder} is damaged: its {split} lacks the {expected} blocks of its manifest. Delete it.")
         return plan
 
 
 def plan_folder(store_folder: Path, plan: PlanSpec) -> Path:
-    """Where a source's plan lies: its name tells the packing, the block and the rest as a hash."""
+    """The folder of a source's plan: its name has the packing, the block length, and a hash of all options."""
     digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode()).hexdigest()[:8]
     return store_folder / "plans" / f"{plan.packing}-{plan.block_len}-{digest}"
 

@@ -1,7 +1,7 @@
 """What the data of a run depends on, built once from its config.
 
 `dataclasses.asdict` of a value here is what a manifest holds of it, under "options": prepared folders are compared by
-it, and plan folders named. A field that is added or renamed makes data that lies prepared another's.
+it, and plan folders named. A field that is added or renamed means that prepared data no longer matches.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class TextSourceSpec:
 
     kind: str = dataclasses.field(default="text", init=False, repr=False)
     holdout: float
-    path: str | None  # None: what lies prepared, wherever it came from.
+    path: str | None  # None: what is prepared there, wherever it came from.
     validation: str
     field: str
     where: str

@@ -1,11 +1,12 @@
 """Tokenized documents in ArrayRecord shards, read in any order.
 
 A store is a folder. Shard i is `{i:05}.arrayrecord`, whose record j is the ids of its document j, bos and eos
-included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` says of each document of the
-store how long it is and which split it belongs to. `spans.ROLE.npy` has a record for each span of a role, of every
-split: SPAN_DTYPE, and behind it the columns that spans of this role have, as float64.
+included, as little-endian uint16, or uint32 for a vocabulary that needs it. `index.npy` has the length and the split
+of each document. `spans.ROLE.npy` has a record for each span of a role, of every split: SPAN_DTYPE, and behind it the
+columns that spans of this role have, as float64.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -13,6 +14,8 @@ import uuid
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ MAX_DOCUMENTS = 2**32  # Of a store: plans and spans number them so.
 INDEX_DTYPE = np.dtype([("length", "<u4"), ("split", "u1")])
 SPAN_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 
-# Blocks take runs of documents, so that neighbours lie together; compressed (zstd:1) they would take two thirds of the
+# Blocks take runs of documents, which are neighbours on disk; compressed (zstd:1) they would take two thirds of the
 # disk and blocks twice the time to read.
 _WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # What array_record advises for random access.
@@ -69,9 +72,22 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.arrayrecord"
 
 
-def unfinished(path: Path) -> Path:
-    """A name to write a file under before it is renamed to `path`; no other process or machine takes the same."""
-    return path.with_suffix(f".{uuid.uuid4().hex}.partial")
+@contextlib.contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets the name `path` once it is complete and on the disk.
+
+    So a file under its name is complete, even after a power cut, and no other process or machine writes the same one.
+    What an error leaves is removed.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except Exception:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_shard(
@@ -93,30 +109,27 @@ def write_shard(
     spans: dict[str, tuple[tuple[str, ...], array]] = {}  # Of each role the names of its columns, and all records.
     digest, largest = hashlib.sha256(), 0
     path = shard_file(folder, shard)
-    partial = unfinished(path)
     try:
-        writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
-        for split, document in documents:
-            ids = np.asarray(document.ids, dtype)
-            digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
-            digest.update(ids.tobytes())
-            largest = max(largest, int(ids.max(initial=0)))
-            for span in document.spans:
-                names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
-                if names != tuple(span.columns):
-                    raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
-                values.extend((len(lengths), span.start, span.length, *span.columns.values()))
-            lengths.append(len(ids))
-            splits.append(split)
-            writer.write(ids.tobytes())
-        writer.close()
+        with completed(path) as partial:
+            writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+            for split, document in documents:
+                ids = np.asarray(document.ids, dtype)
+                digest.update(len(ids).to_bytes(8, "little") + bytes([split]))
+                digest.update(ids.tobytes())
+                largest = max(largest, int(ids.max(initial=0)))
+                for span in document.spans:
+                    names, values = spans.setdefault(span.role, (tuple(span.columns), array("d")))
+                    if names != tuple(span.columns):
+                        raise TypeError(f"{span} has other columns than the spans of its role before: {names}.")
+                    values.extend((len(lengths), span.start, span.length, *span.columns.values()))
+                lengths.append(len(ids))
+                splits.append(split)
+                writer.write(ids.tobytes())
+            writer.close()
     except UserError:  # What the documents raise, such as too many bad records.
-        partial.unlink(missing_ok=True)
         raise
     except (RuntimeError, ValueError) as error:  # What array_record raises for a write that failed.
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{partial} can't be written: {' '.join(str(error).split())[:300]}") from error
-    put_in_place(partial, path)
+        raise OSError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     index = np.empty(len(lengths), INDEX_DTYPE)
     index["length"], index["split"] = lengths, splits
     save_array(path.with_suffix(".index.npy"), index)
@@ -127,19 +140,10 @@ def write_shard(
     return ShardSummary(len(index), int(index["length"].sum(dtype=np.int64)), largest, digest.hexdigest())
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a file that is complete its name, once it is on the disk: after a power cut a name stands for all of it."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def save_array(path: Path, array: np.ndarray) -> None:
-    """`np.save` under another name, then renamed."""
-    partial = unfinished(path)
-    with partial.open("wb") as file:
+    """`np.save` of a file that is complete once it is there."""
+    with completed(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-    put_in_place(partial, path)
 
 
 def merge_indices(folder: Path, num_shards: int) -> None:
@@ -195,6 +199,10 @@ class Store:
         path = self.folder / f"spans.{role}.npy"
         return np.load(path, mmap_mode="r") if path.exists() else np.zeros(0, SPAN_DTYPE)
 
+    def roles(self) -> list[str]:
+        """The roles that any span of this store has."""
+        return [path.name.split(".")[1] for path in index_files(self.folder)[1:]]
+
     def documents(self, split: str) -> np.ndarray:
         """The numbers of a split's documents, in order."""
         return np.flatnonzero(self.index["split"] == SPLITS.index(split))
@@ -208,10 +216,9 @@ class Store:
         documents = np.asarray(documents, np.int64)
         shards = np.searchsorted(self._ends, documents, side="right")
         out: list[np.ndarray] = []
-        for first, last in _runs(shards):
-            shard = int(shards[first])
+        for shard, run in groupby(zip(shards.tolist(), documents.tolist(), strict=True), itemgetter(0)):
             start = int(self._ends[shard - 1]) if shard else 0
-            out += self._read_shard(shard, (documents[first:last] - start).tolist())
+            out += self._read_shard(shard, [document - start for _, document in run])
         return out
 
     def _read_shard(self, shard: int, records: list[int]) -> list[np.ndarray]:
@@ -236,10 +243,3 @@ class Store:
                 readers.popitem(last=False)[1].close()
         readers[shard] = reader
         return reader
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of each run of equal values."""
-    bounds = np.flatnonzero(np.diff(values)) + 1
-    starts = [0, *bounds.tolist(), len(values)]
-    return zip(starts[:-1], starts[1:], strict=True) if len(values) else iter(())

@@ -1,8 +1,10 @@
 """A corpus in files: .txt, lines of JSON, compressed or not, and Parquet."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO
 
 from meap_jax.readers import lines, parquet
@@ -39,8 +41,7 @@ class FileCorpus:
             return parquet.divide(whole, self.part_bytes)
         number = round(file.size / self.part_bytes)
         cuts = [file.size * index // number for index in range(number + 1)]
-        pieces = zip(cuts, cuts[1:], strict=False)
-        parts = [Part(file.path, start, stop, stop - start) for start, stop in pieces]
+        parts = [Part(file.path, start, stop, stop - start) for start, stop in pairwise(cuts)]
         return [*parts[:-1], parts[-1]._replace(stop=None)]
 
     def read(self, part: Part, skips: Skips) -> Iterator[str]:
@@ -76,8 +77,8 @@ def _lines(part: Part, skips: Skips) -> Iterator[tuple[str, bytes]]:
 
 
 def _positioned(part: Part, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    name = part.path.lower()
-    if name.endswith((".gz", ".zst")):
-        unpacked = lines.gunzipped(file) if name.endswith(".gz") else lines.unzstandardized(file)
-        return ((0, line) for line in lines.split_lines(unpacked))  # positions mean nothing here
+    suffix = os.path.splitext(part.path.lower())[1]
+    if suffix in lines.COMPRESSED:
+        # Positions mean nothing here.
+        return ((0, line) for line in lines.split_lines(lines.decompressed(file, suffix)))
     return lines.line_range(file, part.start, part.stop)

@@ -10,6 +10,11 @@ from meap_jax.readers.records import BadRecord
 
 _CHUNK = 2**20
 _COMPRESSED_CHUNK = 2**14  # small, since what comes out of it is held at once: of gzip at most a thousand times as much
+# What makes the decompressor of a stream, by the file's suffix; that of zst takes any window size.
+COMPRESSED: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
 _ERRORS = (zlib.error, zstandard.ZstdError)
 
 
@@ -46,19 +51,12 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def gunzipped(file: IO[bytes]) -> Iterator[bytes]:
-    """What a .gz file holds; see `_decompressed`."""
-    return _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
-
-
-def unzstandardized(file: IO[bytes]) -> Iterator[bytes]:
-    """What a .zst file holds, of any window size; see `_decompressed`."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    return _decompressed(file, decompressor.decompressobj)
-
-
-def _decompressed(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+def decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     """Chunks of what a file of one or more compressed streams holds.
+
+    Args:
+      file: opened.
+      suffix: of its name, one of `COMPRESSED`.
 
     Raises:
       BadRecord: the file is cut off, or corrupt; with the byte of the compressed file that was reached. What came
@@ -72,7 +70,7 @@ def _decompressed(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
                 data = data.lstrip(b"\0")  # tapes and the like pad .gz files
                 if not data:
                     break
-                stream = new()
+                stream = COMPRESSED[suffix]()
             try:
                 text = stream.decompress(data)
             except _ERRORS as error:

@@ -118,7 +118,7 @@ def _group_bytes(footer: pq.FileMetaData, group: int) -> int:
 
 
 def _raise_if_not_damage(error: Exception) -> None:
-    """Arrow tells of damage in its own errors and in bare OSErrors; any other OSError is about a disk or a network."""
+    """Arrow reports damage by its own errors and in bare OSErrors; any other OSError is about a disk or a network."""
     bare = type(error) is OSError and error.errno is None
     if isinstance(error, OSError) and not bare and not isinstance(error, pa.ArrowException):
         raise error

@@ -1,5 +1,6 @@
-"""What all readers share: pieces of work, and the count of what had to be left out."""
+"""What all readers share: parts of a corpus, and the count of records that were left out."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -11,17 +12,18 @@ PART_BYTES = 64 * 2**20
 
 
 class Part(NamedTuple):
-    """A piece of a corpus that one worker reads from its beginning to its end.
+    """What one worker reads of a corpus from its beginning to its end.
 
     `start` and `stop` count bytes (.jsonl, .json), row groups (.parquet) or records (TFDS). Without a `stop` the part
     goes to the end of its file, which is then `start + num_bytes` bytes long; otherwise `num_bytes` is about what
-    there is to read.
+    there is to read. `is_held_out` is for `meap_jax.corpus.sources`: the part is of a corpus that is held out.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     num_bytes: int = 0
+    is_held_out: bool = False
 
 
 class Skips:
@@ -35,13 +37,8 @@ class Skips:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.counts: dict[str, int] = {}
+        self.counts = Counter[str]()
         self.first: dict[str, str] = {}
-
-    @property
-    def total(self) -> int:
-        """All records skipped so far."""
-        return sum(self.counts.values())
 
     def add(self, reason: str, place: str, count: int = 1) -> None:
         """Counts `count` records at a place (a file, and the line, byte or row in it).
@@ -49,10 +46,10 @@ class Skips:
         Raises:
           DataError: more than `limit` have now been skipped.
         """
-        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.counts[reason] += count
         self.first.setdefault(reason, place)
-        if self.total > self.limit:
-            raise DataError(f"{place} {reason} (bad records: {self.total:,}, allowed: {self.limit:,}).")
+        if (total := self.counts.total()) > self.limit:
+            raise DataError(f"{place} {reason} (bad records: {total:,}, allowed: {self.limit:,}).")
 
 
 class Corpus(Protocol):

@@ -81,7 +81,7 @@ def _find_here(path: str) -> dict[str, int | None] | None:
     """The files at a path or pattern, whose sizes are still unknown; None if nothing is there."""
     roots = [path]
     if not os.path.exists(path):
-        roots = glob.glob(path, recursive=True)  # [path] itself for a link to nowhere: that is told when it is read
+        roots = glob.glob(path, recursive=True)  # [path] itself for a link to nowhere: the error comes when it is read
     found = (name for root in roots for name in (_walk(root, frozenset()) if os.path.isdir(root) else [root]))
     return dict.fromkeys(found) if roots else None
 

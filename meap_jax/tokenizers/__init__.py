@@ -29,7 +29,7 @@ def make(name_or_path: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, unless that is bpe, which is trained (`train_bpe`).
 
     Args:
-      name_or_path: mistral, tekken, or the path of a local file or folder. A file's kind is told by its content.
+      name_or_path: mistral, tekken, or the path of a local file or folder. A file's kind is recognized by its content.
 
     Raises:
       ConfigError: an unknown word, a package that isn't installed, a path where nothing is, or a file that is no
@@ -42,10 +42,10 @@ def make(name_or_path: str) -> Tokenizer:
         raise refusal(name_or_path, f"must be one of {choices}, or a path, such as ./{name_or_path}")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        found = next((path / name for name in _FILES if (path / name).is_file()), None)
-        if found is None:
-            raise refusal(name_or_path, f"that folder holds none of {', '.join(_FILES)}")
-        path = found
+        try:
+            return load(path)
+        except FileNotFoundError:
+            raise refusal(name_or_path, f"that folder holds none of {', '.join(_FILES)}") from None
     if not path.is_file():
         raise refusal(name_or_path, "no such file or folder is on this machine")
     return _read(path)

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from meap_jax.tokenizers.interface import Encoded, Tokenizer, refusal
 
-# What a tokenizer_config.json beside it doesn't say is looked for among the added tokens, the first name first.
+# Roles that no tokenizer_config.json beside it names are looked for among the added tokens, the first name first.
 _NAMES = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "[BOS]", "[CLS]"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]"),
@@ -134,7 +134,7 @@ def _unknown(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
 def _hide_specials(content: dict[str, Any]) -> None:
     """Makes special tokens unreachable from text, in place.
 
-    The package doesn't look for them in text once it is told not to; but where they stand in the model's own
+    The package doesn't look for them in text with encode_special_tokens; but where they are in the model's own
     vocabulary, a Unigram model takes them for pieces, and merges may lead there. So they are given names that no text
     has: U+FFFF is no character.
     """
@@ -154,8 +154,7 @@ def _hide_specials(content: dict[str, Any]) -> None:
 
 def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
     content = content | {"truncation": None, "padding": None, "post_processor": None}
-    if content["model"].get("dropout"):  # would give other ids each time
-        content["model"] = content["model"] | {"dropout": None}
+    content["model"].pop("dropout", None)  # would give other ids each time
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     tokenizer.encode_special_tokens = True  # special tokens in text are text
     return tokenizer

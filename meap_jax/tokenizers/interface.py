@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ _SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 _UP_TO_THE_LAST = re.compile(".*" + _SPACE_BETWEEN_WORDS.pattern, re.DOTALL)
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
+_T = TypeVar("_T")
 Encoded = tuple[list[int], np.ndarray]  # Ids, and [N, 2] int64: where each token's characters start and end.
 
 
@@ -107,7 +109,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _anchor(self) -> tuple[str, list[int]]:
-        """A word that stands for what is in front of a text in mid-document, and its ids.
+        """A word to put in front of a text that continues a document, and its ids.
 
         Both are empty where nothing is needed: the tokenizer neither puts a space in front of a text nor removes one.
         """
@@ -117,7 +119,7 @@ class Tokenizer(abc.ABC):
     def _encode_all(self, texts: Sequence[str], encode: Callable[[list[str]], list[Encoded]]) -> list[Encoded]:
         """Cleans texts, cuts long ones, and has them encoded in batches of limited size."""
         encoded: list[Encoded] = []
-        for batch in _batches(map(clean, texts)):
+        for batch in batches(map(clean, texts), _size, _MAX_BATCH):
             encoded += [self._encode_long(batch[0], encode)] if len(batch[0]) > MAX_CHUNK else encode(batch)
         return encoded
 
@@ -157,7 +159,7 @@ def clean(text: str) -> str:
 
 def _of_given(text: str, offsets: np.ndarray) -> np.ndarray:
     """Offsets in `clean(text)` as offsets in `text`; none is empty."""
-    pairs = [pair.start() - i for i, pair in enumerate(_SURROGATE_PAIR.finditer(text))]  # Where they stand as one.
+    pairs = [pair.start() - i for i, pair in enumerate(_SURROGATE_PAIR.finditer(text))]  # Each is one character.
     offsets[:, 1] = np.clip(offsets[:, 1], offsets[:, 0] + 1, len(text) - len(pairs))
     return offsets + np.searchsorted(pairs, offsets)
 
@@ -183,18 +185,19 @@ def cut(text: str, anywhere: bool) -> Iterator[int]:
     yield len(text)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive texts of `_MAX_BATCH` characters at most; one that is to be cut is a batch by itself."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if batch and (len(text) > MAX_CHUNK or size + len(text) > _MAX_BATCH):
+def _size(text: str) -> int:
+    return len(text) if len(text) <= MAX_CHUNK else _MAX_BATCH + 1  # What is to be cut is a batch by itself.
+
+
+def batches(items: Iterable[_T], size: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
+    """Consecutive items whose sizes sum to `limit` at most; one that is larger is a batch by itself."""
+    batch: list[_T] = []
+    total = 0
+    for item in items:
+        total += size(item)
+        if batch and total > limit:
             yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-        if len(text) > MAX_CHUNK:
-            yield batch
-            batch, size = [], 0
+            batch, total = [], size(item)
+        batch.append(item)
     if batch:
         yield batch

@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 
 import tiny_data
@@ -40,14 +38,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
-    rng = np.random.default_rng(0)
-    for i in range(NUM_SHARDS):
-        tiny_data.write_jsonl(
-            folder / f"{i}.jsonl", (f"{i}-{j} " + " ".join(rng.choice(words, 100)) for j in range(60))
-        )
-    return folder
+    return tiny_data.write_sea_stories(tmp_path_factory.mktemp("corpus"), NUM_SHARDS, 60, num_words=100)
 
 
 @pytest.fixture
@@ -67,7 +58,7 @@ def prepare_on_beam(folder, spec, words=(), worker_folder=None):
     return prepare(folder, spec, shard_maker=on_beam)
 
 
-def door(*arguments, module="meap_jax.corpus.beam", **environment):
+def run_command(*arguments, module="meap_jax.corpus.beam", **environment):
     command = [sys.executable, "-m", module, "--config=configs/meap_100m.py", *map(str, arguments)]
     environment = tiny_runs.environment() | environment
     return subprocess.run(command, cwd=tiny_runs.ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -92,9 +83,9 @@ def test_one_shard_made_at_once_by_many_with_one_process_id_is_right(corpus, tmp
     assert {path.name: path.read_bytes() for path in job.folder.iterdir()} == made
 
 
-def test_without_beam_the_door_says_what_to_install(tmp_path):
+def test_without_beam_the_command_says_what_to_install(tmp_path):
     (tmp_path / "apache_beam.py").write_text("raise ImportError('No module named apache_beam')")
-    ended = door(PYTHONPATH=f"{tmp_path}:{tiny_runs.ROOT}")
+    ended = run_command(PYTHONPATH=f"{tmp_path}:{tiny_runs.ROOT}")
     assert ended.returncode == 1
     sentence = "needs Apache Beam (No module named apache_beam): pip install -r requirements-beam.txt"
     assert ended.stderr.strip() == f"error: meap_jax.corpus.beam {sentence}"
@@ -106,24 +97,25 @@ def test_beam_is_imported_by_nothing_else():
 
 
 @needs_beam
-@pytest.mark.parametrize("words", [[], IN_PROCESSES, SUBMITTED, ["--direct_runner_bundle_repeat=1"]], ids=str)
-def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words)
+@pytest.mark.parametrize(
+    ("words", "worker_folder"),
+    [
+        ([], None),
+        (IN_PROCESSES, None),
+        (SUBMITTED, None),
+        (["--direct_runner_bundle_repeat=1"], None),
+        ([], "file://{}/data/"),  # Workers copy shards to a bucket ...
+        (IN_PROCESSES, "file://{}/data/"),
+        ([], "{}/seen"),  # ... or see the disk under another name.
+    ],
+    ids=str,
+)
+def test_the_folder_is_the_same_byte_for_byte(corpus, alone, tmp_path, words, worker_folder):
+    (tmp_path / "seen").symlink_to(tmp_path / "data")
+    worker_folder = worker_folder and worker_folder.format(tmp_path)
+    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words, worker_folder)
     assert len(made.manifest("text")["shards"]) == NUM_SHARDS
     assert content(made) == alone
-
-
-@needs_beam
-@pytest.mark.parametrize("words", [[], IN_PROCESSES], ids=str)
-def test_workers_without_our_disk_copy_shards_to_a_bucket(corpus, alone, tmp_path, words):
-    made = prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), words, f"file://{tmp_path}/data/")
-    assert content(made) == alone
-
-
-@needs_beam
-def test_workers_may_see_the_disk_under_another_name(corpus, alone, tmp_path):
-    (tmp_path / "seen").symlink_to(tmp_path / "data")
-    assert content(prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), f"{tmp_path}/seen")) == alone
 
 
 @needs_beam
@@ -150,18 +142,15 @@ def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_fol
         f"prepare.prepare({str(folder)!r}, {tiny_data.text_spec(corpus)!r}, shard_maker=maker)\n"
     )
     process = subprocess.Popen([sys.executable, str(program)], env=tiny_runs.environment())
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob(".text.partial/?????.json"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
+    tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= 2, process)
     process.kill()
     process.wait()
-    done = {path.stem: path.stat().st_mtime_ns for path in folder.glob(".text.partial/?????.json")}
+    done = [path.with_suffix(".arrayrecord") for path in tiny_data.complete(folder)]
     assert 2 <= len(done) < NUM_SHARDS and not (folder / "text").exists()
-    records = {name: (folder / ".text.partial" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
+    records = {path.name: path.stat().st_mtime_ns for path in done}
     made = prepare_on_beam(folder, tiny_data.text_spec(corpus), (), worker_folder)
     assert content(made) == alone
-    now = {name: (folder / "text" / f"{name}.arrayrecord").stat().st_mtime_ns for name in done}
+    now = {name: (folder / "text" / name).stat().st_mtime_ns for name in records}
     assert now == records  # What was complete was not made again.
 
 
@@ -180,7 +169,7 @@ def spoilt(corpus, tmp_path):
 @pytest.mark.parametrize("is_bucket", [False, True])
 def test_too_many_bad_records_in_one_shard_stop_it_with_file_and_line(spoilt, tmp_path, words, is_bucket):
     worker_folder = f"file://{tmp_path}/data" if is_bucket else None
-    place = re.escape(f"{tmp_path}/spoilt/0.jsonl, line 63")
+    place = re.escape(f"{tmp_path}/spoilt/00.jsonl, line 63")
     with pytest.raises(DataError, match=rf"^{place} [\w ]+ \(bad records: 3, allowed: 2\)\.$"):
         prepare_on_beam(tmp_path / "data", spoilt(2), words, worker_folder)
     # With a higher limit it goes on from there, and leaves nothing of what failed.
@@ -222,7 +211,7 @@ def test_a_worker_folder_that_is_another_one_is_refused_before_any_work(corpus, 
 
 
 @needs_beam
-def test_a_disk_that_workers_do_not_see_is_told(corpus, tmp_path):
+def test_a_disk_that_workers_do_not_see_is_an_error(corpus, tmp_path):
     with pytest.raises(DataError, match="the pipeline failed: /nowhere holds none of tokenizer.json"):
         prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), "/nowhere")
 
@@ -244,20 +233,21 @@ def test_impossible_options_are_one_sentence(words, sentence):
 
 
 @needs_beam
-def test_the_door_tells_what_the_door_of_prepare_tells(corpus, tmp_path):
+def test_the_command_prints_what_that_of_prepare_prints(corpus, tmp_path):
     data = (f"--config.data.path={corpus}", "--config.seq_len=64")
-    alone = door(*data, f"--config.data.prepared={tmp_path}/alone", module="meap_jax.corpus.prepare")
+    alone = run_command(*data, f"--config.data.prepared={tmp_path}/alone", module="meap_jax.corpus.prepare")
     folder = tmp_path / "data"
-    ended = door(*data, f"--config.data.prepared={folder}", f"--worker_folder=file://{folder}", "--runner=DirectRunner")
+    words = (f"--config.data.prepared={folder}", f"--worker_folder=file://{folder}", "--runner=DirectRunner")
+    ended = run_command(*data, *words)
     assert ended.returncode == alone.returncode == 0, ended.stderr
     assert ended.stdout == alone.stdout and json.loads(ended.stdout)["source"] == "text"
 
 
 @needs_beam
-def test_the_door_ends_bad_records_in_one_sentence_and_without_a_traceback(corpus, tmp_path):
+def test_the_command_ends_at_bad_records_in_one_sentence_and_without_a_traceback(corpus, tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
     words = (f"--config.data.path={tmp_path}/bad.jsonl", "--config.data.max_skipped=4")
-    ended = door(*words, f"--config.data.prepared={tmp_path}/data")
+    ended = run_command(*words, f"--config.data.prepared={tmp_path}/data")
     assert ended.returncode == 1
     (line,) = ended.stderr.strip().splitlines()
     assert line == f"error: {tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."

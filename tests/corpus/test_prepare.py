@@ -15,7 +15,7 @@ from meap_jax.corpus import packing
 from meap_jax.corpus import prepare as prepare_module
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
-from meap_jax.errors import ConfigError, DataError
+from meap_jax.errors import ConfigError, DataError, UserError
 from meap_jax.evals.retrieval import questions
 from meap_jax.rows import stacked
 
@@ -58,13 +58,13 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
     for split in SPLITS:
         blocks = prepared.blocks("text", split)
         stream = np.concatenate([blocks[i].tokens for i in range(len(blocks))])
-        assert all((blocks[i]["segment_ids"] == 1).all() for i in range(len(blocks)))
+        assert all((blocks[i].segment_ids == 1).all() for i in range(len(blocks)))
         whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
         seen += [document.removeprefix("<bos>") for document in whole]
     assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
 
 
-def test_every_answer_stands_where_the_blocks_say(prepared):
+def test_every_answer_is_where_the_blocks_say(prepared):
     for split in ("validation", "test"):
         blocks = prepared.blocks("retrieval", split)
         documents = prepared.plan_manifest("retrieval")["splits"][split]["documents"]
@@ -88,7 +88,7 @@ def test_the_manifests_count_what_is_there(prepared):
     assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
     assert counts["blocks"] == len(rows.tokens)
     assert counts["tokens"] == np.count_nonzero(rows.segment_ids)
-    assert counts["padding_share"] == pytest.approx(np.mean(rows["segment_ids"] == 0), abs=1e-4)
+    assert counts["padding_share"] == pytest.approx(np.mean(rows.segment_ids == 0), abs=1e-4)
     assert prepared.plan_manifest("text")["split_by"] == "document"
     assert prepared.manifest("text")["skipped"] == {}
 
@@ -106,10 +106,7 @@ def test_what_is_there_is_opened_and_not_made_again(copy, books, monkeypatch):
     for name in ("_make_store", "make_plans", "_training_texts"):
         monkeypatch.setattr(prepare_module, name, None)
     prepare(copy, spec_of(books))
-
-
-def test_without_a_path_a_config_takes_what_was_prepared(copy):
-    prepare(copy, spec_of(None))
+    prepare(copy, spec_of(None))  # Without a path a config takes what was prepared.
 
 
 def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
@@ -123,27 +120,17 @@ def test_another_way_of_packing_needs_no_tokenizing(copy, books, monkeypatch):
 
 def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch):
     prepare(tmp_path, tiny_data.text_spec(books))
+    before = (tmp_path / "text" / "index.npy").stat()
     more = tiny_data.write_jsonl(tmp_path.parent / "more.jsonl", [f"more text {i} " * 30 for i in range(60)])
-    both = tiny_data.text_spec(books, more, mixture="text,more")
-    made, real = [], prepare_module._make_store
-
-    def recording(folder, name, *rest):
-        made.append(name)
-        real(folder, name, *rest)
-
-    monkeypatch.setattr(prepare_module, "_make_store", recording)
-    prepared = prepare(tmp_path, both)
-    assert made == ["more"]
+    prepared = prepare(tmp_path, tiny_data.text_spec(books, more, mixture="text,more"))
+    assert (tmp_path / "text" / "index.npy").stat() == before
     assert prepared.sources == ["text", "more"] and len(prepared.blocks("more", "train"))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            {"tokenizer": "mistral", "vocab_size": 32_064},
-            r"data\.tokenizer = 'bpe', but the config wants 'mistral'",
-        ),
+        ({"tokenizer": "mistral", "vocab_size": 32_064}, r"data\.tokenizer = 'bpe', but the config wants 'mistral'"),
         ({"num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
         ({"path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
         ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
@@ -179,7 +166,7 @@ def test_a_missing_or_cut_file_is_named(copy, books, name):
         prepare(copy, spec_of(books)).blocks("text", "train")
 
 
-def test_a_changed_tokenizer_is_told_with_both_hashes(copy, books, prepared):
+def test_a_changed_tokenizer_is_reported_with_both_hashes(copy, books, prepared):
     path = copy / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
     with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
@@ -198,17 +185,6 @@ def test_an_unknown_source_or_split_is_named(prepared):
         prepared.blocks("stdlib", "train")
 
 
-def test_an_error_before_anything_is_made_leaves_nothing_behind(tmp_path, books):
-    with pytest.raises(ConfigError):
-        prepare(tmp_path / "data", spec_of(books, tokenizer="mistral"))
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_document_that_must_not_be_cut_is_told_with_both_lengths(tmp_path, books):
-    with pytest.raises(DataError, match=r"longest document of retrieval has \d+ ids .* the 21 of a block"):
-        prepare(tmp_path / "data", spec_of(books, seq_len=20))
-
-
 def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="not a prepared data folder"):
@@ -216,29 +192,62 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, books):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+TEXT = {"mixture": "text=1"}
+FEW = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1, max_fillers=0, questions_per_fact=1.0)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"path": None}, r"path is not set"),
         ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"path": "{here}"}, r"data\.prepared is .*/data, which lies in data\.sources\.text\.path"),
         ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
         ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
+        ({"tokenizer": "{here}/data/"}, r"must be another folder than that of data\.tokenizer"),
+        ({"tokenizer": "{here}/data/tokenizer.json"}, r"must be another folder than that of data\.tokenizer"),
+        (TEXT | {"where": "a=b", "path": "{here}/little.jsonl"}, "holds no text in records with a=b"),
+        ({"path": "prepared:{made}"}, "names no prepared source: .* such as prepared:.*/text"),
+        ({"path": "prepared:{made}/retrieval"}, "holds retrieval documents"),
+        ({"path": "prepared:{made}/text"}, "data.tokenizer is 'bpe', which is trained on text"),
+        ({"path": "prepared:{made}/text", "where": "a=b"}, r"text\.where is 'a=b', but its path is 'prepared:.*leave"),
+        (TEXT | TEKKEN | {"path": "prepared:{made}/text"}, r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \("),
     ],
 )
-def test_impossible_options_are_one_sentence(tmp_path, books, change, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        prepare(tmp_path / "data", spec_of(**{"path": books} | change))
+def test_impossible_options_are_one_sentence_and_leave_nothing_behind(tmp_path, books, prepared, change, sentence):
+    tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
+    with pytest.raises(UserError, match=sentence):
+        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path, made=prepared.folder)))
+    assert os.listdir(tmp_path) == ["little.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seq_len": 20}, r"longest document of retrieval has \d+ ids .* the 21 of a block"),
+        (FEW, "no document left for"),
+        (TEXT | {"path": "{here}/little.jsonl"}, r"its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"),
+        (TEXT | {"path": "{here}/little.jsonl", "validation": "{books}"}, "small: without its validation text"),
+        (TEXT | {"validation": "{here}/little.jsonl"}, r"text\.validation is '.*little.jsonl', but .* a block of 97"),
+        (TEXT | {"max_tokens": 10, "seq_len": 400}, r"for training, less than a block of 401 ids .*text\.max_tokens"),
+        (TEXT | {"long_from": 9_999, "keep_shorter": 0.0}, r"tokens for training, less than a block of 97 ids"),
+    ],
+)
+def test_too_little_or_too_long_for_blocks_is_an_error_with_the_numbers(tmp_path, books, change, sentence):
+    tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
+    with pytest.raises(DataError, match=sentence):
+        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path)))
+
+
+def filled(change, books, **folders):
+    """The fields of `spec_of`, with the folders in their strings."""
+    fields = {"path": books} | change
+    return {k: v.format(books=books, **folders) if isinstance(v, str) else v for k, v in fields.items()}
 
 
 def test_a_bucket_must_be_mounted(books):
     with pytest.raises(ConfigError, match="must be a local folder, or a bucket that is mounted"):
         prepare("gs://bucket/data", spec_of(books))
-
-
-def test_too_few_different_documents_are_an_error(tmp_path, books):
-    few = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1, max_fillers=0)
-    with pytest.raises(DataError, match="no document left for"):
-        prepare(tmp_path / "data", spec_of(books, questions_per_fact=1.0, **few))
 
 
 def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
@@ -253,21 +262,6 @@ def test_a_single_small_book_is_split_by_blocks_from_its_end(tmp_path, books):
     assert len(rows[1]) == len(rows[2]) == max(1, num_blocks // 10)
 
 
-def test_too_little_text_is_told_with_tokens_and_block_length(tmp_path):
-    (tmp_path / "it.txt").write_text("it")
-    with pytest.raises(DataError, match=r"too small: its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"):
-        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "it.txt"))
-
-
-def test_a_source_that_was_prepared_elsewhere_keeps_its_ids_and_splits(tmp_path, books):
-    first = prepare(tmp_path / "first", tiny_data.text_spec(books))
-    copied = prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
-    assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
-    assert copied.manifest("text")["documents"] == first.manifest("text")["documents"]
-    with pytest.raises(ConfigError, match=r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \([0-9a-f]{12}\)"):
-        prepare(tmp_path / "third", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}", **TEKKEN))
-
-
 def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
     first = prepare(tmp_path / "first", tiny_data.text_spec(books))
     manifest = tmp_path / "first" / "text" / "manifest.json"
@@ -279,16 +273,16 @@ def test_ids_beyond_the_vocabulary_are_skipped_and_counted(tmp_path, books):
     assert 0 < skipped.popitem()[1] == 41 - sum(second.manifest("text")["documents"].values())
 
 
-def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_path, books, capsys, monkeypatch):
+def test_the_command_prepares_and_prints_the_counts(tmp_path, books, capsys, monkeypatch):
     flags = [
         f"--config={tiny_runs.ROOT / 'configs/meap_100m.py'}", f"--config.data.path={books}", "--config.seq_len=32",
         f"--config.data.prepared={tmp_path / 'data'}", "--config.data.holdout=0.1", "--config.data.packing=best_fit",
     ]  # fmt: skip
     prepare_module.command(["prepare", *flags])
-    told = json.loads(capsys.readouterr().out)
-    assert told["source"] == "text" and sum(told["documents"].values()) == 41 and told["skipped"] == {}
-    assert told["splits"]["train"]["blocks"] > 100 and 0 < told["splits"]["train"]["padding_share"] < 0.5
-    assert {"cut_documents", "mean_document_tokens"} <= told["splits"]["train"].keys()
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["source"] == "text" and sum(counts["documents"].values()) == 41 and counts["skipped"] == {}
+    assert counts["splits"]["train"]["blocks"] > 100 and 0 < counts["splits"]["train"]["padding_share"] < 0.5
+    assert {"cut_documents", "mean_document_tokens"} <= counts["splits"]["train"].keys()
     with pytest.raises(ConfigError, match="data.prepared is not set: name the folder to make"):
         prepare_module.command(["prepare", *flags[:3]])
 
@@ -296,12 +290,12 @@ def test_the_door_prepares_what_a_run_then_finds_and_tells_what_it_came_to(tmp_p
 def test_a_source_takes_its_first_tokens_and_few_of_its_short_documents(tmp_path):
     lengths = np.random.default_rng(0).choice([20, 400], 400)
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", (f"{i} " + "word " * n for i, n in enumerate(lengths)))
-    prepare(tmp_path / "data", tiny_data.text_spec(path))
-    every = prepare(tmp_path / "data", tiny_data.text_spec(path)).plan_manifest("text")["splits"]["train"]
-    long = tiny_data.text_spec(path, long_from=300, keep_shorter=0.1)
-    kept = prepare(tmp_path / "data", long).plan_manifest("text")["splits"]["train"]
-    few = tiny_data.text_spec(path, max_tokens=5000)
-    first = prepare(tmp_path / "data", few).plan_manifest("text")["splits"]["train"]
+
+    def train(**fields):
+        made = prepare(tmp_path / "data", tiny_data.text_spec(path, **fields))
+        return made.plan_manifest("text")["splits"]["train"]
+
+    every, kept, first = train(), train(long_from=300, keep_shorter=0.1), train(max_tokens=5000)
     assert 0.5 * every["documents"] < kept["documents"] < 0.65 * every["documents"]
     assert kept["tokens"] > 0.9 * every["tokens"]
     assert 5000 - 97 <= first["tokens"] <= 5000 + 410
@@ -324,30 +318,6 @@ def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path
     assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
     assert len(made[0].blocks("text", "train")) != len(made[1].blocks("text", "train"))
     assert made[0].fingerprint != made[1].fingerprint
-
-
-def test_text_that_was_given_to_be_held_out_is_never_trained_on(tmp_path, books):
-    little = tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
-    with pytest.raises(DataError, match=r"data\.sources\.text\.validation is '.*little.jsonl', but .* a block of 97"):
-        prepare(tmp_path / "data", tiny_data.text_spec(books, validation=str(little)))
-    with pytest.raises(DataError, match="too small: without its validation text"):
-        prepare(tmp_path / "other", tiny_data.text_spec(little, validation=str(books)))
-
-
-@pytest.mark.parametrize("limit", [{"max_tokens": 10}, {"long_from": 9_999, "keep_shorter": 0.0}])
-def test_too_few_documents_left_for_training_are_not_made_up_with_held_out_ones(tmp_path, books, limit):
-    spec = tiny_data.text_spec(books, seq_len=400, **limit)
-    with pytest.raises(DataError, match=r"tokens for training, less than a block of 401 ids .*text\.max_tokens"):
-        prepare(tmp_path, spec)
-
-
-def test_a_folder_of_prepared_sources_is_none_itself(tmp_path, books):
-    first = tmp_path / "first"
-    prepare(first, tiny_data.text_spec(books))
-    with pytest.raises(ConfigError, match=rf"names no prepared source: .* such as prepared:{first}/text"):
-        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}"))
-    with pytest.raises(ConfigError, match=r"text\.where is 'a=b', but its path is 'prepared:.*leave it out"):
-        prepare(tmp_path / "second", tiny_data.text_spec(f"prepared:{first}/text", where="a=b"))
 
 
 def test_a_damaged_index_is_named(copy, books):
@@ -375,13 +345,6 @@ def test_what_another_tokenizer_made_is_not_joined(tmp_path, books):
         prepare(tmp_path / "second", tiny_data.text_spec(books, **TEKKEN))
 
 
-def test_a_folder_within_the_text_is_refused(tmp_path):
-    tiny_data.write_jsonl(tmp_path / "a.jsonl", ["text " * 60 for _ in range(60)])
-    with pytest.raises(ConfigError, match=r"data\.prepared is .*/frozen, which lies in data\.sources\.text\.path"):
-        prepare(tmp_path / "frozen", tiny_data.text_spec(tmp_path))
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
 def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, books, monkeypatch):
     folder, begun, waits, real = tmp_path / "data", threading.Event(), threading.Event(), prepare_module._prepare
 
@@ -406,27 +369,10 @@ def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, bo
     assert (folder / "text").is_dir()
 
 
-def test_more_documents_than_numbers_are_told(tmp_path, books, monkeypatch):
+def test_more_documents_than_numbers_are_refused(tmp_path, books, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOCUMENTS", 40)
     with pytest.raises(DataError, match="has 41 documents, more than 40"):
         prepare(tmp_path, tiny_data.text_spec(books))
-
-
-def test_a_tokenizer_that_was_trained_on_nothing_is_not_kept(tmp_path):
-    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 60 for i in range(60)])
-    bpe = {"tokenizer": "bpe", "vocab_size": 512}
-    with pytest.raises(DataError, match="holds no text"):
-        prepare(tmp_path / "data", tiny_data.text_spec(path, where="a=b", **bpe))
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-    prepare(tmp_path / "data", tiny_data.text_spec(path, **bpe))
-
-
-def test_a_folder_with_the_users_own_tokenizer_is_left_as_it_is(tmp_path, books, prepared):
-    shutil.copy(prepared.folder / "tokenizer.json", tmp_path)
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(ConfigError, match=r"must be another folder than that of data\.tokenizer"):
-            prepare(tmp_path, tiny_data.text_spec(books, tokenizer=str(path)))
-    assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
 def test_best_fit_on_several_cores_gives_the_plan_that_one_gives(tmp_path, monkeypatch):

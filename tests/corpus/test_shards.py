@@ -1,6 +1,7 @@
 """Tokenizing on all cores, interrupted and resumed."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -9,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
-import numpy as np
 import pytest
 
 import tiny_data
@@ -37,14 +38,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Files of about 130 KB, every text of which is its own."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.array("the sea salt ship storm sail sand keeps under over while night day wind no".split())
-    rng = np.random.default_rng(0)
-    for i in range(NUM_FILES):
-        texts = (f"{i}-{j} " + " ".join(rng.choice(words, 200)) for j in range(TEXTS_A_FILE))
-        tiny_data.write_jsonl(folder / f"{i:02}.jsonl", texts)
-    return folder
+    """Files of about 130 KB."""
+    return tiny_data.write_sea_stories(tmp_path_factory.mktemp("corpus"), NUM_FILES, TEXTS_A_FILE, num_words=200)
 
 
 @pytest.fixture(scope="module")
@@ -71,30 +66,21 @@ def documents_of(prepared):
     return [(int(split), store[i].tolist()) for i, split in enumerate(store.index["split"])]
 
 
-def wait_for_end_of(group):
+def living_of(group):
+    """What the processes of a group, which are still there, were started with."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # One that ends meanwhile.
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                yield (folder / "cmdline").read_text()
+
+
+def check_all_end(group):
     """Fails if a process of this group is still there after some seconds."""
     deadline = time.monotonic() + 20
-    while True:
-        left = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):  # One that ends meanwhile.
-                state = pathlib.Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
-                if os.getpgid(int(pid)) == group and state not in "ZX":
-                    left.append(pathlib.Path("/proc", pid, "cmdline").read_text())
-        if not left:
-            return
+    while left := list(living_of(group)):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-
-
-def test_any_number_of_workers_gives_the_same_documents(corpus, alone, tmp_path):
-    process = start(tmp_path / "data", corpus, workers=2)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
-    made = prepare(tmp_path / "data", tiny_data.text_spec(corpus))
-    assert len(made.manifest("text")["shards"]) == NUM_FILES
-    assert documents_of(made) == documents_of(alone)
-    assert len(documents_of(made)) == NUM_FILES * TEXTS_A_FILE
-    assert not list((tmp_path / "data").rglob("*.partial"))
 
 
 def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(corpus, alone, tmp_path):
@@ -102,37 +88,33 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
     done_first = 0
     for _ in range(3):  # Killed again and again, each time a few shards later.
         process = start(folder, corpus, workers=2)
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob(".text.partial/?????.json"))) < done_first + 2:
-            assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
+        tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= done_first + 2, process)  # noqa: B023  Called at once.
         process.kill()
         process.wait()
-        done_first = len(list(folder.glob(".text.partial/?????.json")))
-        wait_for_end_of(process.pid)  # Workers don't outlive it.
+        done_first = len(tiny_data.complete(folder))
+        check_all_end(process.pid)  # Workers don't outlive it.
     assert not (folder / "text").exists()
-    complete = [path.with_suffix(".arrayrecord") for path in folder.glob(".text.partial/?????.json")]
-    done = {path.name: path.stat().st_mtime_ns for path in complete}
+    done = {path.stem: path.with_suffix(".arrayrecord").stat().st_mtime_ns for path in tiny_data.complete(folder)}
     process = start(folder, corpus, workers=2)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     made = prepare(folder, tiny_data.text_spec(corpus))
     assert documents_of(made) == documents_of(alone)
-    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("text/*.arrayrecord")}
+    assert len(documents_of(made)) == NUM_FILES * TEXTS_A_FILE
+    assert not list(folder.rglob("*.partial"))
+    now = {path.stem: path.stat().st_mtime_ns for path in folder.glob("text/*.arrayrecord")}
+    assert len(now) == NUM_FILES
     assert {name: now[name] for name in done} == done  # What was complete was not made again.
 
 
 def test_an_interrupt_ends_all_workers_and_says_nothing_but_one_line(corpus, tmp_path):
     folder = tmp_path / "data"
     process = start(folder, corpus, workers=2)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(".text.partial/?????.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
+    tiny_data.wait_for(lambda: tiny_data.complete(folder), process)
     os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal does.
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode != 0
-    assert stderr.count("Traceback") <= 1, stderr  # This program's own; at the door there is none.
-    wait_for_end_of(process.pid)
+    assert stderr.count("Traceback") <= 1, stderr  # This program's own; a command prints none.
+    check_all_end(process.pid)
 
 
 def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, monkeypatch):
@@ -149,7 +131,7 @@ def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, mo
         prepare(tmp_path / "data", tiny_data.text_spec(mine))
 
 
-def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
+def test_bad_records_are_counted_over_all_shards_by_reason_and_place(corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
     mine = tmp_path / "corpus"
     mine.mkdir()
@@ -160,19 +142,20 @@ def test_bad_records_are_counted_over_all_shards_and_told_by_reason_and_place(co
     assert sum(made.manifest("text")["skipped"].values()) == 9
     assert len(made.manifest("text")["skipped"]) == 3
     assert "9 bad records passed over: 3 x" in caplog.text and "0.jsonl, line 31" in caplog.text
-    with pytest.raises(
-        DataError, match=r"9 records of text can't be used, more than data.max_skipped = 8: 3 x .*0.jsonl"
-    ):
-        prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=8))
+    sentence = re.escape(f"{mine}/0.jsonl, line 33 is blank (bad records: 3, allowed: 2).")
+    with pytest.raises(DataError, match=f"^{sentence}$"):
+        prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=2))
+    for _ in range(2):  # The second time all shards are there.
+        with pytest.raises(DataError, match=r"9 records of text .* more than data.max_skipped = 8: 3 x .*0.jsonl"):
+            prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=8))
     # With a higher limit it goes on from there.
     assert prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=9)).fingerprint == made.fingerprint
 
 
-def test_too_many_bad_records_in_one_shard_are_told_with_file_and_line(tmp_path):
-    (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
-    sentence = re.escape(f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4).")
-    with pytest.raises(DataError, match=f"^{sentence}$"):
-        prepare(tmp_path / "data", tiny_data.text_spec(tmp_path / "bad.jsonl", max_skipped=4))
+def interrupt_before_it_is_finished(folder, spec, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_finish_store", mock.Mock(side_effect=KeyboardInterrupt))
+        prepare(folder, spec)
 
 
 def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeypatch):
@@ -186,9 +169,10 @@ def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeyp
 
         return run
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, "_finish_store", unless_over(iter([]), None))
-        prepare(folder, spec)
+    interrupt_before_it_is_finished(folder, spec, monkeypatch)
+    [summary] = tiny_data.complete(folder)
+    summary.write_text("")  # As after a power cut: its shard is made again.
+    interrupt_before_it_is_finished(folder, spec, monkeypatch)
     # Before the index, the manifest and the folder have their names, and before the rest is removed.
     for number in range(4):
         assert not (folder / "text").exists()
@@ -225,38 +209,15 @@ def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
     )
     assert ended.returncode == 7, ended.stderr
     assert "can't be completed" in ended.stdout and "File too large" in ended.stdout and "start again" in ended.stdout
-    assert len(list(folder.glob(".text.partial/?????.json"))) == 5
+    assert len(tiny_data.complete(folder)) == 5 and not list(folder.rglob("*.partial/*.partial"))
     process = start(folder, corpus, workers=1)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert documents_of(prepare(folder, tiny_data.text_spec(corpus))) == documents_of(alone)
 
 
-def test_too_many_bad_records_stay_an_error_when_all_shards_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
-    for i in range(2):
-        (tmp_path / f"{i}.jsonl").write_text('{"text": "a text of many words"}\n' * 300 + "no JSON\n" * 6)
-    spec = tiny_data.text_spec(tmp_path / "*.jsonl", max_skipped=10)
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"12 records of text can't be used, more than data\.max_skipped = 10"):
-            prepare(tmp_path / "data", spec)
-
-
-def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_reported_in_a_sentence(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
-    monkeypatch.setattr(workers, "_start", _end)
+    monkeypatch.setattr(workers, "_start", functools.partial(os._exit, 1))
     with pytest.raises(DataError, match="a worker was killed"):
         prepare(tmp_path / "data", tiny_data.text_spec(corpus), workers=2)
-
-
-def _end():
-    os._exit(1)
-
-
-def test_a_shard_whose_summary_did_not_reach_the_disk_is_made_again(corpus, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, "_finish_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(tmp_path / "data", tiny_data.text_spec(corpus))
-    [summary] = (tmp_path / "data").glob(".text.partial/?????.json")
-    summary.write_text("")
-    assert prepare(tmp_path / "data", tiny_data.text_spec(corpus)).fingerprint == alone.fingerprint

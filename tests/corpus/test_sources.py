@@ -1,19 +1,25 @@
 """Splits of a source."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_data
-from meap_jax.corpus import sources
+import tiny_runs
+from meap_jax import main
+from meap_jax.corpus import prepare as prepare_module
+from meap_jax.corpus import shards, sources
+from meap_jax.corpus.documents import Document, Span
+from meap_jax.corpus.prepare import prepare
 from meap_jax.corpus.retrieval import FACT
 from meap_jax.corpus.sources import open_source
 from meap_jax.data.spec import StdlibSourceSpec
 from meap_jax.data.store import SPLITS
-from meap_jax.errors import ConfigError
-from meap_jax.readers import Skips
+from meap_jax.readers import Part, Skips
 
 
 def retrieval(**counts):
@@ -48,7 +54,7 @@ def test_held_out_documents_have_the_same_number_of_facts_and_ask_each_of_them_o
         assert all(facts == list(range(9)) for facts in asked)
 
 
-def test_no_document_stands_in_two_splits_though_chance_would_have_it():
+def test_no_document_is_in_two_splits_though_chance_would_have_it():
     few = dict(num_keys=2, num_values=2, min_facts=1, num_facts=2, num_eval_facts=2, questions_per_fact=0.5)
     documents = by_split(retrieval(**few, max_fillers=0))
     texts = {split: {d.text for d in documents[split]} for split in SPLITS}
@@ -93,6 +99,35 @@ def test_a_larger_holdout_takes_more_texts_and_gives_none_back(text, holdout):
         assert sources._split(text, holdout / 2) == sources.TRAIN
 
 
-def test_a_path_that_is_no_prepared_source_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"prepared:{tmp_path} names no prepared source"):
-        text(f"prepared:{tmp_path}")
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """Texts that count, with two spans in every third one."""
+
+    stop: int
+
+    def parts(self):
+        return [Part("a", 0, self.stop // 2), Part("b", self.stop // 2, self.stop)]
+
+    def read(self, part, skips):
+        for i in range(part.start, part.stop):
+            spans = (Span(0, 5, "digit", {"number": i}), Span(3, 9, "loss")) if i % 3 == 0 else ()
+            yield i % 10 % 3, Document(f"The number {i}. " * 5, spans)
+
+
+def test_a_kind_of_source_of_ones_own_trains_and_its_spans_come_along_where_it_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "counting", lambda name, spec: Counting(int(spec.path.partition(":")[2])))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    words = dict(mixture="text=1", path="counting:200", prepared=tmp_path / "data")
+    flags = tiny_runs.flags(tmp_path / "run", num_steps=1, **{f"data__{name}": word for name, word in words.items()})
+    prepare_module.command(["prepare", *flags])
+    main.command(["main", *flags])
+    assert [record["step"] for record in tiny_runs.records(tmp_path / "run")] == [1]
+
+    first = prepare(tmp_path / "first", tiny_data.text_spec("counting:200"))
+    copied = prepare(tmp_path / "copy", tiny_data.text_spec(f"prepared:{tmp_path / 'first' / 'text'}"))
+    assert len(copied.manifest("text")["shards"]) == 2
+    assert copied.manifest("text")["fingerprint"] == first.manifest("text")["fingerprint"]
+    for role, num_columns in (("digit", 1), ("loss", 0)):
+        name = f"text/spans.{role}.npy"
+        assert (copied.folder / name).read_bytes() == (first.folder / name).read_bytes()
+        assert len(np.load(copied.folder / name)) == 67 and len(np.load(copied.folder / name).dtype) == 3 + num_columns

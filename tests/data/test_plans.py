@@ -44,7 +44,7 @@ def test_concat_is_one_stream_in_order_cut_into_blocks_without_its_tail(lengths,
 def test_a_range_may_have_more_ids_than_32_bits_count():
     [plan] = plans.concat([plans.whole(np.arange(3), np.full(3, 2**31))], 2**30)
     assert len(plan) == 6
-    assert (plan.pieces["length"] == 2**30).all() and plan.pieces["document"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert (plan.slices["length"] == 2**30).all() and plan.slices["document"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @given(lengths_of_documents, st.integers(2, 20), sizes_of_ranges)
@@ -85,7 +85,7 @@ def test_a_saved_plan_is_the_parts_in_order(tmp_path_factory, lengths, block_len
     assert counts["blocks"] == len(blocks_of(parts))
 
 
-def test_what_is_told_of_a_plan_is_what_a_count_gives(tmp_path):
+def test_a_saved_plan_has_its_counts(tmp_path):
     lengths = np.array([7, 5, 9, 3])
     documents = [plans.whole(np.arange(4), lengths)]
     assert plans.save(tmp_path, "a", plans.concat(documents, 10), lengths, 10) == {

@@ -37,7 +37,7 @@ def test_spans_hold_the_same_ids_in_blocks_as_in_their_documents(pack, made, blo
     with tempfile.TemporaryDirectory() as folder:
         store = tiny_data.make_store(Path(folder), [[(0, document)] for document in made])
         blocks = Blocks(store, plan, block_len, 0, is_one_segment=False)
-        rows, spans = [blocks[i]["tokens"].tolist() for i in range(len(blocks))], blocks.spans("loss")
+        rows, spans = [blocks[i].tokens.tolist() for i in range(len(blocks))], blocks.spans("loss")
     found = {}
     for span in spans:
         ids = rows[span["row"]][span["start"] : span["start"] + span["length"]]

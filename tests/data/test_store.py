@@ -1,10 +1,6 @@
 """Documents of ids on disk, in any order."""
 
 import pickle
-import resource
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -114,20 +110,3 @@ def test_a_flipped_byte_is_named_with_file_record_and_byte(tmp_path, shards):
     with pytest.raises(DataError, match=r"00003.arrayrecord is damaged at one of the records \d+ to \d+ .*at byte"):
         for i in range(len(damaged)):
             damaged[i]
-
-
-def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path):
-    program = (
-        "import pathlib, resource, signal, numpy as np\n"
-        "from meap_jax.corpus.documents import EncodedDocument\n"
-        "from meap_jax.data.store import write_shard\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "documents = ((0, EncodedDocument(list(range(i, i + 900)))) for i in range(300))\n"
-        f"write_shard(pathlib.Path({str(tmp_path)!r}), 0, documents, np.dtype('<u2'))\n"
-    )
-    assert resource.RLIMIT_FSIZE and signal.SIGXFSZ
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "OSError" in ended.stderr and "can't be written" in ended.stderr and "File too large" in ended.stderr
-    assert list(tmp_path.iterdir()) == []

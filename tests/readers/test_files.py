@@ -11,7 +11,7 @@ import zstandard
 
 from corpus_reader import read
 from meap_jax.errors import DataError
-from meap_jax.readers import Part, Skips, open_corpus
+from meap_jax.readers import Skips, open_corpus
 from meap_jax.readers.files import FileCorpus
 from meap_jax.readers.parts import PART_BYTES
 from meap_jax.readers.records import Selection
@@ -75,17 +75,6 @@ def test_compressed_files_and_texts_are_one_part_each(tmp_path):
     assert [part.start for part in corpus.parts()] == [0, 0] and len(read(corpus)) == 1 + len(TEXTS)
 
 
-def test_where_takes_some_records_and_the_others_are_no_skips(tmp_path):
-    lines = [
-        {"text": "code", "meta": {"set": "GitHub"}},
-        {"text": "prose", "meta": {"set": "Book"}},
-        {"text": "more", "meta": {"set": "GitHub"}},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert read(open_corpus(str(tmp_path), where="meta.set=GitHub")) == ["code", "more"]
-    assert read(open_corpus(str(tmp_path), field="meta.set")) == ["GitHub", "Book", "GitHub"]
-
-
 BAD = [
     ("a.jsonl", b'{"text": "x"}\n\n{"text"', "is not JSON", "a.jsonl, line 3, column 8"),
     ("a.jsonl", b'{"body": "x"}', "has no field `text`", "a.jsonl, line 1"),
@@ -94,6 +83,9 @@ BAD = [
     ("a.jsonl", b'{"text": "\\ud800"}', "escapes half of a surrogate pair", "a.jsonl, line 1"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "is not UTF-8", "a.jsonl, line 2, byte 10"),
     ("a.jsonl", b'{"text": "a"}\n{"text": " \\n"}', "is blank", "a.jsonl, line 2"),
+    ("a.jsonl", b'{"text": "a"}\n\xef\xbb\xbf{"a": "b\xff"}', "is not UTF-8", "a.jsonl, line 2, byte 11"),
+    ("a.jsonl", b'{"a": ' + b"9" * 5_000 + b"}", "is JSON beyond what Python reads", "a.jsonl, line 1"),
+    ("a.jsonl", b"[" * 200_000, "is JSON beyond what Python reads", "a.jsonl, line 1"),
     ("a.json", b'{"text":\n "pretty"}', "is not JSON", "a.json, line 1, column 9"),
     ("a.jsonl.gz", gzip.compress(b'\n\n{"text"', mtime=0), "is not JSON", "a.jsonl.gz, line 3, column 8"),
     ("a.txt", b"caf\xe9", "is not UTF-8", "a.txt, byte 3"),
@@ -111,10 +103,10 @@ def test_a_bad_record_is_skipped_or_one_sentence_with_file_and_line(tmp_path, na
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "goes on"}')
     skips = Skips(2)
     assert read(open_corpus(str(tmp_path)), skips)[-1] == "goes on"
-    assert skips.total >= 1 and list(skips.first.values())[0] == f"{tmp_path}/{place}"
+    assert list(skips.first.values())[0] == f"{tmp_path}/{place}"
 
 
-def test_a_bad_line_in_a_later_part_is_told_by_its_byte(tmp_path):
+def test_a_bad_line_in_a_later_part_is_reported_by_its_byte(tmp_path):
     data = jsonl(TEXTS)
     broken = data.index(b'{"text": "document 400')
     (tmp_path / "a.jsonl").write_bytes(data[:broken] + b"#" + data[broken + 1 :])
@@ -125,7 +117,7 @@ def test_a_bad_line_in_a_later_part_is_told_by_its_byte(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_compressed_file_is_read_up_to_where_it_is_cut_off_or_damaged(tmp_path, name):
+def test_a_compressed_file_is_read_up_to_where_it_is_cut_off(tmp_path, name):
     texts = [f"{random.Random(number).getrandbits(4_000):x}" for number in range(300)]
     data = WRITERS[name](jsonl(texts))
     half = len(data) // 2
@@ -135,14 +127,6 @@ def test_a_compressed_file_is_read_up_to_where_it_is_cut_off_or_damaged(tmp_path
     *found, last = read(open_corpus(str(tmp_path)), skips)
     assert last == "goes on" and found == texts[: len(found)] and len(found) > 50
     assert skips.first == {"ends too early": f"{tmp_path}/{name}, byte {half}, after line {len(found)}"}
-    with pytest.raises(DataError, match=rf"{name}, byte {half}, after line {len(found)} ends too early"):
-        read(open_corpus(str(tmp_path)))
-
-    (tmp_path / name).write_bytes(data[:half] + bytes(500) + data[half + 500 :])
-    skips = Skips(1_000)
-    *found, last = read(open_corpus(str(tmp_path)), skips)
-    assert last == "goes on" and found[:20] == texts[:20] and len(found) < 300
-    assert skips.counts["is corrupt"] == 1 and "byte " in skips.first["is corrupt"]
 
 
 def test_a_file_that_changes_between_dividing_and_reading_stops_the_work(tmp_path):
@@ -153,11 +137,6 @@ def test_a_file_that_changes_between_dividing_and_reading_stops_the_work(tmp_pat
     path.write_bytes(jsonl(TEXTS + ["more"]))
     with pytest.raises(DataError, match=r"a\.jsonl has .* bytes, but had"):
         [text for part in parts for text in corpus.read(part, Skips(0))]
-    path.unlink()
-    with pytest.raises(DataError, match="is gone"):
-        list(corpus.read(parts[0], Skips(0)))
-    with pytest.raises(DataError, match="is gone"):
-        list(corpus.read(Part(str(tmp_path / "b.parquet"), 0, 1, 5), Skips(0)))
 
 
 def test_lines_are_read_one_at_a_time(tmp_path):

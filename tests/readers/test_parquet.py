@@ -73,8 +73,9 @@ def test_rows_without_a_text_are_skipped(tmp_path):
     assert skips.counts["has a field `n` that is not a string"] == 4
 
 
-def test_bad_utf8_costs_its_row_alone(tmp_path):
-    bad = pa.array([b"a", b"b\xff", b"c"]).cast(pa.binary()).view(pa.string())  # unchecked
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
+def test_bad_utf8_costs_its_row_alone(tmp_path, kind):
+    bad = pa.array([b"a", b"b\xff", b"c"]).cast(pa.binary()).view(kind)  # unchecked
     path = write(tmp_path / "a.parquet", pa.table({"text": bad}))
     skips = Skips(1)
     assert read(open_corpus(path), skips) == ["a", "c"]

@@ -4,7 +4,7 @@ import pytest
 
 from meap_jax.errors import ConfigError
 from meap_jax.readers import Skips
-from meap_jax.readers.records import BadRecord, Selection, checked, decode, parse_json, select
+from meap_jax.readers.records import Selection, checked, decode, parse_json, select
 
 
 def test_the_field_may_be_within_others():
@@ -28,44 +28,6 @@ def test_where_keeps_only_the_records_with_the_value(value, wanted):
     ]
     skips = Skips(0)
     assert list(select(records, selection, skips)) == ["kept"] and not skips.counts
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({}, "has no field `a.b`"),
-        ({"a": None}, "has no field `a.b`"),
-        ({"a": {"b": None}}, "has a field `a.b` that is not a string"),
-        ({"a": {"b": ["x"]}}, "has a field `a.b` that is not a string"),
-        ({"a": {"b": " \n\t\u3000"}}, "is blank"),
-        ({"a": {"b": ""}}, "is blank"),
-        ({"a": {"b": "x\ud800"}}, "escapes half of a surrogate pair, which is no character"),
-        ({"a": {"b": b"x\xff"}}, "is not UTF-8"),
-        (["a"], "is not an object"),
-        ("a", "is not an object"),
-    ],
-)
-def test_a_record_without_a_text_is_skipped_with_the_reason(record, reason):
-    skips = Skips(1)
-    assert list(select([("here", record)], Selection.parse("a.b"), skips)) == []
-    assert skips.counts == {reason: 1} and skips.first[reason].startswith("here")
-
-
-@pytest.mark.parametrize(
-    ("line", "reason", "within"),
-    [
-        (b'{"text": "x"', "is not JSON", "column 13"),
-        (b"", "is not JSON", "column 1"),
-        (b'{"a": "b\xff"}', "is not UTF-8", "byte 8"),
-        (b'\xef\xbb\xbf{"a": "b\xff"}', "is not UTF-8", "byte 11"),
-        (b'{"a": ' + b"9" * 5_000 + b"}", "is JSON beyond what Python reads", ""),
-        (b"[" * 200_000, "is JSON beyond what Python reads", ""),
-    ],
-)
-def test_a_bad_line_is_told_with_the_place_in_it(line, reason, within):
-    with pytest.raises(BadRecord) as bad:
-        parse_json(line)
-    assert (bad.value.reason, bad.value.within) == (reason, within)
 
 
 def test_whole_surrogate_pairs_and_marks_are_no_damage():

@@ -22,6 +22,13 @@ def with_added(serialized, *names, special=True):
     return json.dumps(content)
 
 
+def tekken_listing(*names):
+    """A tekken.json with these special tokens."""
+    content = json.loads(kind("tekken").files()["tekken.json"])
+    content["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
+    return json.dumps(content).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "other"),
     [
@@ -64,6 +71,7 @@ def test_a_folder_of_several_gives_the_one_that_others_would_read(tmp_path):
         ("{}", "tokenizer.json", b'{"model": {"type": "Odd"}}', "but is not a tokenizer.json that"),
         ("{}", "tekken.json", b'{"config": {}, "vocab": []}', "but is not a tekken.json that can be read"),
         ("{}", "tekken.json", b'{"config": 1, "vocab": 2}', "but is not a tekken.json that can be read"),
+        ("{}", "tekken.json", lambda: tekken_listing("<unk>", "<s>"), "without </s> among its special_tokens"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path, name, file, content, message):
@@ -74,19 +82,8 @@ def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path, name, file, con
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
-def test_a_tekken_without_eos_is_refused(tmp_path):
-    content = json.loads(kind("tekken").files()["tekken.json"])
-    content["special_tokens"] = [{"rank": 1, "token_str": "<s>", "is_control": True}]
-    (tmp_path / "tekken.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="without </s> among its special_tokens"):
-        tokenizers.make(str(tmp_path))
-
-
 def test_a_tekken_that_lists_its_specials_has_them(tmp_path):
-    content = json.loads(kind("tekken").files()["tekken.json"])
-    names = ["<unk>", "</s>", "<s>", "<mask>", "<pad>"]
-    content["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
-    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    (tmp_path / "tekken.json").write_bytes(tekken_listing("<unk>", "</s>", "<s>", "<mask>", "<pad>"))
     tekken = tokenizers.make(str(tmp_path))
     assert (tekken.eos_id, tekken.bos_id, tekken.mask_id, tekken.pad_id) == (1, 2, 3, 4)
     assert (tekken.num_tokens, tekken.decode([2, 3])) == (131072, "<s><mask>")
@@ -127,12 +124,9 @@ def test_an_end_of_text_alone_also_begins_documents_and_padding_differs_from_it(
     assert tokenizer.decode([vocab, vocab + 1]) == "[MASK]<pad>"
 
 
-def test_the_truncation_and_padding_of_a_file_are_ignored():
+def test_the_truncation_padding_and_dropout_of_a_file_are_ignored():
     lengths = [len(ids) for ids in kind("byte_level").encode_batch(["a", "The sky is grey. " * 10])]
     assert lengths[0] == 1 and lengths[1] > 20
-
-
-def test_the_dropout_of_merges_is_turned_off():
     content = json.loads(byte_level())
     content["model"]["dropout"] = 0.9
     text = "The sky is grey."
