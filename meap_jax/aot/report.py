@@ -11,7 +11,6 @@ import ml_collections
 
 from meap_jax.aot import hlo
 from meap_jax.aot.targets import Target, find_target, usable_bytes
-from meap_jax.hardware import Chip
 from meap_jax.metrics import model_flops
 from meap_jax.models import define_model
 from meap_jax.run import versions
@@ -68,19 +67,24 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     }
     step: Any = compile_step(config, definition, mesh)  # Any: typed as a function, it is one of jax.jit.
     inputs = abstract_inputs(config, definition, mesh)
-    begin = time.monotonic()
+    begin, compiled = time.monotonic(), None
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         report["hbm_bytes"] = {"total": _bytes_asked_for(error)}
-        return report | {"compile_seconds": time.monotonic() - begin, "versions": _versions()}
-    seconds = time.monotonic() - begin
+    report |= {"compile_seconds": time.monotonic() - begin, "versions": _versions()}
+    if compiled is None:
+        return report
 
     memory = _memory(compiled.memory_analysis())
     # On TPUs memory space 1 is on the chip; on GPUs it is the part of main memory that collectives use.
     costs = hlo.analyze(compiled.as_text(), mesh.size, hbm_spaces=(0,) if target.platform == "tpu" else (0, 1))
-    roofline = _roofline(costs, chip)
+    roofline = {
+        "compute": costs.flops / chip.peak_flops,
+        "memory": costs.bytes / chip.hbm_bandwidth,
+        "communication": costs.sent.total() / chip.ici_bandwidth,
+    }
     bound = max(roofline.values())
     return report | {
         "hbm_bytes": memory,
@@ -89,16 +93,13 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         "compiled_over_model_flops": costs.flops * mesh.size / wanted,
         "bytes_accessed": costs.bytes,
         "collectives": {
-            kind: {"count": traffic.count, "bytes": traffic.bytes}
-            for kind, traffic in sorted(costs.collectives.items())
+            kind: {"count": count, "bytes": costs.sent[kind]} for kind, count in sorted(costs.collectives.items())
         },
         "attention_kernels": dict(costs.kernels),
         "uncounted": {"kernels": dict(costs.unknown_kernels), "loops": sorted(costs.unknown_loops)},
         "roofline": roofline,
         "step_seconds": bound,
         "mfu_bound": wanted / (bound * chip.peak_flops * mesh.size),
-        "compile_seconds": seconds,
-        "versions": _versions(),
     }
 
 
@@ -114,16 +115,6 @@ def _memory(stats: Any) -> dict[str, int]:
     return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
 
 
-def _roofline(costs: hlo.Costs, chip: Chip) -> dict[str, float]:
-    """Seconds of each resource, were it the only one."""
-    sent = sum(traffic.bytes for traffic in costs.collectives.values())
-    return {
-        "compute": costs.flops / chip.peak_flops,
-        "memory": costs.bytes / chip.hbm_bandwidth,
-        "communication": sent / chip.ici_bandwidth,
-    }
-
-
 def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
     """What a TPU's compiler says that a program would take that does not fit; any other error is raised again.
 
@@ -137,10 +128,5 @@ def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = versions()
-    for name in COMPILERS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
+    found = {name: package.version for name in COMPILERS for package in importlib.metadata.distributions(name=name)}
+    return versions() | found

@@ -4,6 +4,6 @@ XLA's own `cost_analysis()` counts the body of a loop once and a kernel at next 
 a loop's body counts as often as it runs, and attention kernels count by formula. All figures are of one device.
 """
 
-from meap_jax.aot.hlo.costs import Costs, Traffic, analyze
+from meap_jax.aot.hlo.costs import Costs, analyze
 
-__all__ = ["Costs", "Traffic", "analyze"]
+__all__ = ["Costs", "analyze"]
