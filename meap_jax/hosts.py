@@ -1,4 +1,4 @@
-"""Where a process runs: alone, or as one of several that make up a run."""
+"""Connects the processes of a run, from what their environment says about the cluster."""
 
 import os
 from collections.abc import Mapping
@@ -55,15 +55,15 @@ def connection(environ: Mapping[str, str]) -> dict[str, Any] | None:
       ConfigError: for variables that are no numbers, or contradict each other.
     """
     if "JAX_COORDINATOR_ADDRESS" in environ:
-        return _as_told(environ)
+        return _from_variables(environ)
     if all(name in environ for name in _SLURM_STEP):
-        return _as_slurm_does(environ)
+        return _from_slurm(environ)
     if any(name in environ for name in _LAUNCHERS) or _may_be_a_tpu_slice(environ):
         return {}
     return None
 
 
-def _as_told(environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     address = environ["JAX_COORDINATOR_ADDRESS"]
     try:
         count, own = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
@@ -82,12 +82,12 @@ def _as_told(environ: Mapping[str, str]) -> dict[str, Any]:
         "coordinator_address": address,
         "num_processes": count,
         "process_id": own,
-        # Else a cluster around us would still have its say, about which of the host's GPUs are this process's.
+        # Else a cluster around us would still decide which of the host's GPUs are this process's.
         "cluster_detection_method": "deactivate",
     }
 
 
-def _as_slurm_does(environ: Mapping[str, str]) -> dict[str, Any] | None:
+def _from_slurm(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Corrects what jax assumes of Slurm: that each task drives the GPU whose number is the task's on its node.
 
     That leaves GPUs idle where a task has its node for itself, and fails where Slurm narrowed the task's view to its

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a clock that the training loop reads, and traces of chosen steps for xprof."""
+"""Measures where the time of a run goes, and records traces of chosen steps for xprof."""
 
 import contextlib
 import os
@@ -136,7 +136,9 @@ class Trace:
         """Begins, if `step` is the first of the trace; `state` is the one before it."""
         if self._num_steps and step == self._start:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Every call of a Python function: slows the host, and tells of no device.
+            options.python_tracer_level = (
+                0  # Every call of a Python function: slows the host, and shows nothing of the device.
+            )
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._is_on = True
