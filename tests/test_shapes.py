@@ -1,5 +1,7 @@
 """Annotated shapes and types are checked in every call that a test makes (see `addopts` in pyproject.toml)."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,7 +54,7 @@ def test_attention_refuses_an_array_of_another_shape(wrong):
 
 
 def test_a_window_is_a_number_and_no_array():
-    visibility = causal(ints(B, T))._replace(window=jnp.int32(2))
+    visibility = replace(causal(ints(B, T)), window=jnp.int32(2))
     with pytest.raises(TypeCheckError, match="window"):
         attention(floats(B, T, H, d), floats(B, T, K, d), floats(B, T, K, d), visibility)
 

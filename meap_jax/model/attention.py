@@ -48,8 +48,8 @@ def attention(
     Returns:
       [B, Q, H, d] in the dtype of q.
     """
-    _check_side(q, *queries)
-    _check_side(k, *(queries if keys is None else keys))
+    _check_side(q, **vars(queries))
+    _check_side(k, **vars(queries if keys is None else keys))
     mesh = jax.sharding.get_abstract_mesh()
     reason = _why_not(implementation, q, queries, keys, sharding.shards_of(mesh, "context"))
     if reason:
@@ -122,19 +122,14 @@ def _sharded(
     splits_kv = K % tensor == 0
     q_spec = PartitionSpec(rows, sequence, "tensor")
     kv_spec = PartitionSpec(rows, sequence, "tensor" if splits_kv else None)
-    # A window is no array: it goes around the shard_map, not through it.
-    window = queries.window
-    sides = queries._replace(window=None), keys and keys._replace(window=None)
-
     kernel, kernel_spec = None, None
     if implementation == "splash":
-        kernel = attention_splash.kernel(T, H // tensor, window, context)
+        kernel = attention_splash.kernel(T, H // tensor, queries.window, context)
         kernel_spec = attention_splash.kernel_spec(kernel, mesh)
 
     def on_device(
-        q: jax.Array, k: jax.Array, v: jax.Array, sides: tuple[Visibility, Visibility | None], kernel: Any
+        q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None, kernel: Any
     ) -> jax.Array:
-        queries, keys = sides[0]._replace(window=window), sides[1]
         if not splits_kv:
             k, v = (_own_kv_heads(x, H, tensor) for x in (k, v))
         if context == 1 and kernel is None:
@@ -154,14 +149,14 @@ def _sharded(
         ]
         return jnp.concatenate(out, axis=1)
 
-    side_specs = jax.tree.map(lambda _: PartitionSpec(rows), sides)
+    side_specs = jax.tree.map(lambda _: PartitionSpec(rows), (queries, keys))
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, side_specs, kernel_spec),
+        in_specs=(q_spec, kv_spec, kv_spec, *side_specs, kernel_spec),
         out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, sides, kernel)
+    )(q, k, v, queries, keys, kernel)
 
 
 def _parts(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
@@ -175,9 +170,7 @@ def _own_queries(visibility: Visibility, context: int) -> Visibility:
     """Both parts, one after the other."""
     if context == 1:
         return visibility
-    front, back = _parts(visibility._replace(window=None), context)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), front, back)
-    return both._replace(window=visibility.window)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *_parts(visibility, context))
 
 
 def _own_kv_heads(x: jax.Array, num_heads: int, tensor: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Who sees whom, attention and RoPE, against slow loops in double precision."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,10 @@ DOCUMENTS = Visibility(
     np.int32([[1, 1, 1, 2, 2, 2, 0, 0], [1] * T]), np.int32([[0, 1, 2, 0, 1, 2, 0, 1], [*range(5, 13)]])
 )
 # A trunk of three and two branches that continue it side by side, each from position 3.
-BRANCHES = ONE_DOCUMENT._replace(
-    positions=np.int32([[0, 1, 2, 3, 4, 5, 3, 4]] * B), branch_ids=np.int32([[0, 0, 0, 1, 1, 1, 2, 2]] * B)
+BRANCHES = replace(
+    ONE_DOCUMENT,
+    positions=np.int32([[0, 1, 2, 3, 4, 5, 3, 4]] * B),
+    branch_ids=np.int32([[0, 0, 0, 1, 1, 1, 2, 2]] * B),
 )
 
 
@@ -71,7 +74,7 @@ def test_groups_of_query_heads_share_a_kv_head(num_kv_heads):
 
 @pytest.mark.parametrize(
     "visibility",
-    [DOCUMENTS, ONE_DOCUMENT._replace(window=3), DOCUMENTS._replace(window=1), BRANCHES, BRANCHES._replace(window=2)],
+    [DOCUMENTS, replace(ONE_DOCUMENT, window=3), replace(DOCUMENTS, window=1), BRANCHES, replace(BRANCHES, window=2)],
     ids=["documents", "window", "documents, window of one", "branches", "branches, window"],
 )
 def test_attention_is_that_of_a_slow_loop(visibility):
@@ -81,7 +84,7 @@ def test_attention_is_that_of_a_slow_loop(visibility):
 def test_a_permuted_sequence_sees_what_its_positions_say():
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
     q, k, v = qkv()
-    visibility = ONE_DOCUMENT._replace(positions=ROW[:, order])
+    visibility = replace(ONE_DOCUMENT, positions=ROW[:, order])
     shuffled = attention(*(jnp.asarray(x[:, order]) for x in (q, k, v)), in_jax(visibility))
     np.testing.assert_allclose(shuffled, slow_attention(q, k, v, ONE_DOCUMENT)[:, order], atol=1e-5)
 

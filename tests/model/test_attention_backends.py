@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,9 @@ BRANCH_IDS = jnp.asarray(np.repeat(np.int32([[0, 1, 0, 2], [0, 1, 2, 1]]), 64, a
 VISIBILITIES = {
     "document": DOCUMENT,
     "documents": DOCUMENTS,
-    "window": DOCUMENT._replace(window=130),
-    "documents, window": DOCUMENTS._replace(window=33),
-    "branches": DOCUMENT._replace(branch_ids=BRANCH_IDS),
+    "window": replace(DOCUMENT, window=130),
+    "documents, window": replace(DOCUMENTS, window=33),
+    "branches": replace(DOCUMENT, branch_ids=BRANCH_IDS),
 }
 
 
@@ -43,10 +44,9 @@ def arrays(dtype, num_kv_heads=2):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "window", "context"))
-def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=None, context=1):
+@functools.partial(jax.jit, static_argnames=("implementation", "context"))
+def values_and_gradients(q, k, v, weight, visibility, *, implementation, context):
     """Attention in the order of the text, and its gradients under a weighted sum."""
-    visibility = visibility._replace(window=window)
 
     def out(q, k, v):
         q, k, v = (sharding.zigzag(x, context) for x in (q, k, v))
@@ -59,10 +59,8 @@ def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=
 
 
 def run(implementation, visibility, dtype, context=1, num_kv_heads=2):
-    q, k, v, weight = arrays(dtype, num_kv_heads)
-    rows = visibility._replace(window=None)
     return values_and_gradients(
-        q, k, v, weight, rows, implementation=implementation, window=visibility.window, context=context
+        *arrays(dtype, num_kv_heads), visibility, implementation=implementation, context=context
     )
 
 

@@ -1,7 +1,7 @@
 """What the whole forward pass gives, asked for piece by piece: through a cache, and at chosen positions alone."""
 
-import dataclasses
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -50,8 +50,8 @@ def empty(c):
     ids=str,
 )
 def test_a_prompt_and_then_token_by_token_give_the_logits_of_the_whole_text(tiny, change, window, mesh):
-    definition = define(dataclasses.replace(tiny, **change))
-    params, visibility = numbers(definition), DOCUMENTS._replace(window=window)
+    definition = define(replace(tiny, **change))
+    params, visibility = numbers(definition), replace(DOCUMENTS, window=window)
 
     @functools.partial(jax.jit, static_argnums=2)
     def extend(cache, start, size):
