@@ -153,30 +153,27 @@ def context_shards() -> int:
 
 
 def remat(layer: Callable, policy: str) -> Callable:
-    """What a layer keeps for its backward pass; the rest is computed again there.
+    """Rematerialises a layer: its backward pass keeps what the policy says and computes the rest again.
 
     - none: everything is kept.
     - dots: the outputs of linear layers and of attention are kept.
     - full: its input alone is.
     - offload: its input alone, in the memory of the host.
     """
-    policies = jax.checkpoint_policies
     if policy == "none":
         return layer
-    if policy == "full":
-        return jax.checkpoint(layer)
-    if policy == "dots":
+    policies = {
         # By name: JAX's policy for dots would keep the scores of attention that the xla backend multiplies.
-        return jax.checkpoint(layer, policy=policies.save_only_these_names("linear", "attention"))
-    return jax.checkpoint(
-        layer,
-        policy=policies.save_and_offload_only_these_names(
+        "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+        "full": None,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=["layer_input"],
             offload_src="device",
             offload_dst="pinned_host",
         ),
-    )
+    }
+    return jax.checkpoint(layer, policy=policies[policy])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +212,7 @@ class Definition:
         abstract = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
 
         def named(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
-            stacked = ("layers",) if path[0] == "layers" else ()
-            return stacked + variable.get_metadata("axes")
+            return ("layers",) * (path[0] == "layers") + variable.get_metadata("axes")
 
         flat = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
         return traverse_util.unflatten_dict({path: named(path, variable) for path, variable in flat})

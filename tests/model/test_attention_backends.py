@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax import sharding
+from meap_jax import config, sharding
 from meap_jax.model import attention as attention_lib
 from meap_jax.model import attention_splash, attention_xla
 from meap_jax.model.attention import attention
@@ -59,9 +59,8 @@ def values_and_gradients(q, k, v, weight, visibility, *, implementation, context
 
 
 def run(implementation, visibility, dtype, context=1, num_kv_heads=2):
-    return values_and_gradients(
-        *arrays(dtype, num_kv_heads), visibility, implementation=implementation, context=context
-    )
+    of_arrays = functools.partial(values_and_gradients, *arrays(dtype, num_kv_heads), visibility)
+    return of_arrays(implementation=implementation, context=context)
 
 
 @functools.cache
@@ -173,8 +172,6 @@ def test_what_a_kernel_cannot_express_goes_to_xla_with_a_line_in_the_log(
 
 
 def test_auto_is_the_kernel_of_the_platform():
-    from meap_jax import config
-
     assert [resolve("auto", p) for p in ("tpu", "gpu", "cuda", "cpu")] == ["splash", "cudnn", "cudnn", "xla"]
     assert resolve("plain", "tpu") == "plain"
     assert ModelConfig.of(config.base().model, "tpu").attention == "splash"
