@@ -1,4 +1,4 @@
-"""Token cross-entropy: from logits, and from hidden states without ever holding all logits."""
+"""Token cross-entropy from hidden states, without ever holding all logits."""
 
 import functools
 import math
@@ -12,26 +12,6 @@ from jaxtyping import Array, Float, Float32, Int
 from meap_jax import sharding
 
 _ROWS = PartitionSpec(sharding.RULES["batch"], "context")
-
-
-def token_cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
-    """-log p(target) of every position, in float32, natural units (nats).
-
-    Args:
-      logits: [..., V], any float dtype; the sums run in float32.
-      targets: [...] int, in [0, V).
-
-    Returns:
-      [...] float32.
-
-    Raises:
-      ValueError: if the leading axes differ.
-    """
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree in all axes but the vocabulary")
-    logits = logits.astype(jnp.float32)
-    of_targets = jnp.where(_is_target(targets, logits.shape[-1]), logits, 0).sum(axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - of_targets
 
 
 def linear_cross_entropy(
@@ -185,17 +165,13 @@ def _losses(
         first = jax.lax.axis_index("tensor") * logits.shape[-1]
         largest = jax.lax.pmax(largest, "tensor")
     total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
-    is_target = _is_target(targets - first, logits.shape[-1])
+    # A comparison instead of a gather: it stays local where the vocabulary is sharded.
+    is_target = (targets - first)[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
     chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     if is_sharded:
         total, chosen = jax.lax.psum((total, chosen), "tensor")
     log_z = largest + jnp.log(total)
     return log_z - chosen + z_loss * jnp.square(log_z), log_z, is_target
-
-
-def _is_target(targets: Int[Array, "..."], size: int) -> jax.Array:
-    """[..., V] bool. A comparison instead of a gather: it stays local where the vocabulary is sharded."""
-    return targets[..., None] == jnp.arange(size, dtype=targets.dtype)
 
 
 def _flat(x: Float[Array, "A B D"]) -> Float[Array, "A*B D"]:

@@ -101,11 +101,6 @@ def spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: tuple[str | No
     return PartitionSpec(*entries)
 
 
-def sharding_of(mesh: Mesh, array: jax.ShapeDtypeStruct | jax.Array, axes: tuple[str | None, ...]) -> NamedSharding:
-    """`spec` as a sharding on `mesh`."""
-    return NamedSharding(mesh, spec(mesh, array.shape, axes))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

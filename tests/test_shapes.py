@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
-from meap_jax.losses import token_cross_entropy
+from meap_jax.losses import token_losses
 from meap_jax.model.attention import attention
 from meap_jax.model.decoder import define
 from meap_jax.model.rope import rope
@@ -47,8 +47,8 @@ def test_attention_takes_arrays_of_the_annotated_shapes():
         ("positions", rope, dict(x=floats(B, T, H, d), positions=ints(B, T + 1), base=1e4)),
         ("positions", rope, dict(x=floats(B, T, H, d), positions=ints(B, 1), base=1e4)),
         ("positions", rope, dict(x=floats(B, T, H, d), positions=floats(B, T), base=1e4)),
-        ("logits", token_cross_entropy, dict(logits=ints(B, T, 5), targets=ints(B, T))),
-        ("targets", token_cross_entropy, dict(logits=floats(B, T, 5), targets=floats(B, T))),
+        ("x", token_losses, dict(x=ints(B, T, 5), head=floats(5, 9), targets=ints(B, T))),
+        ("targets", token_losses, dict(x=floats(B, T, 5), head=floats(5, 9), targets=floats(B, T))),
     ],
 )
 def test_an_array_of_another_shape_or_type_is_refused_by_its_name(name, function, arguments):

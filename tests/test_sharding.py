@@ -59,24 +59,25 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_with_its_divisor():
 # ------------------------------------------------------------------------------------------------------------ the rules
 
 
+KV = (32, 2, 8), ("embed", "kv_heads", "head_dim")
+
+
 @pytest.mark.parametrize(
-    "shape, axes, expected",
+    "tensor, shape, axes, expected",
     [
-        ((64, 32), ("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
-        ((2, 32, 4, 8), ("layers", "embed", "heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
-        ((2, 32), ("layers", "norm"), PartitionSpec(None, None)),
-        ((8, 16, 32), ("batch", "sequence", None), PartitionSpec(("data", "fsdp"), "context", None)),
-        ((), (), PartitionSpec()),
+        (4, (64, 32), ("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
+        (4, (2, 32, 4, 8), ("layers", "embed", "heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
+        (4, (2, 32), ("layers", "norm"), PartitionSpec(None, None)),
+        (4, (8, 16, 32), ("batch", "sequence", None), PartitionSpec(("data", "fsdp"), "context", None)),
+        (4, (), (), PartitionSpec()),
+        # kv heads are replicated where `tensor` does not divide them.
+        (1, *KV, PartitionSpec("fsdp", "tensor", None)),
+        (2, *KV, PartitionSpec("fsdp", "tensor", None)),
+        (4, *KV, PartitionSpec("fsdp", None, None)),
     ],
 )
-def test_logical_axes_fall_on_the_axes_of_the_mesh(shape, axes, expected):
-    assert spec(mesh_of(fsdp=2, tensor=4), shape, axes) == expected
-
-
-@pytest.mark.parametrize("tensor, entry", [(1, "tensor"), (2, "tensor"), (4, None)])
-def test_kv_heads_are_replicated_where_tensor_does_not_divide_them(tensor, entry):
-    mesh = mesh_of(data=-1, tensor=tensor)
-    assert spec(mesh, (32, 2, 8), ("embed", "kv_heads", "head_dim")) == PartitionSpec("fsdp", entry, None)
+def test_logical_axes_fall_on_the_axes_of_the_mesh(tensor, shape, axes, expected):
+    assert spec(mesh_of(fsdp=-1, tensor=tensor), shape, axes) == expected
 
 
 def test_query_heads_are_never_replicated_instead():
@@ -100,7 +101,7 @@ def test_axes_that_share_one_of_the_mesh_or_have_no_name_are_refused(axes, sente
 def test_an_array_is_really_split_as_its_axes_say():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     x = np.arange(32.0).reshape(4, 8)
-    place = sharding.sharding_of(mesh, jax.ShapeDtypeStruct((4, 8), jnp.float32), ("embed", "mlp"))
+    place = jax.NamedSharding(mesh, spec(mesh, (4, 8), ("embed", "mlp")))
     for shard in jax.device_put(x, place).addressable_shards:
         _, fsdp, tensor, _ = np.argwhere(mesh.device_ids == shard.device.id)[0]
         np.testing.assert_array_equal(shard.data, x[2 * fsdp : 2 * fsdp + 2, 4 * tensor : 4 * tensor + 4])

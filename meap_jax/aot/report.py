@@ -73,7 +73,8 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
             compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         report["hbm_bytes"] = {"total": _bytes_asked_for(error)}
-    report |= {"compile_seconds": time.monotonic() - begin, "versions": _versions()}
+    compilers = {name: found.version for name in COMPILERS for found in importlib.metadata.distributions(name=name)}
+    report |= {"compile_seconds": time.monotonic() - begin, "versions": versions() | compilers}
     if compiled is None:
         return report
 
@@ -125,8 +126,3 @@ def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
     if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
         raise error
     return int(float(match.group(1)) * 1024 ** ("KMG".index(match.group(2)) + 1))
-
-
-def _versions() -> dict[str, str]:
-    found = {name: package.version for name in COMPILERS for package in importlib.metadata.distributions(name=name)}
-    return versions() | found

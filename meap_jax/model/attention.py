@@ -7,7 +7,6 @@ flash attention of NVIDIA's library. What a kernel can't express goes to "xla", 
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +33,9 @@ def attention(
 ) -> Float[Array, "B Q H d"]:
     """Grouped-query attention with float32 scores and softmax.
 
-    On a mesh, rows lie over (data, fsdp) and heads over `tensor`. The sequence of q, k, v and of the result lies over
-    `context`, in zig-zag order (`sharding.zigzag`), where queries and keys are the same row, and is whole on every
-    device of `context` where keys are given. A visibility is always whole and in the order of the text.
+    On a mesh, rows are split over (data, fsdp) and heads over `tensor`. Where queries and keys are the same row, the
+    sequence of q, k, v and of the result is split over `context`, in zig-zag order (`sharding.zigzag`); where keys are
+    given, every device of `context` holds it whole. A visibility is always whole and in the order of the text.
 
     Args:
       q: [B, Q, H, d], any float dtype.
@@ -187,13 +186,10 @@ def _why_not(
     implementation: str, q: jax.Array, queries: Visibility, keys: Visibility | None, context: int
 ) -> str | None:
     """What keeps a kernel from doing this, in words; None if nothing does."""
-    checks: dict[str, Callable[..., str | None]] = {
-        "splash": attention_splash.why_not,
-        "cudnn": attention_cudnn.why_not,
-    }
-    if implementation not in checks:
-        return None
-    return "keys apart from the queries" if keys is not None else checks[implementation](q, queries, context)
+    kernels = {"splash": attention_splash, "cudnn": attention_cudnn}
+    if implementation in kernels and keys is not None:
+        return "keys apart from the queries"
+    return kernels[implementation].why_not(q, queries, context) if implementation in kernels else None
 
 
 @functools.cache

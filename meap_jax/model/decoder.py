@@ -5,14 +5,13 @@ function.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from meap_jax import sharding
@@ -205,7 +204,11 @@ class Definition:
         Raises:
           ConfigError: if the mesh does not divide the model.
         """
-        return jax.tree.map(functools.partial(sharding.sharding_of, mesh), self.shapes(), self.axes())
+
+        def place(x: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+            return NamedSharding(mesh, sharding.spec(mesh, x.shape, axes))
+
+        return jax.tree.map(place, self.shapes(), self.axes())
 
     def axes(self) -> Params:
         """The logical axes of every parameter, a tuple of names in the place of each array."""

@@ -32,11 +32,15 @@ class Visibility:
     def mask(self, keys: "Visibility | None" = None) -> Bool[Array, "B Q T"]:
         """Which of the keys each query sees; by default queries and keys are the same row."""
         k = self if keys is None else keys
-        sees = _in_reach(self.positions, k.positions, self.window)
+        distance = self.positions[:, :, None] - k.positions[:, None, :]
+        sees = distance >= 0
+        if self.window is not None:
+            sees &= distance < self.window
         if self.segment_ids is not None and k.segment_ids is not None:
-            sees &= _equal(self.segment_ids, k.segment_ids)
+            sees &= self.segment_ids[:, :, None] == k.segment_ids[:, None, :]
         if self.branch_ids is not None and k.branch_ids is not None:
-            sees &= _equal(self.branch_ids, k.branch_ids) | (k.branch_ids[:, None, :] == 0)
+            of_keys = k.branch_ids[:, None, :]
+            sees &= (self.branch_ids[:, :, None] == of_keys) | (of_keys == 0)
         return sees
 
     def part(self, start: int | jax.Array, size: int) -> "Visibility":
@@ -56,12 +60,3 @@ def causal(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = No
         return Visibility(None, index)
     starts = segment_ids != jnp.roll(segment_ids, 1, axis=1).at[:, 0].set(-1)
     return Visibility(segment_ids, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1))
-
-
-def _in_reach(q: Int[Array, "B Q"], k: Int[Array, "B T"], window: int | None) -> Bool[Array, "B Q T"]:
-    distance = q[:, :, None] - k[:, None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def _equal(q: Int[Array, "B Q"], k: Int[Array, "B T"]) -> Bool[Array, "B Q T"]:
-    return q[:, :, None] == k[:, None, :]
