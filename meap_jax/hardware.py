@@ -1,4 +1,4 @@
-"""What chips can do at most, as their makers state it: the ceiling that MFU and rooflines are measured against."""
+"""Peak rates of chips, as their makers state them: what MFU and rooflines are measured against."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

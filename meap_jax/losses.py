@@ -29,8 +29,8 @@ def linear_cross_entropy(
     chunk is taken while its logits are there: the loss is a sum, so that its gradient is known up to one factor that
     comes later. That takes three products with the head where recomputing would take four.
 
-    On a mesh, rows lie over (data, fsdp), positions over `context`, and the head with its vocabulary over `tensor` and
-    the rest of it over `fsdp`, from where it is gathered in the compute dtype; positions may come in any order.
+    On a mesh, rows are split over (data, fsdp), positions over `context`, and the head over `fsdp` and, its vocabulary,
+    over `tensor`; it is gathered over `fsdp` in the compute dtype. Positions may come in any order.
 
     Args:
       x: [B, T, D] hidden states, in the compute dtype.
@@ -48,7 +48,7 @@ def linear_cross_entropy(
 
     def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, is_sharded)
-        return loss[None] / shards if is_sharded else loss  # Every tensor shard knows the loss of its rows.
+        return loss[None] / shards if is_sharded else loss  # Every tensor shard has the loss of its rows.
 
     arrays = x, head, targets, loss_weights
     return _map_devices(on_device, PartitionSpec(sharding.AXES), *arrays).sum() if is_sharded else on_device(*arrays)
@@ -140,7 +140,7 @@ def _summed_bwd(
     chunk_size: int, z_loss: float, is_sharded: bool, residuals: tuple[jax.Array, jax.Array], d_loss: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     d_x, d_head = residuals
-    if is_sharded:  # The loss was handed out on every shard of the vocabulary, and each hands back its part.
+    if is_sharded:  # Every shard of the vocabulary returned the loss, so their gradients add up.
         d_loss = jax.lax.psum(d_loss, "tensor")
     return (d_loss * d_x).astype(d_x.dtype), (d_loss * d_head).astype(d_head.dtype), None, None
 

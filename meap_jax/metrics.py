@@ -34,10 +34,10 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
       lookup) nor norms. 2 N operations forward, twice that backward.
     - Attention, scores and weighted sum: 12 L H d T counted in full, half of it counted causal, for a query sees half
       of the keys on average. Causal is the figure that we quote. Boundaries of packed documents are not taken off.
-    - Never counted: recomputation, whoever does it (remat, flash attention, a chunked loss); softmax, norms, RoPE, the
+    - Never counted: recomputation (remat, flash attention, a chunked loss); softmax, norms, RoPE, the
       optimizer.
 
-    Others count otherwise, so that the same speed bears another figure. Of the 1,176M model at T = 4,096, over ours:
+    Others count otherwise, so that the same speed has another figure. Of the 1,176M model at T = 4,096, over ours:
 
     | who, in which function                                | N                            | attention | ratio |
     | ----------------------------------------------------- | ---------------------------- | --------- | ----- |
@@ -181,7 +181,7 @@ class NoWriter:
 
 
 def local_folder(workdir: epath.Path) -> pathlib.Path:
-    """Where files that grow by appending are written: the workdir itself, or a local stand-in for a bucket."""
+    """Where files that grow by appending are written: the workdir itself, or a local folder in place of a bucket."""
     if not is_url(workdir):
         return pathlib.Path(workdir)
     name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]

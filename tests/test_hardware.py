@@ -1,4 +1,4 @@
-"""The table of chips: found by the names that devices bear, and consistent with itself."""
+"""The table of chips: found by the kinds of devices, and consistent with itself."""
 
 import pytest
 

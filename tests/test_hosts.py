@@ -1,5 +1,7 @@
-"""Where a process runs: what is connected, what is left alone, and real processes that Slurm brings together."""
+"""What a process connects to by its environment, and real processes that Slurm's variables connect."""
 
+import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -41,7 +43,7 @@ ALONE, LEFT_TO_JAX, ALL_IT_SEES = None, {}, {"local_device_ids": []}
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, ALONE),
         # In sbatch without srun.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "JAX_PLATFORMS": "cuda"}, ALONE),
-        ({}, LEFT_TO_JAX),  # On a TPU VM; elsewhere jax says at once that it knows no cluster.
+        ({}, LEFT_TO_JAX),  # On a TPU VM; elsewhere jax finds no cluster at once.
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, LEFT_TO_JAX),
         ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, LEFT_TO_JAX),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, LEFT_TO_JAX),
@@ -106,27 +108,23 @@ def start(**variables):
 
 
 def job_with_a_free_port():
-    """A job's number whose coordinator's port, 61440 + number % 4096, nobody uses."""
-    for job in range(os.getpid() % 4096, 1 << 16):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", 61440 + job % 4096))
-                return job
-            except OSError:
-                continue
-    raise AssertionError("no free port")
+    """A job's number whose coordinator's port, 61440 + number % 4096, is free."""
+    for job in itertools.count(os.getpid()):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 61440 + job % 4096))
+            return job
 
 
 def test_two_slurm_tasks_become_one_run():
     step = SLURM | {"SLURM_JOB_ID": str(job_with_a_free_port()), "SLURM_STEP_NODELIST": "localhost"}
     tasks = [start(**step | {"SLURM_PROCID": str(rank)}) for rank in range(2)]
     try:
-        said = [task.communicate(timeout=120) for task in tasks]
+        outputs = [task.communicate(timeout=120) for task in tasks]
     finally:
         for task in tasks:
             task.kill()
-    assert [task.returncode for task in tasks] == [0, 0], said
-    last_lines = [out.splitlines()[-1].split() for out, _ in said]  # Gloo announces itself before them.
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    last_lines = [out.splitlines()[-1].split() for out, _ in outputs]  # Gloo announces itself before them.
     assert [words[:5] for words in last_lines] == [["2", str(rank), "1", "2", "3"] for rank in range(2)]
 
 
@@ -134,7 +132,7 @@ def test_two_slurm_tasks_become_one_run():
 def test_a_single_host_is_ready_at_once_and_says_nothing(variables):
     task = start(**{"JAX_PLATFORMS": "cpu"} | variables)
     out, err = task.communicate(timeout=120)
-    # Of a platform that nobody named, jax says what it likes.
+    # Where no platform is set, jax may warn of its own.
     assert task.returncode == 0 and (err == "" or variables == {"JAX_PLATFORMS": ""}), err
     *counts, seconds = out.split()
     assert counts[:2] == ["1", "0"]

@@ -26,7 +26,7 @@ def writer(workdir, start=0):
 
 
 def write(workdir, records, start=0):
-    """Writes {step: values} and closes; returns what then stands in the log."""
+    """Writes {step: values} and closes; returns the records of the log."""
     w = writer(workdir, start)
     for step, values in records.items():
         w.write(step, values)

@@ -1,4 +1,4 @@
-"""Compiles the training step of a config for a target and reports what it would take and how fast it could be."""
+"""Compiles the training step of a config for a target and reports its memory and bounds on its speed."""
 
 import importlib.metadata
 import logging
@@ -18,7 +18,7 @@ from meap_jax.train import abstract_inputs, compile_step
 
 _log = logging.getLogger("meap_jax.aot")
 
-# What a report has of a program that compiled, and None of one that did not.
+# Fields of a report that are None for a program that does not fit.
 OF_THE_PROGRAM = (
     "compiled_flops compiled_over_model_flops bytes_accessed collectives attention_kernels uncounted roofline "
     "step_seconds mfu_bound".split()
@@ -46,7 +46,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
 
     Returns:
       What the command prints; see docs/performance.md. Of a program that a TPU's compiler refuses for want of memory,
-      `hbm_bytes` has the total alone, as its compiler says it, and what depends on the program is None.
+      `hbm_bytes` has the total alone, from the compiler's message, and what depends on the program is None.
 
     Raises:
       ConfigError: if mesh and batch don't fit the devices.
@@ -79,7 +79,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         return report
 
     memory = _memory(compiled.memory_analysis())
-    # On TPUs memory space 1 is on the chip; on GPUs it is the part of main memory that collectives use.
+    # On TPUs memory space 1 is on the chip; on GPUs it is the memory that collectives use, in the main one.
     costs = hlo.analyze(compiled.as_text(), mesh.size, hbm_spaces=(0,) if target.platform == "tpu" else (0, 1))
     roofline = {
         "compute": costs.flops / chip.peak_flops,
@@ -105,19 +105,19 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
 
 
 def _memory(stats: Any) -> dict[str, int]:
-    """Bytes of one device. What is donated is an argument and an output, but there once."""
-    parts = {
+    """Bytes of one device; donated arrays are both arguments and outputs, and count once."""
+    sizes = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
+    return sizes | {"total": sum(sizes.values()) - 2 * sizes["aliased"]}
 
 
 def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
-    """What a TPU's compiler says that a program would take that does not fit; any other error is raised again.
+    """The memory of a program that does not fit, from a TPU compiler's error; any other error is raised again.
 
     Either "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm", or before it comes so far "the total
     memory required for HLO temporaries (43.72G) exceeds available HBM (15.75G)".

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from meap_jax import sharding
@@ -40,7 +40,7 @@ def attention(
     Args:
       q: [B, Q, H, d], any float dtype.
       k, v: [B, T, K, d]; K divides H, and kv head i serves the query heads i * H / K ... (i + 1) * H / K - 1.
-      queries: the queries' side of who sees whom; every query must see at least one key.
+      queries: the queries' side of the visibility; every query must see at least one key.
       keys: the keys' side; the queries' window holds. None: queries and keys are the same row, and T is Q.
       implementation: plain, xla, splash or cudnn; the last two take no keys apart.
 
@@ -54,11 +54,8 @@ def attention(
     if reason:
         _log_once(f"attention: {implementation} does not take {reason}; xla does it")
         implementation = "xla"
-    if sharding.is_trivial(mesh):
-        out = _local(implementation, q, k, v, queries, keys)
-    else:
-        out = _sharded(implementation, mesh, q, k, v, queries, keys)
-    return checkpoint_name(out, "attention")
+    attend = _local if sharding.is_trivial(mesh) else _sharded
+    return checkpoint_name(attend(implementation, q, k, v, queries, keys), "attention")
 
 
 def plain(
@@ -91,7 +88,7 @@ def _check_side(
 def _local(
     implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None
 ) -> jax.Array:
-    """On one device that has it all."""
+    """Attention of arrays that are whole on this device."""
     if implementation == "splash":
         kernel = attention_splash.kernel(q.shape[1], q.shape[2], queries.window)
         return attention_splash.attend(kernel, q, k, v, queries, queries)
@@ -104,16 +101,10 @@ def _local(
 
 
 def _sharded(
-    implementation: str,
-    mesh: AbstractMesh,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Visibility,
-    keys: Visibility | None,
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None
 ) -> jax.Array:
     """Every device attends with its own rows, heads and queries; keys and values are gathered over `context`."""
-    T, H, K = q.shape[1], q.shape[2], k.shape[2]
+    mesh, T, H, K = jax.sharding.get_abstract_mesh(), q.shape[1], q.shape[2], k.shape[2]
     tensor = sharding.shards_of(mesh, "tensor")
     sequence = "context" if keys is None else None
     context = sharding.shards_of(mesh, sequence) if sequence else 1
@@ -138,10 +129,10 @@ def _sharded(
             k, v = (sharding.unzigzag(x, context) for x in gathered)
         if kernel is not None:
             return attention_splash.attend(kernel, q, k, v, _own_queries(queries, context), queries)
-        # The zig-zag has two parts: one of the front half of the text, which sees no more than that, one of the back.
+        # A device has a chunk of the front half of the text, which sees no more than that half, and one of the back.
         half = T // (2 * context)
-        front, back = _parts(queries, context)
-        first = queries.part(0, T // 2)
+        front, back = _chunks(queries, context)
+        first = queries.slice(0, T // 2)
         out = [
             _local(implementation, q[:, :half], k[:, : T // 2], v[:, : T // 2], front, first),
             _local(implementation, q[:, half:], k, v, back, queries),
@@ -158,18 +149,18 @@ def _sharded(
     )(q, k, v, queries, keys, kernel)
 
 
-def _parts(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
-    """Of this device's queries, the front part and the back part of the zig-zag."""
+def _chunks(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
+    """The two chunks of this device's queries in the zig-zag: one of the front half of the text, one of the back."""
     size = visibility.positions.shape[1] // (2 * context)
     own = jax.lax.axis_index("context")
-    return visibility.part(own * size, size), visibility.part((2 * context - 1 - own) * size, size)
+    return visibility.slice(own * size, size), visibility.slice((2 * context - 1 - own) * size, size)
 
 
 def _own_queries(visibility: Visibility, context: int) -> Visibility:
-    """Both parts, one after the other."""
+    """The visibility of this device's queries."""
     if context == 1:
         return visibility
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *_parts(visibility, context))
+    return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *_chunks(visibility, context))
 
 
 def _own_kv_heads(x: jax.Array, num_heads: int, tensor: int) -> jax.Array:

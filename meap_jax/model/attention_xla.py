@@ -1,4 +1,4 @@
-"""Attention in plain XLA that never does the work of keys that no query sees, and holds one block of scores at a time.
+"""Attention in plain XLA that skips keys that no query sees, and holds one block of scores at a time.
 
 For CPUs, where it beats `jax.nn.dot_product_attention` several times over (docs/performance.md), and for what the
 kernels of TPU and GPU don't express.
@@ -47,12 +47,7 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-    q_BKGQd: jax.Array,
-    k_BKTd: jax.Array,
-    v_BKTd: jax.Array,
-    queries: Visibility,
-    keys: Visibility,
-    start: int | None,
+    q_BKGQd: jax.Array, k_BKTd: jax.Array, v_BKTd: jax.Array, queries: Visibility, keys: Visibility, start: int | None
 ) -> Float[Array, "B K G Q d"]:
     """The gradient is written out: it computes the weights again, block by block, and nothing else.
 
@@ -63,12 +58,7 @@ def _attend(
 
 
 def _attend_fwd(
-    q_BKGQd: jax.Array,
-    k_BKTd: jax.Array,
-    v_BKTd: jax.Array,
-    queries: Visibility,
-    keys: Visibility,
-    start: int | None,
+    q_BKGQd: jax.Array, k_BKTd: jax.Array, v_BKTd: jax.Array, queries: Visibility, keys: Visibility, start: int | None
 ) -> tuple[jax.Array, tuple]:
     def head(
         q_GQd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, queries: Visibility, keys: Visibility
@@ -81,7 +71,7 @@ def _attend_fwd(
         return jnp.concatenate(out, axis=1), jnp.concatenate(inverse, axis=1)
 
     out_BKGQd, inverse_BKGQ = _by_head(head, (q_BKGQd, k_BKTd, v_BKTd), (queries, keys))
-    # Both bear the name of attention's output, so that what is kept of a layer (`decoder.remat`) is all of it.
+    # Both have the name of attention's output, so that `decoder.remat` keeps both.
     out_BKGQd, inverse_BKGQ = (checkpoint_name(x, "attention") for x in (out_BKGQd, inverse_BKGQ))
     return out_BKGQd, (q_BKGQd, k_BKTd, v_BKTd, queries, keys, out_BKGQd, inverse_BKGQ)
 

@@ -52,8 +52,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: in [0, V).
-          visibility: who sees whom; its positions are RoPE's, too.
-          keep_embedding_BT: where it is False, a zero stands for the embedding. Default: all are kept.
+          visibility: which keys each query sees; its positions are RoPE's, too.
+          keep_embedding_BT: where it is False, the embedding is zero. Default: all are kept.
           at_BN: the positions whose logits are asked for, in [0, T); no others are computed. Default: all, N = T.
         """
         x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)

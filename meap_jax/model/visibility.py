@@ -43,7 +43,7 @@ class Visibility:
             sees &= (self.branch_ids[:, :, None] == of_keys) | (of_keys == 0)
         return sees
 
-    def part(self, start: int | jax.Array, size: int) -> "Visibility":
+    def slice(self, start: int | jax.Array, size: int) -> "Visibility":
         """Positions start ... start + size - 1 of every row; `start` may be traced."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 

@@ -1,4 +1,4 @@
-"""Who sees whom, attention and RoPE, against slow loops in double precision."""
+"""Visibility, attention and RoPE, against slow loops in double precision."""
 
 import math
 from dataclasses import replace

@@ -113,7 +113,7 @@ def test_a_backend_stays_near_the_definition_in_bfloat16(implementation):
 )
 def test_queries_may_be_fewer_than_keys(implementation, name, kind):
     visibility, (q, k, v, _) = VISIBILITIES[name], arrays(jnp.float32)
-    queries = visibility.part(90, 30)
+    queries = visibility.slice(90, 30)
     with jax.set_mesh(mesh_of(**MESHES[kind])):
         result = jax.jit(lambda q: attention(q, k, v, queries, visibility, implementation))(q[:, 90:120])
     np.testing.assert_allclose(result, reference(name)[0][:, 90:120], atol=1e-5)

@@ -44,11 +44,11 @@ def as_theirs(model, params):
         layer = f"model.layers.{i}"
         state[f"{layer}.input_layernorm.weight"] = layers["attn_norm"]["scale"][i]
         state[f"{layer}.post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
-        for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{layer}.self_attn.{name}.weight"] = layers["attn"][name][i].reshape(model.embed_dim, -1).T
-        state[f"{layer}.self_attn.o_proj.weight"] = layers["attn"]["o_proj"][i].reshape(-1, model.embed_dim).T
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            state[f"{layer}.mlp.{name}.weight"] = layers["mlp"][name][i].T
+        for name, weight in layers["attn"].items():
+            shape = (-1, model.embed_dim) if name == "o_proj" else (model.embed_dim, -1)
+            state[f"{layer}.self_attn.{name}.weight"] = weight[i].reshape(shape).T
+        for name, weight in layers["mlp"].items():
+            state[f"{layer}.mlp.{name}.weight"] = weight[i].T
     return {name: torch.tensor(np.asarray(x)) for name, x in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run: the sum over its instructions, each as often as it runs."""
+"""The costs of one run of a compiled program: the sum over its instructions, each as often as it runs."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ class Costs:
 
     flops: int = 0  # Of matrix products, convolutions and attention kernels; nothing else.
     bytes: int = 0  # Read from and written to main memory.
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # By kind: how many a device takes part in.
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # By kind: how many run on a device.
     sent: Counter = dataclasses.field(default_factory=Counter)  # By kind: the bytes it sends for them (rings assumed).
     kernels: Counter = dataclasses.field(default_factory=Counter)  # Attention kernels by name: runs.
     unknown_kernels: Counter = dataclasses.field(default_factory=Counter)  # Kernels whose FLOPs no formula here gives.
@@ -176,9 +176,9 @@ class _Counter:
             return self.size([dataclasses.replace(update, space=result.shapes[0].space)])
         return self.size(result.shapes)
 
-    def copied(self, part: Shape, whole: Shape) -> int:
-        """A part of an array is read where that is, and written to where it is itself."""
-        return self.size([part, dataclasses.replace(part, space=whole.space)])
+    def copied(self, moved: Shape, whole: Shape) -> int:
+        """Bytes of a slice that is read from the memory of the whole array and written to its own."""
+        return self.size([moved, dataclasses.replace(moved, space=whole.space)])
 
     def size(self, shapes: Collection[Shape]) -> int:
         return sum(shape.bytes for shape in shapes if shape.space in self.hbm_spaces)
@@ -191,7 +191,7 @@ def _continues(computation: Computation) -> bool:
 
 
 def _users(computation: Computation, instruction: Instruction) -> Iterator[Instruction]:
-    """Who reads it, through bitcasts."""
+    """The instructions that read it, through bitcasts."""
     for user in computation.values():
         if instruction.name in user.operands:
             if user.opcode == "bitcast":
@@ -201,14 +201,14 @@ def _users(computation: Computation, instruction: Instruction) -> Iterator[Instr
 
 
 def _origin(computation: Computation, name: str) -> str:
-    """What a bitcast views."""
+    """The instruction whose value a bitcast views."""
     while computation[name].opcode == "bitcast":
         name = computation[name].operands[0]
     return name
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-    """Devices that take part in a collective together."""
+    """The number of devices in a group of a collective."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):  # {{0,1},{2,3}}
         return len(match.group(1).split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):  # [groups,size]<=[devices]
@@ -218,5 +218,5 @@ def group_size(attributes: str, num_devices: int) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         pairs = re.findall(r"(\d+),(\d+)", match.group(1))
-        return len(pairs) if any(source != target for source, target in pairs) else 1
+        return len(pairs) if any(sender != receiver for sender, receiver in pairs) else 1
     return num_devices

@@ -1,4 +1,4 @@
-"""How often a loop of a compiled program runs."""
+"""Trip counts of the loops of a compiled program."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ class _Value(NamedTuple):
 
 
 def trip_count(computations: Mapping[str, Computation], caller: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs its body: as XLA says, else by the constants of its comparison.
+    """How often a `while` runs its body: XLA's own count, else that of the constants in its comparison.
 
     Args:
       computations: of the program.
@@ -27,7 +27,7 @@ def trip_count(computations: Mapping[str, Computation], caller: Computation, loo
       loop: the instruction.
 
     Returns:
-      None if it is not constants that decide.
+      None if the count depends on data.
     """
     if match := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}', loop.attributes):
         return int(match[1])
@@ -44,7 +44,7 @@ def trip_count(computations: Mapping[str, Computation], caller: Computation, loo
         return None
 
     def course(name: str) -> tuple[int, int] | None:
-        """The value of a side of the comparison before the first trip, and what a trip adds to it."""
+        """A side of the comparison: its value before the first trip, and its increment a trip."""
         side = evaluate(name)
         if side is None or side.element is None:
             return side and (side.constant, 0)

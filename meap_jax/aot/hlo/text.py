@@ -1,4 +1,4 @@
-"""The text of a compiled program as instructions: shapes, operands, attributes."""
+"""Parses the text of a compiled program into instructions: shapes, operands, attributes."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ class Instruction:
     shapes: tuple[Shape, ...]  # Of a tuple all arrays, flattened.
     opcode: str
     operands: tuple[str, ...]
-    arguments: str  # What stands between the parentheses: of a constant its value, of a parameter its number.
+    arguments: str  # The text between the parentheses: of a constant its value, of a parameter its number.
     attributes: str
 
     def called(self, attribute: str) -> str:
@@ -51,7 +51,7 @@ class Instruction:
         return [self.called("true_computation"), self.called("false_computation")]
 
     def numbers(self, attribute: str) -> list[int]:
-        """`attribute={0,2}` or `attribute=1` as integers; [] if it isn't there."""
+        """`attribute={0,2}` or `attribute=1` as integers; [] if there is none."""
         return [int(n) for n in re.findall(r"\d+", self._first(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)"))]
 
     def target(self) -> str:
@@ -100,7 +100,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From what stands after the equals sign."""
+    """Parses the text after the equals sign."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shapes, rest = text[:end], text[end:].lstrip()
     opcode, _, _ = rest.partition("(")
@@ -122,7 +122,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(match.group(), 0)

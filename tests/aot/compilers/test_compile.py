@@ -1,4 +1,7 @@
-"""The real training step, compiled for TPUs and GPUs that are not there."""
+"""The real training step, compiled for TPUs and GPUs that this machine lacks.
+
+`make test-aot` installs the compilers; without them these tests are skipped.
+"""
 
 import json
 import os
@@ -16,8 +19,22 @@ from meap_jax.sharding import make_mesh
 KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 
 
+def compiler_of(topology):
+    @pytest.fixture
+    def compiler():
+        try:
+            find_target(topology)
+        except ConfigError as error:
+            pytest.skip(str(error))
+
+    return compiler
+
+
+tpu_compiler, gpu_compiler = compiler_of("v5e:2x2"), compiler_of("h100:8")
+
+
 def command(*arguments):
-    """Types the command in a shell that knows nothing of these tests; returns its last line."""
+    """Runs the command without the environment of these tests; returns the report in its last line."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     typed = [sys.executable, "-m", "meap_jax.aot", *arguments]
     result = subprocess.run(typed, env=environment, capture_output=True, text=True)

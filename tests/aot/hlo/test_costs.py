@@ -1,4 +1,4 @@
-"""What programs do, counted from their text: small ones compiled for the CPU, and lines as TPUs and GPUs have them."""
+"""Costs of programs, counted from their text: small ones compiled for the CPU, and lines of TPU and GPU programs."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_scanned_and_unrolled_layers_count_the_same_with_their_gradient():
     scan, unrolled = (
         compiled(jax.grad(functools.partial(loss, unroll=unroll)), (4, 64, 64), (64, 64)).flops for unroll in (1, 4)
     )
-    # Forward, and both gradients of a product; that of the first layer's input is asked for by nobody.
+    # Forward, and both gradients of a product; that of the first layer's input is not asked for.
     assert (scan, unrolled) == (product(64, 4 * 3), product(64, 4 * 3 - 1))
 
 
@@ -137,7 +137,7 @@ def count(entry, computations="", **options):
 
 
 def test_a_loop_without_a_known_length_is_counted_by_its_constants():
-    """libtpu says no trip count; this is its collective matmul, which takes two steps of eight a trip."""
+    """libtpu gives no trip count; this is its collective matmul, which takes two steps of eight a trip."""
     computations = """
 %cond (c: (u32[], f32[8,8])) -> pred[] {
   %end = u32[]{:T(128)} constant(8)
@@ -225,7 +225,7 @@ def test_an_asynchronous_collective_in_several_steps_counts_once():
 
 
 def test_what_another_core_runs_asynchronously_counts_once():
-    """TPUs with SparseCores give them collectives, in computations that say so where they end."""
+    """TPUs with SparseCores give them collectives, in computations whose last line names the thread."""
     other = """
 %wrapped (a: f32[8,16]) -> f32[64,16] {
   %a = f32[8,16]{1,0} parameter(0)
