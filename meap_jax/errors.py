@@ -1,11 +1,11 @@
-"""What can go wrong by a user's doing; each error's text is one sentence for that user."""
+"""Errors that a user can correct; the text of each is one sentence for that user."""
 
 
 class UserError(Exception):
     """A mistake that the user can correct.
 
-    The text is one sentence that names the thing, its value and what would be valid. Commands print it without a
-    traceback and exit with 1.
+    The text is one sentence that names the field or file, its value and what would be valid. Commands print it without
+    a traceback and exit with 1.
     """
 
 

@@ -1,4 +1,4 @@
-"""Where a process runs: alone, or as one of several that make up a run."""
+"""Connects the processes of a run, from what their environment says about the cluster."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax
 from meap_jax.errors import ConfigError
 
 # What srun sets in each process of a step; `jax.distributed` looks for the same five. A shell that was opened on the
-# node some other way has a part of them at most.
+# node some other way has some of them at most.
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 # Set in each process by mpirun, and by an indexed Job of Kubernetes.
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX")
@@ -21,8 +21,8 @@ def join_hosts() -> None:
     """Connects the processes of a run, if there are several; call it before anything touches a device.
 
     Raises:
-      ConfigError: for variables that contradict each other, and a cluster that says no more about itself. (Hosts that
-        wait five minutes for one another in vain are ended by jax, which says so on stderr.)
+      ConfigError: for variables that contradict each other, and a cluster that gives no details. (Hosts that
+        wait five minutes for one another in vain are ended by jax, with a message on stderr.)
     """
     arguments = connection(os.environ)
     if arguments is None:
@@ -30,7 +30,7 @@ def join_hosts() -> None:
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:
-        # What it says where it knows no cluster, such as on a machine without TPU: one process.
+        # Its error where it finds no cluster, such as on a machine without TPU: one process.
         if "coordinator_address" not in str(error):
             raise ConfigError(f"the hosts of this run can't be connected: {error}") from error
     except (OSError, RuntimeError) as error:  # Of the TPU's metadata server, or of the cluster's name service.
@@ -44,8 +44,8 @@ def join_hosts() -> None:
 def connection(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize` for this process; None if it makes up a run on its own.
 
-    In this order: what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; Slurm; Open MPI and
-    Kubernetes, whose details jax finds out; a TPU slice, which jax knows from variables or, on a Google VM with TPU
+    In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Slurm; Open MPI and
+    Kubernetes, whose details jax finds out; a TPU slice, which jax detects by variables or, on a Google VM with TPU
     chips and there only, from the metadata server.
 
     Args:
@@ -55,15 +55,15 @@ def connection(environ: Mapping[str, str]) -> dict[str, Any] | None:
       ConfigError: for variables that are no numbers, or contradict each other.
     """
     if "JAX_COORDINATOR_ADDRESS" in environ:
-        return _as_told(environ)
+        return _from_variables(environ)
     if all(name in environ for name in _SLURM_STEP):
-        return _as_slurm_does(environ)
+        return _from_slurm(environ)
     if any(name in environ for name in _LAUNCHERS) or _may_be_a_tpu_slice(environ):
         return {}
     return None
 
 
-def _as_told(environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     address = environ["JAX_COORDINATOR_ADDRESS"]
     try:
         count, own = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
@@ -82,12 +82,12 @@ def _as_told(environ: Mapping[str, str]) -> dict[str, Any]:
         "coordinator_address": address,
         "num_processes": count,
         "process_id": own,
-        # Else a cluster around us would still have its say, about which of the host's GPUs are this process's.
+        # Else a cluster around us would still decide which of the host's GPUs are this process's.
         "cluster_detection_method": "deactivate",
     }
 
 
-def _as_slurm_does(environ: Mapping[str, str]) -> dict[str, Any] | None:
+def _from_slurm(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Corrects what jax assumes of Slurm: that each task drives the GPU whose number is the task's on its node.
 
     That leaves GPUs idle where a task has its node for itself, and fails where Slurm narrowed the task's view to its

@@ -1,7 +1,8 @@
-"""Token cross-entropy: from logits, and from hidden states without ever holding all logits."""
+"""Token cross-entropy from hidden states, without ever holding all logits."""
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from meap_jax import sharding
 
-
-def token_cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
-    """-log p(target) of every position, in float32, natural units (nats).
-
-    Args:
-      logits: [..., V], any float dtype; the sums run in float32.
-      targets: [...] int, in [0, V).
-
-    Returns:
-      [...] float32.
-
-    Raises:
-      ValueError: if the leading axes differ.
-    """
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree in all axes but the vocabulary")
-    logits = logits.astype(jnp.float32)
-    return jax.nn.logsumexp(logits, axis=-1) - _target_logit(logits, targets)
+_ROWS = PartitionSpec(sharding.RULES["batch"], "context")
 
 
 def linear_cross_entropy(
@@ -45,8 +29,8 @@ def linear_cross_entropy(
     chunk is taken while its logits are there: the loss is a sum, so that its gradient is known up to one factor that
     comes later. That takes three products with the head where recomputing would take four.
 
-    On a mesh, rows lie over (data, fsdp), positions over `context`, and the head with its vocabulary over `tensor` and
-    the rest of it over `fsdp`, from where it is gathered in the compute dtype; positions may come in any order.
+    On a mesh, rows are split over (data, fsdp), positions over `context`, and the head over `fsdp` and, its vocabulary,
+    over `tensor`; it is gathered over `fsdp` in the compute dtype. Positions may come in any order.
 
     Args:
       x: [B, T, D] hidden states, in the compute dtype.
@@ -60,24 +44,14 @@ def linear_cross_entropy(
       float32 scalar in nats: sum of weights * (log Z - logit of the target + z_loss * log Z ** 2).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if sharding.is_trivial(mesh):
-        return _summed(_flat(x), head, targets.ravel(), loss_weights.ravel(), chunk_size, z_loss, False)
-
-    rows = PartitionSpec(sharding.RULES["batch"], "context")
-    shards = sharding.shards_of(mesh, "tensor")
+    is_sharded, shards = not sharding.is_trivial(mesh), sharding.shards_of(mesh, "tensor")
 
     def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, True)
-        return loss[None] / shards  # Every tensor shard knows the loss of its rows.
+        loss = _summed(_flat(x), head, targets.ravel(), weights.ravel(), chunk_size, z_loss, is_sharded)
+        return loss[None] / shards if is_sharded else loss  # Every tensor shard has the loss of its rows.
 
-    per_device = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(rows, PartitionSpec("fsdp", "tensor"), rows, rows),
-        out_specs=PartitionSpec(sharding.AXES),
-        check_vma=False,
-    )(x, head, targets, loss_weights)
-    return per_device.sum()
+    arrays = x, head, targets, loss_weights
+    return _map_devices(on_device, PartitionSpec(sharding.AXES), *arrays).sum() if is_sharded else on_device(*arrays)
 
 
 def token_losses(
@@ -91,17 +65,19 @@ def token_losses(
 
     For evaluation: its gradient would hold all logits. Arguments and the mesh are as in `linear_cross_entropy`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    is_sharded = not sharding.is_trivial(jax.sharding.get_abstract_mesh())
 
-    def on_device(x: jax.Array, head: jax.Array, targets: jax.Array, is_sharded: bool = True) -> jax.Array:
+    def on_device(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         flat = _token_losses(_flat(x), head, targets.ravel(), chunk_size, 0.0, is_sharded)
         return flat.reshape(targets.shape)
 
-    if sharding.is_trivial(mesh):
-        return on_device(x, head, targets, False)
-    rows = PartitionSpec(sharding.RULES["batch"], "context")
-    specs = (rows, PartitionSpec("fsdp", "tensor"), rows)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(x, head, targets)
+    return _map_devices(on_device, _ROWS, x, head, targets) if is_sharded else on_device(x, head, targets)
+
+
+def _map_devices(function: Callable, out_specs: PartitionSpec, *arrays: jax.Array) -> jax.Array:
+    """Calls the function on every device of the mesh, with its own shards of hidden states, head, targets, ..."""
+    in_specs = (_ROWS, PartitionSpec("fsdp", "tensor"), _ROWS, _ROWS)[: len(arrays)]
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -164,7 +140,7 @@ def _summed_bwd(
     chunk_size: int, z_loss: float, is_sharded: bool, residuals: tuple[jax.Array, jax.Array], d_loss: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     d_x, d_head = residuals
-    if is_sharded:  # The loss was handed out on every shard of the vocabulary, and each hands back its part.
+    if is_sharded:  # Every shard of the vocabulary returned the loss, so their gradients add up.
         d_loss = jax.lax.psum(d_loss, "tensor")
     return (d_loss * d_x).astype(d_x.dtype), (d_loss * d_head).astype(d_head.dtype), None, None
 
@@ -189,21 +165,13 @@ def _losses(
         first = jax.lax.axis_index("tensor") * logits.shape[-1]
         largest = jax.lax.pmax(largest, "tensor")
     total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
-    is_target = _is_target(targets - first, logits.shape[-1])
+    # A comparison instead of a gather: it stays local where the vocabulary is sharded.
+    is_target = (targets - first)[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
     chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     if is_sharded:
         total, chosen = jax.lax.psum((total, chosen), "tensor")
     log_z = largest + jnp.log(total)
     return log_z - chosen + z_loss * jnp.square(log_z), log_z, is_target
-
-
-def _target_logit(logits: Float32[Array, "... V"], targets: Int[Array, "..."]) -> Float32[Array, "..."]:
-    return jnp.sum(jnp.where(_is_target(targets, logits.shape[-1]), logits, 0), axis=-1)
-
-
-def _is_target(targets: Int[Array, "..."], size: int) -> jax.Array:
-    """[..., V] bool. A comparison instead of a gather: it stays local where the vocabulary is sharded."""
-    return targets[..., None] == jnp.arange(size, dtype=targets.dtype)
 
 
 def _flat(x: Float[Array, "A B D"]) -> Float[Array, "A*B D"]:

@@ -51,7 +51,7 @@ def mask_tokens(
       ids: [B, T] integer token ids.
       ratio: fraction in [0, 1], a Python number or a scalar array (traced: a sweep over ratios compiles once). A Python
         number is multiplied by N in double precision, an array in float32.
-      mask_id: the id that stands in the gaps.
+      mask_id: the id that masked tokens are replaced by.
       eligible: [B, T] bool, where a mask may fall; False for padding and whatever else the caller protects. Default:
         everywhere.
       segment_ids: [B, T] integers; a segment is a run of equal ids. Default: a row is one segment.
@@ -164,7 +164,7 @@ def _choose_spans(
     num_spans = -(-quota // span_length)
     num_items = num_candidates - quota + num_spans
 
-    # Slot j of a group is its j-th candidate; its first `num_items` slots stand for the items in order.
+    # Slot j of a group is its j-th candidate; its first `num_items` slots represent the items in order.
     slot = _exclusive_rank(candidate, group)
     is_item = candidate & (slot < num_items)
     is_span = _choose(bits, is_item, group, num_spans)
@@ -173,7 +173,7 @@ def _choose_spans(
     length = jnp.where(is_span, jnp.where(span_rank == num_spans - 1, cut_length, span_length), is_item)
 
     # An item that starts at slot s and has length n covers slots s ... s + n - 1. Slots of all groups in one line:
-    # +1 where a span starts, -1 where it ends, and the running sum says who is covered.
+    # +1 where a span starts, -1 where it ends, and the running sum is positive where a slot is covered.
     line_start = jnp.cumsum(group_size) - group_size
     start = line_start[group] + _exclusive_sum(length, group)
     edges = jnp.zeros(T + 1, jnp.int32)
@@ -190,12 +190,12 @@ def _exclusive_sum(values: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def _exclusive_rank(mask: jax.Array, group: jax.Array) -> jax.Array:
-    """How many True stand before each position, within its group; [T] bool -> [T] int."""
+    """The number of True before each position, within its group; [T] bool -> [T] int."""
     return _exclusive_sum(mask.astype(jnp.int32), group)
 
 
 def _per_group(reduction: Callable[..., jax.Array], values: jax.Array, group: jax.Array) -> jax.Array:
-    """Reduces [B, T] values over the groups of each row and hands every position its group's result."""
+    """Reduces [B, T] values over the groups of each row and gives every position its group's result."""
     T = values.shape[1]
     return jax.vmap(lambda v, g: reduction(v, g, num_segments=T)[g])(values, group)
 

@@ -1,4 +1,4 @@
-"""Numbers of a run on their way out: metrics.jsonl, TensorBoard, and whoever watches."""
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and the terminal."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tqdm
 from etils import epath
@@ -34,10 +34,10 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
       lookup) nor norms. 2 N operations forward, twice that backward.
     - Attention, scores and weighted sum: 12 L H d T counted in full, half of it counted causal, for a query sees half
       of the keys on average. Causal is the figure that we quote. Boundaries of packed documents are not taken off.
-    - Never counted: recomputation, whoever does it (remat, flash attention, a chunked loss); softmax, norms, RoPE, the
+    - Never counted: recomputation (remat, flash attention, a chunked loss); softmax, norms, RoPE, the
       optimizer.
 
-    Others count otherwise, so that the same speed bears another figure. Of the 1,176M model at T = 4,096, over ours:
+    Others count otherwise, so that the same speed has another figure. Of the 1,176M model at T = 4,096, over ours:
 
     | who, in which function                                | N                            | attention | ratio |
     | ----------------------------------------------------- | ---------------------------- | --------- | ----- |
@@ -63,7 +63,7 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
 
 
 class StepWork(NamedTuple):
-    """What one step amounts to, over all devices."""
+    """The work of one step, over all devices."""
 
     tokens: int
     flops: int  # `model_flops` of them.
@@ -142,7 +142,7 @@ class MetricsWriter:
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
-        """Puts everything on disk (and in the bucket), so that a checkpoint never knows more than the log."""
+        """Puts everything on disk (and in the bucket), so that no checkpoint is ahead of the log."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
@@ -151,7 +151,7 @@ class MetricsWriter:
 
     def _upload(self) -> None:
         """Puts what changed since the last time into the bucket."""
-        # These and no others: prepared data may lie in the same local folder.
+        # These and no others: prepared data may be in the same local folder.
         folders = (self._local / name for name in (TENSORBOARD_FOLDER, PROFILE_FOLDER))
         files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
         for file in (self._local / METRICS_FILE, *files):
@@ -164,7 +164,7 @@ class MetricsWriter:
             self._uploaded[file] = (stat.st_mtime_ns, stat.st_size)
 
     def close(self) -> None:
-        """Flushes and lets go."""
+        """Flushes and closes all files."""
         self.flush()
         self._bar.close()
         self._file.close()
@@ -172,23 +172,16 @@ class MetricsWriter:
 
 
 class NoWriter:
-    """For processes other than the first."""
+    """A writer that does nothing, for processes other than the first."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing."""
 
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def flush(self) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
+    progress = flush = close = write
 
 
 def local_folder(workdir: epath.Path) -> pathlib.Path:
-    """Where files that grow by appending are written: the workdir itself, or a local stand-in for a bucket."""
+    """Where files that grow by appending are written: the workdir itself, or a local folder in place of a bucket."""
     if not is_url(workdir):
         return pathlib.Path(workdir)
     name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
@@ -201,17 +194,12 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 
 
 def cut_back(file: pathlib.Path, step: int) -> None:
-    """Drops records after `step` and a last line that a kill cut short: no step will stand in the file twice."""
+    """Drops records after `step` and a last line that a kill cut short: no step is in the file twice."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # Lines are written whole and in order: only the last can be torn.
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    # Lines are written whole and in order: only the last can be torn, and lacks its end.
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
     new = file.with_suffix(".new")
     new.write_text("".join(kept), encoding="utf-8")
     new.replace(file)

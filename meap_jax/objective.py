@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
         """Which positions each position attends to."""
         visibility = causal(self.tokens, self.segment_ids)
         positions = visibility.positions if self.positions is None else self.positions
-        return visibility._replace(positions=positions, branch_ids=self.branch_ids)
+        return dataclasses.replace(visibility, positions=positions, branch_ids=self.branch_ids)
 
 
 # --------------------------------------------------------------------------------------------------- the objectives

@@ -1,4 +1,4 @@
-"""The row: what data hands to training, evaluation and fine-tuning, declared here and nowhere else."""
+"""The row: the fields that training, evaluation and fine-tuning read from data, declared here and nowhere else."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple

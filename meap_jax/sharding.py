@@ -1,5 +1,6 @@
-"""The mesh, and which axis of an array is split over which axis of the mesh."""
+"""The mesh, and which axis of an array is sharded over which axis of the mesh."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -27,17 +28,17 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices with axes (data, fsdp, tensor, context); one size may be -1, "the devices that are left".
 
-    Devices of several TPU slices, which the slower data-centre network connects, are told apart by `data` alone: it
-    counts the slices outermost, and all other traffic stays within a slice.
+    Several TPU slices, which the slower data-centre network connects, are split over `data` alone, outermost;
+    all other traffic stays within a slice.
 
     Raises:
-      ConfigError: if the sizes do not come to the number of devices, or `data` can't be dealt to the slices.
+      ConfigError: if the sizes do not come to the number of devices, or the slices don't divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     shape = {axis: sizes[axis] for axis in AXES}
-    known = int(np.prod([size for size in shape.values() if size != -1]))
+    known = math.prod(size for size in shape.values() if size != -1)
     fitted = {axis: len(devices) // known if size == -1 else size for axis, size in shape.items()}
-    if int(np.prod(list(fitted.values()))) != len(devices):
+    if math.prod(fitted.values()) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in shape.items())
         raise ConfigError(
             f"mesh is {asked}, but there are {len(devices)} devices: the sizes must multiply to that, with one axis "
@@ -49,13 +50,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.make_mesh(tuple(fitted.values()), AXES, axis_types=axis_types, devices=devices)
     if fitted["data"] % slices:
         raise ConfigError(f"mesh.data is {fitted['data']}, but must be a multiple of the {slices} slices.")
-    within = {**fitted, "data": fitted["data"] // slices}
-    between = {**dict.fromkeys(AXES, 1), "data": slices}
-    return Mesh(
-        mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(between.values()), devices),
-        AXES,
-        axis_types=axis_types,
-    )
+    within = fitted | {"data": fitted["data"] // slices}
+    grid = mesh_utils.create_hybrid_device_mesh(tuple(within.values()), (slices, 1, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def check_batch(mesh: Mesh, global_batch_size: int, grad_accum_steps: int, seq_len: int) -> None:
@@ -101,11 +98,6 @@ def spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: tuple[str | No
     return PartitionSpec(*entries)
 
 
-def sharding_of(mesh: Mesh, array: jax.ShapeDtypeStruct | jax.Array, axes: tuple[str | None, ...]) -> NamedSharding:
-    """`spec` as a sharding on `mesh`."""
-    return NamedSharding(mesh, spec(mesh, array.shape, axes))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
@@ -117,7 +109,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its place on the current mesh (`jax.set_mesh`); does nothing where there is none."""
+    """Constrains the sharding of an activation on the current mesh (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if is_trivial(mesh):
         return x
@@ -137,8 +129,8 @@ def is_trivial(mesh: Mesh | AbstractMesh) -> bool:
 def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
     """The positions of a sequence in the order in which `shards` devices hold them.
 
-    The sequence is cut into 2 * shards parts and device i holds parts i and 2 * shards - 1 - i: under causal attention
-    all devices then have the same work, while of contiguous parts the last has twice the mean.
+    The sequence is cut into 2 * shards chunks and device i holds chunks i and 2 * shards - 1 - i: under causal
+    attention all devices then have the same work, while of contiguous chunks the last has twice the mean.
 
     Raises:
       ConfigError: if 2 * shards does not divide the sequence.
@@ -147,8 +139,8 @@ def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
         raise ConfigError(
             f"seq_len is {seq_len}, but must be a multiple of {2 * shards}, twice mesh.context ({shards})."
         )
-    parts = np.arange(seq_len).reshape(2 * shards, -1)
-    return np.concatenate([parts[[i, 2 * shards - 1 - i]].ravel() for i in range(shards)])
+    chunks = np.arange(seq_len).reshape(2 * shards, -1)
+    return np.concatenate([chunks[[i, 2 * shards - 1 - i]].ravel() for i in range(shards)])
 
 
 def zigzag(x: jax.Array, shards: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a clock that the training loop reads, and traces of chosen steps for xprof."""
+"""Measures where the time of a run goes, and records traces of chosen steps for xprof."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ class Clock:
 
     Steps are dispatched before the ones before them are done, so that no step can be timed by itself. A step's time is
     instead what passes between the arrivals of two consecutive steps' metrics, less the time that was set aside for
-    something else (`aside`): these times add up to the time spent on steps, whoever is the bottleneck.
+    something else (`aside`): these times add up to the time spent on steps, whatever the bottleneck is.
     """
 
     def __init__(self, began: float | None = None, now: Callable[[], float] = time.perf_counter):
@@ -129,21 +129,23 @@ class Trace:
           num_steps: how many.
         """
         self._folder = folder
-        self._start, self._num_steps = start, num_steps
+        self._steps = range(start, start + num_steps)
         self._is_on = False
 
     def before(self, step: int, state: Any) -> None:
         """Begins, if `step` is the first of the trace; `state` is the one before it."""
-        if self._num_steps and step == self._start:
+        if self._steps and step == self._steps[0]:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Every call of a Python function: slows the host, and tells of no device.
+            options.python_tracer_level = (
+                0  # Every call of a Python function: slows the host, and shows nothing of the device.
+            )
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._is_on = True
 
     def after(self, step: int, state: Any) -> None:
         """Ends, if `step` is the last of the trace; `state` is the one after it."""
-        if self._is_on and step == self._start + self._num_steps - 1:
+        if self._is_on and step == self._steps[-1]:
             jax.block_until_ready(state)
             self.close()
 

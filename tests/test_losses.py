@@ -1,4 +1,4 @@
-"""Cross-entropy against a slow loop, and in chunks against itself in one piece."""
+"""Cross-entropy against a slow loop, and in chunks against itself all at once."""
 
 import functools
 import math
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from meap_jax.losses import _chunks, linear_cross_entropy, token_cross_entropy, token_losses
+from meap_jax.losses import linear_cross_entropy, token_losses
 from tiny_models import mesh_of
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (2, 3, 5)).astype(np.float32)
@@ -24,36 +25,18 @@ def slow(logits, targets):
     return loss
 
 
-def test_loss_is_the_negative_log_probability_of_the_target():
-    loss = token_cross_entropy(jnp.asarray(LOGITS), jnp.asarray(TARGETS))
-    assert loss.shape == (2, 3) and loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, slow(LOGITS, TARGETS), rtol=1e-5)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_loss_is_the_negative_log_probability_of_the_target_in_float32(dtype):
+    logits = jnp.asarray(LOGITS, dtype)
+    losses = token_losses(logits, jnp.eye(5), jnp.asarray(TARGETS))  # Such a head gives these logits.
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, slow(np.asarray(logits, np.float64), TARGETS), rtol=1e-5)
 
 
 def test_huge_logits_stay_finite():
-    loss = token_cross_entropy(jnp.array([[1e4, 0.0], [1e4, 0.0]]), jnp.array([0, 1]))
-    assert loss.tolist() == [0.0, 1e4]
-    x, head = jnp.full((1, 2, 1), 1e2), jnp.array([[1e2, 0.0]])
-    assert linear_cross_entropy(x, head, jnp.array([[0, 1]]), jnp.ones((1, 2))) == 1e4
-
-
-def test_the_gradient_is_the_probabilities_minus_the_target():
-    gradient = jax.grad(lambda x: token_cross_entropy(x, jnp.asarray(TARGETS)).sum())(jnp.asarray(LOGITS))
-    probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(gradient, probabilities - np.eye(5)[TARGETS], atol=1e-6)
-
-
-def test_bfloat16_logits_are_summed_in_float32():
-    logits = jnp.asarray(LOGITS, jnp.bfloat16)
-    loss = token_cross_entropy(logits, jnp.asarray(TARGETS))
-    assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, slow(np.asarray(logits, np.float64), TARGETS), rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 3, 1)])
-def test_logits_and_targets_of_different_shapes_are_refused_with_both(shape):
-    with pytest.raises(ValueError, match=r"logits \(2, 3, 5\) and targets \(" + ", ".join(map(str, shape))):
-        token_cross_entropy(jnp.asarray(LOGITS), jnp.zeros(shape, int))
+    x, head, targets = jnp.full((1, 2, 1), 1e2), jnp.array([[1e2, 0.0]]), jnp.array([[0, 1]])
+    assert token_losses(x, head, targets).tolist() == [[0.0, 1e4]]
+    assert linear_cross_entropy(x, head, targets, jnp.ones((1, 2))) == 1e4
 
 
 # ------------------------------------------------------------------------------------------------- from hidden states
@@ -66,34 +49,29 @@ WORDS = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
 WEIGHTS = jnp.asarray(RNG.uniform(size=(B, T)) * (RNG.uniform(size=(B, T)) > 0.2), jnp.float32)
 
 
-def in_one_piece(x, head, targets, weights, z_loss=0.0):
+def all_at_once(x, head, targets, weights, z_loss=0.0):
     """All logits at once, in float32."""
     logits = x.astype(jnp.float32) @ head
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum((token_cross_entropy(logits, targets) + z_loss * log_z**2) * weights)
+    return jnp.sum((cross_entropy(logits, targets) + z_loss * log_z**2) * weights)
 
 
-def assert_equal_to_one_piece(z_loss=0.0, **options):
+def assert_equal_to_all_at_once(z_loss=0.0, **options):
     def chunked(x, head):
         return linear_cross_entropy(x, head, WORDS, WEIGHTS, z_loss=z_loss, **options)
 
     loss, gradients = jax.jit(jax.value_and_grad(lambda x, head: 0.5 * chunked(x, head), (0, 1)))(X, HEAD)
-    expected = jax.value_and_grad(lambda x, head: 0.5 * in_one_piece(x, head, WORDS, WEIGHTS, z_loss), (0, 1))(X, HEAD)
+    expected = jax.value_and_grad(lambda x, head: 0.5 * all_at_once(x, head, WORDS, WEIGHTS, z_loss), (0, 1))(X, HEAD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (loss, gradients), expected)
     np.testing.assert_allclose(jax.jit(chunked)(X, HEAD), 2 * expected[0], rtol=1e-5)  # Without a gradient, too.
     of_tokens = jax.jit(functools.partial(token_losses, **options))(X, HEAD, WORDS)
-    np.testing.assert_allclose(of_tokens, token_cross_entropy(X @ HEAD, WORDS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_tokens, cross_entropy(X @ HEAD, WORDS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("chunk_size", [0, 1, 7, 16, 48, 1000])  # 7 does not divide the 48 positions.
-def test_chunks_give_the_loss_and_the_gradient_of_one_piece(chunk_size):
-    assert_equal_to_one_piece(chunk_size=chunk_size)
-    (chunks,) = _chunks(chunk_size, jnp.ones(48))
-    assert chunks.sum() == 48 and chunks.shape[1] <= (chunk_size or 48)
-
-
-def test_z_loss_adds_the_square_of_log_z():
-    assert_equal_to_one_piece(chunk_size=16, z_loss=0.01)
+def test_chunks_give_the_loss_and_the_gradient_of_all_at_once(chunk_size, z_loss):
+    assert_equal_to_all_at_once(chunk_size=chunk_size, z_loss=z_loss)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +81,7 @@ def test_z_loss_adds_the_square_of_log_z():
 )
 def test_a_mesh_with_the_vocabulary_over_tensor_changes_nothing(sizes):
     with jax.set_mesh(mesh_of(**sizes)):
-        assert_equal_to_one_piece(chunk_size=5, z_loss=0.01)
+        assert_equal_to_all_at_once(chunk_size=5, z_loss=0.01)
 
 
 def test_bfloat16_hidden_states_give_gradients_in_their_dtype_and_the_heads():
@@ -115,7 +93,7 @@ def test_bfloat16_hidden_states_give_gradients_in_their_dtype_and_the_heads():
     assert (loss.dtype, d_x.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     assert (d_head != d_head.astype(jnp.bfloat16)).any()
     rounded = HEAD.astype(jnp.bfloat16).astype(jnp.float32)
-    expected, gradients = jax.value_and_grad(in_one_piece, (0, 1))(x.astype(jnp.float32), rounded, WORDS, WEIGHTS)
+    expected, gradients = jax.value_and_grad(all_at_once, (0, 1))(x.astype(jnp.float32), rounded, WORDS, WEIGHTS)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.05), (d_x, d_head), gradients
@@ -132,5 +110,5 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held():
         return compiled.memory_analysis().temp_size_in_bytes
 
     chunked = temporaries(functools.partial(linear_cross_entropy, chunk_size=64))
-    assert chunked < temporaries(in_one_piece) / 5
+    assert chunked < temporaries(all_at_once) / 5
     assert chunked < 2048 * 4096 * 4  # Bytes of all logits.

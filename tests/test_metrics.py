@@ -1,9 +1,7 @@
 """Records of a run: one line a step, cut back on resume, uploaded to buckets."""
 
 import dataclasses
-import json
 import logging
-import struct
 
 import fsspec
 import jax
@@ -13,9 +11,9 @@ import optax
 import pytest
 from etils import epath
 from fsspec.registry import _registry as implementations
-from tensorboardX.proto import event_pb2
+from tensorboardX import SummaryWriter
 
-from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, cut_back, local_folder, model_flops, read_metrics
+from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, local_folder, model_flops, read_metrics
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 
@@ -28,7 +26,7 @@ def writer(workdir, start=0):
 
 
 def write(workdir, records, start=0):
-    """Writes {step: values} and closes; returns what then stands in the log."""
+    """Writes {step: values} and closes; returns the records of the log."""
     w = writer(workdir, start)
     for step, values in records.items():
         w.write(step, values)
@@ -36,37 +34,20 @@ def write(workdir, records, start=0):
     return read_metrics(epath.Path(workdir))
 
 
-def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
+def test_a_record_has_step_loss_rate_and_throughput_and_mfu_where_the_chip_is_known(tmp_path):
     [record] = write(tmp_path, {5: {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75}})
     assert record == {
         "step": 5, "loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75,
         "tokens_per_second": 25.0, "tokens_per_second_per_device": 6.25, "model_flops_per_second": 500.0, "mfu": 0.5,
     }  # fmt: skip
-
-
-def test_mfu_is_left_out_where_the_chip_is_unknown():
     assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
 
 
-def read_scalars(folder):
-    """{tag: [(step, value)]}, from records of the TFRecord format: 12 bytes before each event and 4 after it."""
-    scalars = {}
-    for file in sorted(folder.glob("*tfevents*")):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-            at += 12 + length + 4
-            for value in event.summary.value:
-                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return scalars
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    scalars = []
+    monkeypatch.setattr(SummaryWriter, "add_scalar", lambda self, *scalar: scalars.append(scalar))
     write(tmp_path, {1: {"loss": 2.5}, 2: {"loss": 2.0, "validation/accuracy": 0.5}})
-    scalars = read_scalars(tmp_path / "tensorboard")
-    assert scalars["loss"] == [(1, 2.5), (2, 2.0)]
-    assert scalars["validation/accuracy"] == [(2, 0.5)]
+    assert scalars == [("loss", 2.5, 1), ("loss", 2.0, 2), ("validation/accuracy", 0.5, 2)]
 
 
 def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, caplog):
@@ -76,22 +57,17 @@ def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, c
     assert "validation/accuracy 0.2500" in caplog.text
 
 
-def test_resume_cuts_back_to_the_restored_step_so_that_no_step_stands_twice(tmp_path):
+def test_resume_drops_later_steps_and_a_line_torn_by_a_kill(tmp_path):
     write(tmp_path, {step: {"loss": float(step)} for step in range(1, 8)})
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 8, "lo')
     records = write(tmp_path, {5: {"loss": 55.0}}, start=4)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 55)]
 
 
-def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
-    file = tmp_path / METRICS_FILE
-    file.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
-    cut_back(file, 10)
-    assert file.read_text() == json.dumps({"step": 1, "loss": 1.0}) + "\n"
-
-
 @pytest.fixture
 def bucket(monkeypatch):
-    """gs:// served from memory, by the same fsspec door that a real bucket goes through."""
+    """gs:// served from memory, through fsspec, as a real bucket is."""
     memory = fsspec.filesystem("memory")
     for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
         monkeypatch.setitem(implementations, protocol, type(memory))
@@ -101,7 +77,6 @@ def bucket(monkeypatch):
 
 def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "host1"))
-    (tmp_path / "host1").mkdir()
     w = writer(bucket)
     w.write(1, {"loss": 3.0})
     w.flush()
@@ -109,7 +84,6 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
     assert [r["step"] for r in read_metrics(bucket)] == [1]
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "host2"))
-    (tmp_path / "host2").mkdir()
     records = write(bucket, {2: {"loss": 2.5}}, start=1)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 3.0), (2, 2.5)]
     assert any("tfevents" in str(file) for file in (bucket / "tensorboard").iterdir())
@@ -118,11 +92,10 @@ def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket
 def test_a_bucket_gets_a_trace_with_its_folders_once(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     w = writer(bucket)
-    trace = local_folder(bucket) / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
+    there, trace = (folder / "profile/plugins/profile/2026/host.xplane.pb" for folder in (bucket, local_folder(bucket)))
     trace.parent.mkdir(parents=True)
     trace.write_bytes(b"steps")
     w.flush()
-    there = bucket / "profile" / "plugins" / "profile" / "2026" / "host.xplane.pb"
     assert there.read_bytes() == b"steps"
     there.unlink()
     w.close()

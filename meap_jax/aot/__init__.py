@@ -1,1 +1,1 @@
-"""Programs for hardware that is not here: compiled, and their memory and time estimated."""
+"""Ahead-of-time compilation for hardware that this machine lacks, with estimates of memory and time."""

@@ -1,4 +1,4 @@
-"""Compiles the training step for hardware that isn't there, and says what it would take and how fast it could be.
+"""Compiles the training step for hardware that this machine lacks, and estimates its memory and its speed.
 
 python -m meap_jax.aot --config=configs/meap_1b.py --topology=v5e:8x8 [--mesh=fsdp=64,tensor=1] [--slices=2]
     [--config.field=value ...]

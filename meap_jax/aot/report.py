@@ -1,4 +1,4 @@
-"""Compiles the training step of a config for a target and reports what it would take and how fast it could be."""
+"""Compiles the training step of a config for a target and reports its memory and bounds on its speed."""
 
 import importlib.metadata
 import logging
@@ -11,7 +11,6 @@ import ml_collections
 
 from meap_jax.aot import hlo
 from meap_jax.aot.targets import Target, find_target, usable_bytes
-from meap_jax.hardware import Chip
 from meap_jax.metrics import model_flops
 from meap_jax.models import define_model
 from meap_jax.run import versions
@@ -19,7 +18,7 @@ from meap_jax.train import abstract_inputs, compile_step
 
 _log = logging.getLogger("meap_jax.aot")
 
-# What a report has of a program that compiled, and None of one that did not.
+# Fields of a report that are None for a program that does not fit.
 OF_THE_PROGRAM = (
     "compiled_flops compiled_over_model_flops bytes_accessed collectives attention_kernels uncounted roofline "
     "step_seconds mfu_bound".split()
@@ -47,7 +46,7 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
 
     Returns:
       What the command prints; see docs/performance.md. Of a program that a TPU's compiler refuses for want of memory,
-      `hbm_bytes` has the total alone, as its compiler says it, and what depends on the program is None.
+      `hbm_bytes` has the total alone, from the compiler's message, and what depends on the program is None.
 
     Raises:
       ConfigError: if mesh and batch don't fit the devices.
@@ -68,19 +67,25 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     }
     step: Any = compile_step(config, definition, mesh)  # Any: typed as a function, it is one of jax.jit.
     inputs = abstract_inputs(config, definition, mesh)
-    begin = time.monotonic()
+    begin, compiled = time.monotonic(), None
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         report["hbm_bytes"] = {"total": _bytes_asked_for(error)}
-        return report | {"compile_seconds": time.monotonic() - begin, "versions": _versions()}
-    seconds = time.monotonic() - begin
+    compilers = {name: found.version for name in COMPILERS for found in importlib.metadata.distributions(name=name)}
+    report |= {"compile_seconds": time.monotonic() - begin, "versions": versions() | compilers}
+    if compiled is None:
+        return report
 
     memory = _memory(compiled.memory_analysis())
-    # On TPUs memory space 1 is on the chip; on GPUs it is the part of main memory that collectives use.
+    # On TPUs memory space 1 is on the chip; on GPUs it is the memory that collectives use, in the main one.
     costs = hlo.analyze(compiled.as_text(), mesh.size, hbm_spaces=(0,) if target.platform == "tpu" else (0, 1))
-    roofline = _roofline(costs, chip)
+    roofline = {
+        "compute": costs.flops / chip.peak_flops,
+        "memory": costs.bytes / chip.hbm_bandwidth,
+        "communication": costs.sent.total() / chip.ici_bandwidth,
+    }
     bound = max(roofline.values())
     return report | {
         "hbm_bytes": memory,
@@ -89,43 +94,30 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         "compiled_over_model_flops": costs.flops * mesh.size / wanted,
         "bytes_accessed": costs.bytes,
         "collectives": {
-            kind: {"count": traffic.count, "bytes": traffic.bytes}
-            for kind, traffic in sorted(costs.collectives.items())
+            kind: {"count": count, "bytes": costs.sent[kind]} for kind, count in sorted(costs.collectives.items())
         },
         "attention_kernels": dict(costs.kernels),
         "uncounted": {"kernels": dict(costs.unknown_kernels), "loops": sorted(costs.unknown_loops)},
         "roofline": roofline,
         "step_seconds": bound,
         "mfu_bound": wanted / (bound * chip.peak_flops * mesh.size),
-        "compile_seconds": seconds,
-        "versions": _versions(),
     }
 
 
 def _memory(stats: Any) -> dict[str, int]:
-    """Bytes of one device. What is donated is an argument and an output, but there once."""
-    parts = {
+    """Bytes of one device; donated arrays are both arguments and outputs, and count once."""
+    sizes = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
-
-
-def _roofline(costs: hlo.Costs, chip: Chip) -> dict[str, float]:
-    """Seconds of each resource, were it the only one."""
-    sent = sum(traffic.bytes for traffic in costs.collectives.values())
-    return {
-        "compute": costs.flops / chip.peak_flops,
-        "memory": costs.bytes / chip.hbm_bandwidth,
-        "communication": sent / chip.ici_bandwidth,
-    }
+    return sizes | {"total": sum(sizes.values()) - 2 * sizes["aliased"]}
 
 
 def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
-    """What a TPU's compiler says that a program would take that does not fit; any other error is raised again.
+    """The memory of a program that does not fit, from a TPU compiler's error; any other error is raised again.
 
     Either "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm", or before it comes so far "the total
     memory required for HLO temporaries (43.72G) exceeds available HBM (15.75G)".
@@ -134,13 +126,3 @@ def _bytes_asked_for(error: jax.errors.JaxRuntimeError) -> int:
     if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
         raise error
     return int(float(match.group(1)) * 1024 ** ("KMG".index(match.group(2)) + 1))
-
-
-def _versions() -> dict[str, str]:
-    found = versions()
-    for name in COMPILERS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found

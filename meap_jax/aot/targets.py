@@ -1,4 +1,4 @@
-"""Accelerators that are not there: devices to compile for, from a name such as v5e:8x8 or h100:8.
+"""Devices of accelerators that this machine lacks, to compile for, from a name such as v5e:8x8 or h100:8.
 
 TPU programs are compiled by libtpu, GPU programs by JAX's CUDA plugin; neither needs its hardware.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib import import_module
 from typing import NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ class Target(NamedTuple):
 
 
 class _GPU(NamedTuple):
-    """What XLA's compiler wants to know of a GPU, beyond what all of the last three generations share."""
+    """A GPU as XLA's compiler describes it, without what the last three generations share."""
 
     name: str
     compute_capability: tuple[int, int]
@@ -92,8 +93,8 @@ def find_target(topology: str, slices: int = 1) -> Target:
 def usable_bytes(target: Target) -> int:
     """Memory of one device that JAX gives to programs.
 
-    All of a TPU's, whose compiler keeps to what it may use and refuses what doesn't fit. On GPUs the share that JAX
-    takes when it starts, which XLA_PYTHON_CLIENT_MEM_FRACTION says here as it does there (0.75 unless set).
+    All of a TPU's, whose compiler refuses what doesn't fit. On GPUs the share that JAX allocates when it starts, which
+    XLA_PYTHON_CLIENT_MEM_FRACTION sets (default: 0.75).
     """
     if target.platform == "tpu":
         return target.chip.hbm_bytes
@@ -102,11 +103,11 @@ def usable_bytes(target: Target) -> int:
 
 def _tpu_devices(kind: str, size: str, slices: int) -> list[jax.Device]:
     _require(("libtpu",), "libtpu", "requirements-tpu-aot.txt")
-    # Unless these are set, libtpu asks around which TPU it sits on. What is compiled for doesn't depend on them.
+    # Unless these are set, libtpu asks a server which TPU this machine has. What is compiled for doesn't depend on it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It locks the TPU, but nobody uses one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Else it locks the TPU, which is not used.
     options: dict = {"num_slices": slices} if slices > 1 else {}
     if size == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
@@ -122,17 +123,15 @@ def _tpu_devices(kind: str, size: str, slices: int) -> list[jax.Device]:
 def _gpu_devices(gpu: _GPU, num: int) -> list[jax.Device]:
     _require(("jax_plugins.xla_cuda13", "nvidia.cudnn"), "JAX's CUDA plugin", "requirements-gpu-aot.txt")
     if shutil.which("ptxas") is None:
-        toolkit = next((p for p in _search_path("nvidia") if os.path.exists(f"{p}/cu13/bin/ptxas")), None)
+        toolkit = next((p for p in import_module("nvidia").__path__ if os.path.exists(f"{p}/cu13/bin/ptxas")), None)
         if toolkit is None:
             raise ConfigError(
                 "ptxas, the assembler of NVIDIA's CUDA toolkit, is not on the PATH: "
                 "pip install --no-deps -r requirements-gpu-aot.txt brings it."
             )
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={toolkit}/cu13".strip()
-    description = topologies.get_topology_desc(
-        platform="cuda", target_config=_target_config(gpu), topology=f"1x1x{num}"
-    )
-    return list(description.devices)
+    target = _target_config(gpu)
+    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{num}").devices)
 
 
 def _target_config(gpu: _GPU) -> str:
@@ -151,17 +150,10 @@ def _target_config(gpu: _GPU) -> str:
           shared_memory_per_core: {gpu.shared_bytes}
           shared_memory_per_block_optin: {gpu.shared_bytes - 1024}
           shared_memory_per_block: 49152
-          threads_per_block_limit: 1024
-          threads_per_warp: 32
-          threads_per_core_limit: 2048
-          registers_per_core_limit: 65536
-          registers_per_block_limit: 65536
-          block_dim_limit_x: 2147483647
-          block_dim_limit_y: 65535
-          block_dim_limit_z: 65535
-          thread_dim_limit_x: 1024
-          thread_dim_limit_y: 1024
-          thread_dim_limit_z: 64
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
           device_interconnect_info {{ active_links: {gpu.nvlinks} }}
         }}
         platform_name: "CUDA"
@@ -169,11 +161,6 @@ def _target_config(gpu: _GPU) -> str:
         runtime_version {{ major: 13 }}
         device_description_str: "{gpu.name}"
     """
-
-
-def _search_path(package: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
-    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 def _require(modules: tuple[str, ...], what: str, requirements: str) -> None:

@@ -7,14 +7,13 @@ flash attention of NVIDIA's library. What a kernel can't express goes to "xla", 
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from meap_jax import sharding
@@ -34,32 +33,29 @@ def attention(
 ) -> Float[Array, "B Q H d"]:
     """Grouped-query attention with float32 scores and softmax.
 
-    On a mesh, rows lie over (data, fsdp) and heads over `tensor`. The sequence of q, k, v and of the result lies over
-    `context`, in zig-zag order (`sharding.zigzag`), where queries and keys are the same row, and is whole on every
-    device of `context` where keys are given. A visibility is always whole and in the order of the text.
+    On a mesh, rows are split over (data, fsdp) and heads over `tensor`. Where queries and keys are the same row, the
+    sequence of q, k, v and of the result is split over `context`, in zig-zag order (`sharding.zigzag`); where keys are
+    given, every device of `context` holds it whole. A visibility is always whole and in the order of the text.
 
     Args:
       q: [B, Q, H, d], any float dtype.
       k, v: [B, T, K, d]; K divides H, and kv head i serves the query heads i * H / K ... (i + 1) * H / K - 1.
-      queries: the queries' side of who sees whom; every query must see at least one key.
+      queries: the queries' side of the visibility; every query must see at least one key.
       keys: the keys' side; the queries' window holds. None: queries and keys are the same row, and T is Q.
       implementation: plain, xla, splash or cudnn; the last two take no keys apart.
 
     Returns:
       [B, Q, H, d] in the dtype of q.
     """
-    _check_side(q, *queries)
-    _check_side(k, *(queries if keys is None else keys))
+    _check_side(q, **vars(queries))
+    _check_side(k, **vars(queries if keys is None else keys))
     mesh = jax.sharding.get_abstract_mesh()
     reason = _why_not(implementation, q, queries, keys, sharding.shards_of(mesh, "context"))
     if reason:
         _log_once(f"attention: {implementation} does not take {reason}; xla does it")
         implementation = "xla"
-    if sharding.is_trivial(mesh):
-        out = _local(implementation, q, k, v, queries, keys)
-    else:
-        out = _sharded(implementation, mesh, q, k, v, queries, keys)
-    return checkpoint_name(out, "attention")
+    attend = _local if sharding.is_trivial(mesh) else _sharded
+    return checkpoint_name(attend(implementation, q, k, v, queries, keys), "attention")
 
 
 def plain(
@@ -92,7 +88,7 @@ def _check_side(
 def _local(
     implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None
 ) -> jax.Array:
-    """On one device that has it all."""
+    """Attention of arrays that are whole on this device."""
     if implementation == "splash":
         kernel = attention_splash.kernel(q.shape[1], q.shape[2], queries.window)
         return attention_splash.attend(kernel, q, k, v, queries, queries)
@@ -105,16 +101,10 @@ def _local(
 
 
 def _sharded(
-    implementation: str,
-    mesh: AbstractMesh,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Visibility,
-    keys: Visibility | None,
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None
 ) -> jax.Array:
     """Every device attends with its own rows, heads and queries; keys and values are gathered over `context`."""
-    T, H, K = q.shape[1], q.shape[2], k.shape[2]
+    mesh, T, H, K = jax.sharding.get_abstract_mesh(), q.shape[1], q.shape[2], k.shape[2]
     tensor = sharding.shards_of(mesh, "tensor")
     sequence = "context" if keys is None else None
     context = sharding.shards_of(mesh, sequence) if sequence else 1
@@ -122,19 +112,14 @@ def _sharded(
     splits_kv = K % tensor == 0
     q_spec = PartitionSpec(rows, sequence, "tensor")
     kv_spec = PartitionSpec(rows, sequence, "tensor" if splits_kv else None)
-    # A window is no array: it goes around the shard_map, not through it.
-    window = queries.window
-    sides = queries._replace(window=None), keys and keys._replace(window=None)
-
     kernel, kernel_spec = None, None
     if implementation == "splash":
-        kernel = attention_splash.kernel(T, H // tensor, window, context)
+        kernel = attention_splash.kernel(T, H // tensor, queries.window, context)
         kernel_spec = attention_splash.kernel_spec(kernel, mesh)
 
     def on_device(
-        q: jax.Array, k: jax.Array, v: jax.Array, sides: tuple[Visibility, Visibility | None], kernel: Any
+        q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None, kernel: Any
     ) -> jax.Array:
-        queries, keys = sides[0]._replace(window=window), sides[1]
         if not splits_kv:
             k, v = (_own_kv_heads(x, H, tensor) for x in (k, v))
         if context == 1 and kernel is None:
@@ -144,40 +129,38 @@ def _sharded(
             k, v = (sharding.unzigzag(x, context) for x in gathered)
         if kernel is not None:
             return attention_splash.attend(kernel, q, k, v, _own_queries(queries, context), queries)
-        # The zig-zag has two parts: one of the front half of the text, which sees no more than that, one of the back.
+        # A device has a chunk of the front half of the text, which sees no more than that half, and one of the back.
         half = T // (2 * context)
-        front, back = _parts(queries, context)
-        first = queries.part(0, T // 2)
+        front, back = _chunks(queries, context)
+        first = queries.slice(0, T // 2)
         out = [
             _local(implementation, q[:, :half], k[:, : T // 2], v[:, : T // 2], front, first),
             _local(implementation, q[:, half:], k, v, back, queries),
         ]
         return jnp.concatenate(out, axis=1)
 
-    side_specs = jax.tree.map(lambda _: PartitionSpec(rows), sides)
+    side_specs = jax.tree.map(lambda _: PartitionSpec(rows), (queries, keys))
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, side_specs, kernel_spec),
+        in_specs=(q_spec, kv_spec, kv_spec, *side_specs, kernel_spec),
         out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, sides, kernel)
+    )(q, k, v, queries, keys, kernel)
 
 
-def _parts(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
-    """Of this device's queries, the front part and the back part of the zig-zag."""
+def _chunks(visibility: Visibility, context: int) -> tuple[Visibility, Visibility]:
+    """The two chunks of this device's queries in the zig-zag: one of the front half of the text, one of the back."""
     size = visibility.positions.shape[1] // (2 * context)
     own = jax.lax.axis_index("context")
-    return visibility.part(own * size, size), visibility.part((2 * context - 1 - own) * size, size)
+    return visibility.slice(own * size, size), visibility.slice((2 * context - 1 - own) * size, size)
 
 
 def _own_queries(visibility: Visibility, context: int) -> Visibility:
-    """Both parts, one after the other."""
+    """The visibility of this device's queries."""
     if context == 1:
         return visibility
-    front, back = _parts(visibility._replace(window=None), context)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), front, back)
-    return both._replace(window=visibility.window)
+    return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *_chunks(visibility, context))
 
 
 def _own_kv_heads(x: jax.Array, num_heads: int, tensor: int) -> jax.Array:
@@ -194,13 +177,10 @@ def _why_not(
     implementation: str, q: jax.Array, queries: Visibility, keys: Visibility | None, context: int
 ) -> str | None:
     """What keeps a kernel from doing this, in words; None if nothing does."""
-    checks: dict[str, Callable[..., str | None]] = {
-        "splash": attention_splash.why_not,
-        "cudnn": attention_cudnn.why_not,
-    }
-    if implementation not in checks:
-        return None
-    return "keys apart from the queries" if keys is not None else checks[implementation](q, queries, context)
+    kernels = {"splash": attention_splash, "cudnn": attention_cudnn}
+    if implementation in kernels and keys is not None:
+        return "keys apart from the queries"
+    return kernels[implementation].why_not(q, queries, context) if implementation in kernels else None
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def kernel(seq_len: int, num_heads: int, window: int | None, context: int = 1) -
 
 
 def kernel_spec(kernel: SplashAttentionKernel, mesh: AbstractMesh) -> object:
-    """How the kernel's tables of blocks lie on the mesh: each context shard has those of its own queries."""
+    """The sharding of the kernel's tables of blocks: each context shard has those of its own queries."""
     return kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "context")))
 
 

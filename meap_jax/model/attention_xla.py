@@ -1,4 +1,4 @@
-"""Attention in plain XLA that never does the work of keys that no query sees, and holds one block of scores at a time.
+"""Attention in plain XLA that skips keys that no query sees, and holds one block of scores at a time.
 
 For CPUs, where it beats `jax.nn.dot_product_attention` several times over (docs/performance.md), and for what the
 kernels of TPU and GPU don't express.
@@ -41,56 +41,42 @@ def attend(
     B, Q, H, d = q.shape
     K = k.shape[2]
     q_BKGQd = q.reshape(B, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
-    # A window is no array: it goes around the maps, not through them.
-    sides = (side._replace(window=None) for side in (queries, keys))
-    out_BKGQd = _attend(q_BKGQd, k.swapaxes(1, 2), v.swapaxes(1, 2), *sides, queries.window, start)
+    out_BKGQd = _attend(q_BKGQd, k.swapaxes(1, 2), v.swapaxes(1, 2), queries, keys, start)
     return out_BKGQd.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, d)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-    q_BKGQd: jax.Array,
-    k_BKTd: jax.Array,
-    v_BKTd: jax.Array,
-    queries: Visibility,
-    keys: Visibility,
-    window: int | None,
-    start: int | None,
+    q_BKGQd: jax.Array, k_BKTd: jax.Array, v_BKTd: jax.Array, queries: Visibility, keys: Visibility, start: int | None
 ) -> Float[Array, "B K G Q d"]:
     """The gradient is written out: it computes the weights again, block by block, and nothing else.
 
     Left to JAX it multiplies the values again, too, to learn how the sum of the weights moves. That is known from the
     output (FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2).
     """
-    return _attend_fwd(q_BKGQd, k_BKTd, v_BKTd, queries, keys, window, start)[0]
+    return _attend_fwd(q_BKGQd, k_BKTd, v_BKTd, queries, keys, start)[0]
 
 
 def _attend_fwd(
-    q_BKGQd: jax.Array,
-    k_BKTd: jax.Array,
-    v_BKTd: jax.Array,
-    queries: Visibility,
-    keys: Visibility,
-    window: int | None,
-    start: int | None,
+    q_BKGQd: jax.Array, k_BKTd: jax.Array, v_BKTd: jax.Array, queries: Visibility, keys: Visibility, start: int | None
 ) -> tuple[jax.Array, tuple]:
     def head(
         q_GQd: jax.Array, k_Td: jax.Array, v_Td: jax.Array, queries: Visibility, keys: Visibility
     ) -> tuple[jax.Array, jax.Array]:
         done = [
-            _block(q_GQd[:, block], k_Td[:reach], v_Td[:reach], _mask(queries, keys, block, reach, window))
+            _block(q_GQd[:, block], k_Td[:reach], v_Td[:reach], _mask(queries, keys, block, reach))
             for block, reach in _blocks(q_GQd.shape[1], k_Td.shape[0], start)
         ]
         out, inverse = zip(*done, strict=True)
         return jnp.concatenate(out, axis=1), jnp.concatenate(inverse, axis=1)
 
     out_BKGQd, inverse_BKGQ = _by_head(head, (q_BKGQd, k_BKTd, v_BKTd), (queries, keys))
-    # Both bear the name of attention's output, so that what is kept of a layer (`decoder.remat`) is all of it.
+    # Both have the name of attention's output, so that `decoder.remat` keeps both.
     out_BKGQd, inverse_BKGQ = (checkpoint_name(x, "attention") for x in (out_BKGQd, inverse_BKGQ))
     return out_BKGQd, (q_BKGQd, k_BKTd, v_BKTd, queries, keys, out_BKGQd, inverse_BKGQ)
 
 
-def _attend_bwd(window: int | None, start: int | None, residuals: tuple, d_out_BKGQd: jax.Array) -> tuple:
+def _attend_bwd(start: int | None, residuals: tuple, d_out_BKGQd: jax.Array) -> tuple:
     q_BKGQd, k_BKTd, v_BKTd, queries, keys, out_BKGQd, inverse_BKGQ = residuals
     # The gradient in the output before it was divided by the sum of the weights, and in that sum.
     d_weighted_BKGQd = d_out_BKGQd * inverse_BKGQ[..., None]
@@ -107,7 +93,7 @@ def _attend_bwd(window: int | None, start: int | None, residuals: tuple, d_out_B
     ) -> tuple[jax.Array, ...]:
         d_q, d_k, d_v = [], jnp.zeros(k_Td.shape, jnp.float32), jnp.zeros(v_Td.shape, jnp.float32)
         for block, reach in _blocks(q_GQd.shape[1], k_Td.shape[0], start):
-            sees_qT = _mask(queries, keys, block, reach, window)
+            sees_qT = _mask(queries, keys, block, reach)
             d_q_block, d_k_block, d_v_block = _block_gradients(
                 q_GQd[:, block], k_Td[:reach], v_Td[:reach], d_weighted_GQd[:, block], d_sum_GQ[:, block], sees_qT
             )
@@ -141,11 +127,11 @@ def _blocks(Q: int, T: int, start: int | None) -> list[tuple[slice, int]]:
     return [(block, T if start is None else start + block.stop) for block in blocks]
 
 
-def _mask(queries: Visibility, keys: Visibility, block: slice, reach: int, window: int | None) -> Bool[Array, "q T"]:
+def _mask(queries: Visibility, keys: Visibility, block: slice, reach: int) -> Bool[Array, "q T"]:
     """Which of the first `reach` keys the queries of a block see, in a visibility without an axis B."""
     ours = jax.tree.map(lambda x: x[None, block], queries)
     theirs = jax.tree.map(lambda x: x[None, :reach], keys)
-    return ours._replace(window=window).mask(theirs)[0]
+    return ours.mask(theirs)[0]
 
 
 def _block(

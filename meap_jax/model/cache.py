@@ -1,4 +1,4 @@
-"""What the decoder asks of a cache of keys and values; the caller brings the cache."""
+"""The interface of a cache of keys and values; the caller brings the cache."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 class Cache(Protocol):
     """Keys and values of the tokens so far, in one layer.
 
-    A pytree. The decoder is given one whose arrays have an axis [num_layers] in front, as its parameters do, and hands
-    back the same with the new tokens in it. Who sees which of the keys is for the caller to say, by a `Visibility` of
-    all S places: also that nobody sees a place without a key.
+    A pytree. The decoder is given one whose arrays have an axis [num_layers] in front, as its parameters do, and
+    returns the same with the new tokens in it. The caller says which keys each query sees, by a `Visibility` of all S
+    places, and must hide those without a key.
     """
 
     def extend(

@@ -5,14 +5,13 @@ function.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from meap_jax import sharding
@@ -53,8 +52,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: in [0, V).
-          visibility: who sees whom; its positions are RoPE's, too.
-          keep_embedding_BT: where it is False, a zero stands for the embedding. Default: all are kept.
+          visibility: which keys each query sees; its positions are RoPE's, too.
+          keep_embedding_BT: where it is False, the embedding is zero. Default: all are kept.
           at_BN: the positions whose logits are asked for, in [0, T); no others are computed. Default: all, N = T.
         """
         x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
@@ -153,30 +152,27 @@ def context_shards() -> int:
 
 
 def remat(layer: Callable, policy: str) -> Callable:
-    """What a layer keeps for its backward pass; the rest is computed again there.
+    """Rematerialises a layer: its backward pass keeps what the policy says and computes the rest again.
 
     - none: everything is kept.
     - dots: the outputs of linear layers and of attention are kept.
     - full: its input alone is.
     - offload: its input alone, in the memory of the host.
     """
-    policies = jax.checkpoint_policies
     if policy == "none":
         return layer
-    if policy == "full":
-        return jax.checkpoint(layer)
-    if policy == "dots":
+    policies = {
         # By name: JAX's policy for dots would keep the scores of attention that the xla backend multiplies.
-        return jax.checkpoint(layer, policy=policies.save_only_these_names("linear", "attention"))
-    return jax.checkpoint(
-        layer,
-        policy=policies.save_and_offload_only_these_names(
+        "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+        "full": None,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=["layer_input"],
             offload_src="device",
             offload_dst="pinned_host",
         ),
-    )
+    }
+    return jax.checkpoint(layer, policy=policies[policy])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,15 +204,18 @@ class Definition:
         Raises:
           ConfigError: if the mesh does not divide the model.
         """
-        return jax.tree.map(functools.partial(sharding.sharding_of, mesh), self.shapes(), self.axes())
+
+        def place(x: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+            return NamedSharding(mesh, sharding.spec(mesh, x.shape, axes))
+
+        return jax.tree.map(place, self.shapes(), self.axes())
 
     def axes(self) -> Params:
         """The logical axes of every parameter, a tuple of names in the place of each array."""
         abstract = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
 
         def named(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
-            stacked = ("layers",) if path[0] == "layers" else ()
-            return stacked + variable.get_metadata("axes")
+            return ("layers",) * (path[0] == "layers") + variable.get_metadata("axes")
 
         flat = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
         return traverse_util.unflatten_dict({path: named(path, variable) for path, variable in flat})

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer.
+"""The modules of a decoder layer.
 
 Every parameter is declared once: shape, logical axes (see `sharding.RULES`), initial std.
 Names carry shapes: B batch, T sequence, S sequence with what a cache holds, D embed, H heads, K kv heads, d head_dim,

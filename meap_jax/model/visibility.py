@@ -1,46 +1,51 @@
-"""Who sees whom: the one description of attention's mask that every backend is given."""
+"""The mask of attention, in the one description that every backend takes."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-class Visibility(NamedTuple):
-    """Who sees whom in each row. A query sees a key if all of these hold.
+@no_type_check  # A transformation of JAX may hold anything in place of the arrays; `attention` checks them.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Which keys each query of a row sees: those of which all of these hold.
 
     - same segment (document);
     - the key's position is not after the query's (causal);
     - the distance in positions is below `window`, if there is one;
     - the key is on the trunk (branch 0) or on the query's own branch, if there are branches.
 
-    A row is in order: no query sees a key that stands behind it. Backends leave those keys out unseen; "plain" alone
-    goes by positions, so that it takes a permuted row too. Where queries and keys are described apart (a cache), all
-    of them go by what is said here, and the queries' window holds.
+    A row is in order: no query sees a later key. Backends skip those keys; "plain" alone compares all positions, so
+    that it takes a permuted row too. Where queries and keys are described apart (a cache), all backends compare what
+    is described, and the queries' window holds.
     """
 
     segment_ids: Int[Array, "B T"] | None  # 0 is padding by convention; None: a row is one segment.
     positions: Int[Array, "B T"]  # From 0 in each segment; also RoPE's.
-    window: int | None = None  # Positions, the query's own included.
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})  # With the query's own position.
     branch_ids: Int[Array, "B T"] | None = None  # 0 is the trunk.
 
     def mask(self, keys: "Visibility | None" = None) -> Bool[Array, "B Q T"]:
         """Which of the keys each query sees; by default queries and keys are the same row."""
         k = self if keys is None else keys
-        sees = _in_reach(self.positions, k.positions, self.window)
+        distance = self.positions[:, :, None] - k.positions[:, None, :]
+        sees = distance >= 0
+        if self.window is not None:
+            sees &= distance < self.window
         if self.segment_ids is not None and k.segment_ids is not None:
-            sees &= _equal(self.segment_ids, k.segment_ids)
+            sees &= self.segment_ids[:, :, None] == k.segment_ids[:, None, :]
         if self.branch_ids is not None and k.branch_ids is not None:
-            sees &= _equal(self.branch_ids, k.branch_ids) | (k.branch_ids[:, None, :] == 0)
+            of_keys = k.branch_ids[:, None, :]
+            sees &= (self.branch_ids[:, :, None] == of_keys) | (of_keys == 0)
         return sees
 
-    def part(self, start: int | jax.Array, size: int) -> "Visibility":
+    def slice(self, start: int | jax.Array, size: int) -> "Visibility":
         """Positions start ... start + size - 1 of every row; `start` may be traced."""
-        arrays = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self._replace(window=None)
-        )
-        return arrays._replace(window=self.window)
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 
 
 def causal(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Visibility:
@@ -55,12 +60,3 @@ def causal(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = No
         return Visibility(None, index)
     starts = segment_ids != jnp.roll(segment_ids, 1, axis=1).at[:, 0].set(-1)
     return Visibility(segment_ids, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1))
-
-
-def _in_reach(q: Int[Array, "B Q"], k: Int[Array, "B T"], window: int | None) -> Bool[Array, "B Q T"]:
-    distance = q[:, :, None] - k[:, None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def _equal(q: Int[Array, "B Q"], k: Int[Array, "B T"]) -> Bool[Array, "B Q T"]:
-    return q[:, :, None] == k[:, None, :]

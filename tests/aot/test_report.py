@@ -19,9 +19,8 @@ from meap_jax.model.config import ModelConfig
 def small(num_layers, **model):
     config = config_lib.base()
     sizes = dict(num_layers=num_layers, embed_dim=64, mlp_dim=128, vocab_size=512)
-    config.model.update(
-        dict(attention="plain") | sizes | model
-    )  # Plain: what it computes is known to the last product.
+    # Plain attention: what it computes is known to the last product.
+    config.model.update(dict(attention="plain") | sizes | model)
     config.objective.mask_id = 3
     config.global_batch_size, config.grad_accum_steps, config.seq_len = 16, 2, 64
     config.mesh.update(data=1, fsdp=-1)
@@ -32,18 +31,17 @@ def report_here(config):
     return compile_report(config, Target(jax.devices(), CHIPS["v5e"], "tpu"))
 
 
-def as_counted_in_full(config):
-    model = ModelConfig.of(config.model)
+def counted_in_full(config):
     tokens = config.global_batch_size * config.seq_len
-    return model_flops(model, config.seq_len, tokens, causal=False)
+    return model_flops(ModelConfig.of(config.model), config.seq_len, tokens, causal=False)
 
 
 @pytest.mark.parametrize("num_layers", [2, 4])
 def test_scanned_and_unrolled_layers_count_as_the_model_does(num_layers):
     """Without recomputation a step has the model's FLOPs, with attention in full, and no others."""
-    scanned, unrolled = small(num_layers), small(num_layers, unroll=num_layers)
-    counts = [report_here(config)["compiled_flops"] for config in (scanned, unrolled)]
-    assert counts[0] == counts[1] == as_counted_in_full(scanned)
+    for unroll in (1, num_layers):
+        config = small(num_layers, unroll=unroll)
+        assert report_here(config)["compiled_flops"] == counted_in_full(config)
 
 
 def test_recomputation_shows_in_the_ratio():
@@ -52,7 +50,7 @@ def test_recomputation_shows_in_the_ratio():
     m, tokens = config.model, config.global_batch_size * config.seq_len
     linear = 2 * m.embed_dim * (m.num_heads + m.num_kv_heads) * m.head_dim + 2 * m.embed_dim * m.mlp_dim
     again = m.num_layers * tokens * (2 * linear + 4 * m.num_heads * m.head_dim * config.seq_len)
-    assert report_here(config)["compiled_flops"] == as_counted_in_full(config) + again
+    assert report_here(config)["compiled_flops"] == counted_in_full(config) + again
 
 
 def test_the_report_adds_up():
@@ -74,8 +72,8 @@ def test_the_report_adds_up():
         "communication": sent / chip.ici_bandwidth,
     }
     assert report["step_seconds"] == max(report["roofline"].values())
-    expected = report["model_flops"] / report["step_seconds"] / 8 / chip.peak_flops
-    assert report["mfu_bound"] == pytest.approx(expected)
+    rate = report["model_flops"] / report["step_seconds"] / 8
+    assert report["mfu_bound"] == pytest.approx(rate / chip.peak_flops)
 
 
 def test_a_gpu_offers_the_share_that_jax_takes_of_it(monkeypatch):
@@ -86,15 +84,16 @@ def test_a_gpu_offers_the_share_that_jax_takes_of_it(monkeypatch):
     assert usable_bytes(target) == 72 * 10**9
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:8", "h100:9", "h100:0", "h100:2x4", "tpu", ""])
-def test_an_unknown_topology_is_answered_with_the_known_ones(topology):
-    with pytest.raises(ConfigError, match="--topology is .* but must be one of v5e:2x4, .*h100:8"):
-        find_target(topology)
+KNOWN = "--topology is .* but must be one of v5e:2x4, .*h100:8"
 
 
-@pytest.mark.parametrize("topology, slices", [("h100:8", 2), ("v5e:2x2", 0)])
-def test_slices_are_of_tpus(topology, slices):
-    with pytest.raises(ConfigError, match=f"--slices is {slices}, but must be"):
+@pytest.mark.parametrize(
+    "topology, slices, sentence",
+    [(name, 1, KNOWN) for name in ("v9:2x2", "v5e", "v5e:8", "h100:9", "h100:0", "h100:2x4", "tpu", "")]
+    + [("h100:8", 2, "--slices is 2, but must be"), ("v5e:2x2", 0, "--slices is 0, but must be")],
+)
+def test_an_unknown_topology_is_answered_with_the_known_ones_and_slices_are_of_tpus(topology, slices, sentence):
+    with pytest.raises(ConfigError, match=sentence):
         find_target(topology, slices)
 
 

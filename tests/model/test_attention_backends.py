@@ -2,13 +2,14 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax import sharding
+from meap_jax import config, sharding
 from meap_jax.model import attention as attention_lib
 from meap_jax.model import attention_splash, attention_xla
 from meap_jax.model.attention import attention
@@ -25,9 +26,9 @@ BRANCH_IDS = jnp.asarray(np.repeat(np.int32([[0, 1, 0, 2], [0, 1, 2, 1]]), 64, a
 VISIBILITIES = {
     "document": DOCUMENT,
     "documents": DOCUMENTS,
-    "window": DOCUMENT._replace(window=130),
-    "documents, window": DOCUMENTS._replace(window=33),
-    "branches": DOCUMENT._replace(branch_ids=BRANCH_IDS),
+    "window": replace(DOCUMENT, window=130),
+    "documents, window": replace(DOCUMENTS, window=33),
+    "branches": replace(DOCUMENT, branch_ids=BRANCH_IDS),
 }
 
 
@@ -43,10 +44,9 @@ def arrays(dtype, num_kv_heads=2):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "window", "context"))
-def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=None, context=1):
+@functools.partial(jax.jit, static_argnames=("implementation", "context"))
+def values_and_gradients(q, k, v, weight, visibility, *, implementation, context):
     """Attention in the order of the text, and its gradients under a weighted sum."""
-    visibility = visibility._replace(window=window)
 
     def out(q, k, v):
         q, k, v = (sharding.zigzag(x, context) for x in (q, k, v))
@@ -59,11 +59,8 @@ def values_and_gradients(q, k, v, weight, visibility, *, implementation, window=
 
 
 def run(implementation, visibility, dtype, context=1, num_kv_heads=2):
-    q, k, v, weight = arrays(dtype, num_kv_heads)
-    rows = visibility._replace(window=None)
-    return values_and_gradients(
-        q, k, v, weight, rows, implementation=implementation, window=visibility.window, context=context
-    )
+    of_arrays = functools.partial(values_and_gradients, *arrays(dtype, num_kv_heads), visibility)
+    return of_arrays(implementation=implementation, context=context)
 
 
 @functools.cache
@@ -76,29 +73,8 @@ def assert_close(result, expected, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x, np.float32), y, atol=atol), result, expected)
 
 
-KERNELS = ("document", "documents", "documents, window")  # What the TPU kernel can express.
-
-# Largest errors relative to values and gradients of the order of 1 to 5; bfloat16 has steps of 1/256.
-FLOAT32, BFLOAT16 = 1e-4, 0.06
-
-
-@pytest.mark.parametrize("implementation, name", [("xla", n) for n in VISIBILITIES] + [("splash", n) for n in KERNELS])
-def test_a_backend_gives_the_values_and_gradients_of_the_definition(implementation, name):
-    assert_close(run(implementation, VISIBILITIES[name], jnp.float32), reference(name), FLOAT32)
-
-
-@pytest.mark.parametrize("implementation", ["plain", "xla", "splash"])
-def test_a_backend_stays_near_the_definition_in_bfloat16(implementation):
-    assert_close(run(implementation, DOCUMENTS, jnp.bfloat16), reference("documents"), BFLOAT16)
-
-
-@pytest.mark.parametrize("implementation, num_kv_heads", [("xla", 1), ("xla", 4), ("splash", 1)])
-def test_kv_heads_serve_their_groups_in_every_backend(implementation, num_kv_heads):
-    result = run(implementation, DOCUMENTS, jnp.float32, num_kv_heads=num_kv_heads)
-    assert_close(result, reference("documents", num_kv_heads), FLOAT32)
-
-
 MESHES = {
+    "one device": {},
     "data": dict(data=2),
     "tensor": dict(tensor=2),
     "context": dict(context=2),
@@ -108,26 +84,37 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("implementation", "name", "kind"),
-    [("xla", "documents", kind) for kind in MESHES]
-    + [("plain", "documents", "all"), ("xla", "documents, window", "all")]
-    + [("splash", "documents", "all"), ("splash", "documents, window", "context"), ("splash", "document", "context")],
+    ("implementation", "name", "kind", "num_kv_heads"),
+    [("xla", name, "one device", 2) for name in VISIBILITIES]
+    + [("splash", name, "one device", 2) for name in ("document", "documents", "documents, window")]
+    + [("xla", "documents", "one device", 1), ("xla", "documents", "one device", 4)]
+    + [("splash", "documents", "one device", 1)]
+    + [("xla", "documents", kind, 2) for kind in MESHES]
+    + [("plain", "documents", "all", 2), ("xla", "documents, window", "all", 2), ("splash", "documents", "all", 2)]
+    + [("splash", "documents, window", "context", 2), ("splash", "document", "context", 2)],
 )
-def test_a_mesh_changes_nothing(implementation, name, kind):
-    with jax.set_mesh(mesh_of(**MESHES[kind])):
-        result = run(implementation, VISIBILITIES[name], jnp.float32, MESHES[kind].get("context", 1))
-    assert_close(result, reference(name), FLOAT32)
+def test_a_backend_gives_the_values_and_gradients_of_the_definition(implementation, name, kind, num_kv_heads):
+    mesh = MESHES[kind]
+    with jax.set_mesh(mesh_of(**mesh)):
+        result = run(implementation, VISIBILITIES[name], jnp.float32, mesh.get("context", 1), num_kv_heads)
+    assert_close(result, reference(name, num_kv_heads), 1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla", "splash"])
+def test_a_backend_stays_near_the_definition_in_bfloat16(implementation):
+    # Values and gradients are of the order of 1 to 5, where bfloat16 has steps of 1/256 and more.
+    assert_close(run(implementation, DOCUMENTS, jnp.bfloat16), reference("documents"), 0.06)
 
 
 @pytest.mark.parametrize("implementation", ["plain", "xla"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, None) for name in VISIBILITIES] + [("documents, window", kind) for kind in MESHES],
+    [(name, "one device") for name in VISIBILITIES] + [("documents, window", kind) for kind in MESHES],
 )
 def test_queries_may_be_fewer_than_keys(implementation, name, kind):
     visibility, (q, k, v, _) = VISIBILITIES[name], arrays(jnp.float32)
-    queries = visibility.part(90, 30)
-    with jax.set_mesh(mesh_of(**MESHES.get(kind, {}))):
+    queries = visibility.slice(90, 30)
+    with jax.set_mesh(mesh_of(**MESHES[kind])):
         result = jax.jit(lambda q: attention(q, k, v, queries, visibility, implementation))(q[:, 90:120])
     np.testing.assert_allclose(result, reference(name)[0][:, 90:120], atol=1e-5)
 
@@ -175,8 +162,6 @@ def test_what_a_kernel_cannot_express_goes_to_xla_with_a_line_in_the_log(
 
 
 def test_auto_is_the_kernel_of_the_platform():
-    from meap_jax import config
-
     assert [resolve("auto", p) for p in ("tpu", "gpu", "cuda", "cpu")] == ["splash", "cudnn", "cudnn", "xla"]
     assert resolve("plain", "tpu") == "plain"
     assert ModelConfig.of(config.base().model, "tpu").attention == "splash"

@@ -1,7 +1,7 @@
-"""What the whole forward pass gives, asked for piece by piece: through a cache, and at chosen positions alone."""
+"""A forward pass through a cache, or at chosen positions, gives the logits of the whole forward pass."""
 
-import dataclasses
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -35,7 +35,7 @@ class Places(NamedTuple):
 
 
 def empty(c):
-    junk = jnp.full((c.num_layers, B, T, c.num_kv_heads, c.head_dim), 1e3)  # Whoever saw it would show it.
+    junk = jnp.full((c.num_layers, B, T, c.num_kv_heads, c.head_dim), 1e3)  # Shows if a query sees it.
     return Places(junk, junk, jnp.zeros(c.num_layers, jnp.int32))
 
 
@@ -50,13 +50,13 @@ def empty(c):
     ids=str,
 )
 def test_a_prompt_and_then_token_by_token_give_the_logits_of_the_whole_text(tiny, change, window, mesh):
-    definition = define(dataclasses.replace(tiny, **change))
-    params, visibility = numbers(definition), DOCUMENTS._replace(window=window)
+    definition = define(replace(tiny, **change))
+    params, visibility = numbers(definition), replace(DOCUMENTS, window=window)
 
     @functools.partial(jax.jit, static_argnums=2)
     def extend(cache, start, size):
         tokens = jax.lax.dynamic_slice_in_dim(TOKENS, start, size, axis=1)
-        return definition.decoder(params).extend(tokens, visibility.part(start, size), cache, visibility)
+        return definition.decoder(params).extend(tokens, visibility.slice(start, size), cache, visibility)
 
     parts, cache = [], empty(definition.config)
     with jax.set_mesh(mesh_of(**mesh)):

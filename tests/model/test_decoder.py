@@ -66,23 +66,17 @@ def test_the_papers_sizes_have_their_parameters(size, millions):
 def test_every_parameter_has_a_name_for_each_of_its_axes_and_layers_are_stacked(definition):
     axes = definition.axes()
     size = dict(layers=2, vocab=64, embed=32, norm=32, heads=4, kv_heads=2, head_dim=8, mlp=48)
-
-    def is_names(x):
-        return isinstance(x, tuple)
-
-    expected = jax.tree.map(lambda names: tuple(size[name] for name in names), axes, is_leaf=is_names)
-    assert jax.tree.map(lambda p: p.shape, definition.shapes()) == expected
-    in_layers = jax.tree.leaves(axes["layers"], is_leaf=is_names)
-    outside = jax.tree.leaves({k: v for k, v in axes.items() if k != "layers"}, is_leaf=is_names)
-    assert len(in_layers) == 9 and all(names[0] == "layers" for names in in_layers)
-    assert len(outside) == 3 and all("layers" not in names for names in outside)
+    leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, tuple))
+    sizes = [tuple(size[name] for name in names) for names in leaves(axes)]
+    assert [p.shape for p in jax.tree.leaves(definition.shapes())] == sizes
+    assert [names[0] for names in leaves(axes.pop("layers"))] == ["layers"] * 9
+    assert len(leaves(axes)) == 3 and all("layers" not in names for names in leaves(axes))
 
 
-@pytest.fixture(scope="module")
-def draw(tiny):
-    """Initial parameters of both kinds in one program: they come from the same bits, which are compiled once."""
-    kinds = {init: define(dataclasses.replace(tiny, init=init)) for init in ("official", "normal")}
-    return jax.jit(lambda key: {init: definition.init(key) for init, definition in kinds.items()})
+@functools.cache
+def draw(seed, init, tiny):
+    definition = define(dataclasses.replace(tiny, init=init))
+    return jax.jit(definition.init)(jax.random.key(seed))
 
 
 @pytest.mark.parametrize(
@@ -91,11 +85,9 @@ def draw(tiny):
         ("official", math.sqrt(2 / (5 * 32)), 1 / math.sqrt(32) / 2),  # Variance 2 / (5 D); 1 / sqrt(D) / layers.
         ("normal", 0.02, 0.02 / math.sqrt(2 * 2)),
     ],
-    ids=["official", "normal"],
 )
-def test_initial_weights_have_the_declared_spread(draw, init, reads, writes):
-    params = draw(jax.random.key(0))[init]
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
+def test_initial_weights_have_the_declared_spread(tiny, init, reads, writes):
+    for path, p in jax.tree_util.tree_leaves_with_path(draw(0, init, tiny)):
         name = jax.tree_util.keystr(path)
         assert p.dtype == jnp.float32
         if "norm" in name:
@@ -106,11 +98,11 @@ def test_initial_weights_have_the_declared_spread(draw, init, reads, writes):
         assert abs(p.std() / std - 1) < 4.5 / math.sqrt(2 * p.size), name
 
 
-def test_layers_are_drawn_apart_and_the_key_alone_decides(draw):
-    params, again, other = (draw(jax.random.key(seed))["official"] for seed in (0, 0, 1))
+def test_layers_are_drawn_apart_and_the_key_alone_decides(tiny):
+    params, other = draw(0, "official", tiny), draw(1, "official", tiny)
     first, second = params["layers"]["attn"]["q_proj"].reshape(2, -1)
     assert abs(np.corrcoef(first, second)[0, 1]) < 4.5 / math.sqrt(first.size)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    jax.tree.map(np.testing.assert_array_equal, params, draw.__wrapped__(0, "official", tiny))
     assert (params["embedding"] != other["embedding"]).any()
 
 
@@ -127,15 +119,10 @@ def test_a_token_changes_no_logit_before_it(definition, params, logits):
 
 
 def test_documents_side_by_side_give_the_logits_that_each_gives_alone(definition, params):
-    first, second = TOKENS[0, :5], TOKENS[1, :7]
-    together = forward(
-        definition, params, np.stack([np.concatenate([first, second])] * B), np.int32([[1] * 5 + [2] * 7] * B)
-    )
-    alone = np.zeros((B, T), np.int32)
-    alone[0, :5], alone[1, :7] = first, second
-    separate = forward(definition, params, alone, np.where(np.arange(T) < np.array([[5], [7]]), 1, 0).astype(np.int32))
-    np.testing.assert_allclose(together[0, :5], separate[0, :5], atol=1e-4)
-    np.testing.assert_allclose(together[0, 5:], separate[1, :7], atol=1e-4)
+    together = forward(definition, params, TOKENS, np.int32([[1] * 5 + [2] * 7] * B))
+    first, second = (forward(definition, params, np.roll(TOKENS, -start, axis=1), ONES) for start in (0, 5))
+    np.testing.assert_allclose(together[:, :5], first[:, :5], atol=1e-4)
+    np.testing.assert_allclose(together[:, 5:], second[:, :7], atol=1e-4)
 
 
 def test_a_dropped_embedding_is_a_zero_in_its_place(definition, params):

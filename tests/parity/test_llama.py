@@ -11,6 +11,7 @@ import transformers
 
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import Visibility
+from tiny_models import numbers
 
 
 def llama(model):
@@ -43,11 +44,11 @@ def as_theirs(model, params):
         layer = f"model.layers.{i}"
         state[f"{layer}.input_layernorm.weight"] = layers["attn_norm"]["scale"][i]
         state[f"{layer}.post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
-        for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{layer}.self_attn.{name}.weight"] = layers["attn"][name][i].reshape(model.embed_dim, -1).T
-        state[f"{layer}.self_attn.o_proj.weight"] = layers["attn"]["o_proj"][i].reshape(-1, model.embed_dim).T
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            state[f"{layer}.mlp.{name}.weight"] = layers["mlp"][name][i].T
+        for name, weight in layers["attn"].items():
+            shape = (-1, model.embed_dim) if name == "o_proj" else (model.embed_dim, -1)
+            state[f"{layer}.self_attn.{name}.weight"] = weight[i].reshape(shape).T
+        for name, weight in layers["mlp"].items():
+            state[f"{layer}.mlp.{name}.weight"] = weight[i].T
     return {name: torch.tensor(np.asarray(x)) for name, x in state.items()}
 
 
@@ -55,13 +56,11 @@ def as_theirs(model, params):
 def test_logits_and_gradients_are_those_of_transformers_llama(tiny, num_kv_heads, rope_base):
     model = dataclasses.replace(tiny, num_kv_heads=num_kv_heads, rope_base=rope_base)
     ours, theirs = define(model), llama(model)
-    rng = np.random.default_rng(0)
-    # Large enough that all of them matter.
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0.1, 0.3, p.shape), p.dtype), ours.shapes())
+    params = numbers(ours)
     theirs.load_state_dict(as_theirs(model, params))
 
     # A row with gaps between its positions, and a row of two documents.
-    tokens = rng.integers(0, model.vocab_size, (2, 12), np.int32)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 12), np.int32)
     positions = np.int32([[0, 1, 2, 7, 8, 9, 30, 31, 32, 33, 90, 91], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
     segment_ids = np.int32([[1] * 12, [1] * 5 + [2] * 7])
     sees = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(12, dtype=bool)

@@ -1,14 +1,14 @@
-"""What a compiled program does in one run: the sum over its instructions, each as often as it runs."""
+"""The costs of one run of a compiled program: the sum over its instructions, each as often as it runs."""
 
 import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from meap_jax.aot.hlo.flops import attention_flops, convolution_flops, kernel_name, product_flops
 from meap_jax.aot.hlo.loops import trip_count
-from meap_jax.aot.hlo.text import Computation, Instruction, Module, Shape, parse
+from meap_jax.aot.hlo.text import Computation, Instruction, Shape, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # They name, view or allocate memory; `while` and `call` are what they run.
@@ -18,38 +18,26 @@ _NO_TRAFFIC = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind: how many a device takes part in, and the bytes it sends for them (rings assumed)."""
-
-    count: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.count + other.count, self.bytes + other.bytes)
-
-
 @dataclasses.dataclass
 class Costs:
     """Of one run of a program, on one device."""
 
     flops: int = 0  # Of matrix products, convolutions and attention kernels; nothing else.
     bytes: int = 0  # Read from and written to main memory.
-    collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # By kind: how many run on a device.
+    sent: Counter = dataclasses.field(default_factory=Counter)  # By kind: the bytes it sends for them (rings assumed).
     kernels: Counter = dataclasses.field(default_factory=Counter)  # Attention kernels by name: runs.
     unknown_kernels: Counter = dataclasses.field(default_factory=Counter)  # Kernels whose FLOPs no formula here gives.
-    unknown_loops: frozenset[str] = frozenset()  # Loops whose length depends on data; they count once.
+    unknown_loops: Counter = dataclasses.field(
+        default_factory=Counter
+    )  # Length depends on data; their body counts once.
 
     def add(self, other: "Costs", times: int = 1) -> None:
         """Adds `times` runs of another program."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
-        for kind, traffic in other.collectives.items():
-            more = Traffic(times * traffic.count, times * traffic.bytes)
-            self.collectives[kind] = self.collectives.get(kind, Traffic()) + more
-        for own, others in ((self.kernels, other.kernels), (self.unknown_kernels, other.unknown_kernels)):
-            own.update({name: times * runs for name, runs in others.items()})
-        self.unknown_loops |= other.unknown_loops
+        for name in ("collectives", "sent", "kernels", "unknown_kernels", "unknown_loops"):
+            getattr(self, name).update({key: times * number for key, number in getattr(other, name).items()})
 
 
 def analyze(text: str, num_devices: int = 1, hbm_spaces: Collection[int] = (0,)) -> Costs:
@@ -60,13 +48,13 @@ def analyze(text: str, num_devices: int = 1, hbm_spaces: Collection[int] = (0,))
       num_devices: that run the program; the size of a collective's group where the text gives none.
       hbm_spaces: memory spaces whose traffic counts. On TPUs 0 alone, for 1 is on-chip memory; on GPUs 0 and 1.
     """
-    module = parse(text)
-    return _Counter(module, num_devices, frozenset(hbm_spaces)).costs(module.entry)
+    computations, entry = parse(text)
+    return _Counter(computations, num_devices, frozenset(hbm_spaces)).costs(entry)
 
 
 class _Counter:
-    def __init__(self, module: Module, num_devices: int, hbm_spaces: frozenset[int]):
-        self.computations = module.computations
+    def __init__(self, computations: Mapping[str, Computation], num_devices: int, hbm_spaces: frozenset[int]):
+        self.computations = computations
         self.num_devices = num_devices
         self.hbm_spaces = hbm_spaces
         self.known: dict[tuple[str, bool], Costs] = {}
@@ -75,7 +63,7 @@ class _Counter:
         """Of one run of a computation. What is fused has no memory traffic of its own."""
         if (name, fused) not in self.known:
             computation, total = self.computations[name], Costs()
-            for instruction in computation:
+            for instruction in computation.values():
                 self.add(total, computation, instruction, fused)
             self.known[name, fused] = total
         return self.known[name, fused]
@@ -85,7 +73,7 @@ class _Counter:
         if i.opcode == "while":
             trips = trip_count(self.computations, computation, i)
             if trips is None:
-                total.unknown_loops |= {i.name}
+                total.unknown_loops[i.name] += 1
             total.add(self.costs(i.called("body")), 1 if trips is None else trips)
         elif i.opcode == "conditional":
             branches = [self.costs(name) for name in i.branches()]
@@ -99,7 +87,7 @@ class _Counter:
         elif i.opcode == "convolution":
             total.flops += convolution_flops(i, self.operands(computation, i))
         elif kind in COLLECTIVES and not _continues(computation):
-            total.add(self.collective(computation, i, kind))
+            self.add_collective(total, computation, i, kind)
         elif i.opcode == "custom-call":
             self.add_custom_call(total, computation, i)
         if not fused:
@@ -119,23 +107,15 @@ class _Counter:
         """The arrays that an instruction reads; a tuple's one after the other."""
         return [shape for name in i.operands if name in computation for shape in computation[name].shapes]
 
-    # Collectives.
-
-    def collective(self, computation: Computation, i: Instruction, kind: str) -> Costs:
+    def add_collective(self, total: Costs, computation: Computation, i: Instruction, kind: str) -> None:
         n = group_size(i.attributes, self.num_devices)
-        read = sum(shape.bytes for shape in self.operands(computation, i))
+        if n == 1:
+            return  # Sends nothing: a permutation to oneself is a copy.
         if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # On TPUs an all-reduce fused with the slice that each device keeps.
-        sent = {
-            "all-gather": read * (n - 1),
-            "reduce-scatter": read * (n - 1) / n,
-            "all-reduce": 2 * read * (n - 1) / n,
-            "all-to-all": read * (n - 1) / n,
-            "ragged-all-to-all": read * (n - 1) / n,
-            "collective-permute": read,
-        }[kind]
-        # Groups of one device send nothing, and permutations to oneself are copies.
-        return Costs(collectives={kind: Traffic(1, round(sent))} if n > 1 else {})
+        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
+        total.collectives[kind] += 1
+        total.sent[kind] += round(share * sum(shape.bytes for shape in self.operands(computation, i)))
 
     # Memory traffic.
 
@@ -151,14 +131,13 @@ class _Counter:
         if i.opcode == "copy-start":
             return self.size(read[:1]) + self.size(i.shapes[1:2])
         if i.opcode in ("slice-start", "dynamic-slice-start"):
-            moved = i.shapes[len(read)]
-            return self.size([moved]) + self.size([dataclasses.replace(moved, space=read[0].space)])
+            return self.copied(i.shapes[len(read)], read[0])
         if i.opcode.endswith("-start"):
             return self.size(read)
         if i.opcode.endswith("-done"):
             return self.size(written)
         if i.opcode in ("slice", "dynamic-slice", "gather"):
-            return self.size(written) + self.size([dataclasses.replace(written[0], space=read[0].space)])
+            return self.copied(written[0], read[0])
         if i.opcode == "dynamic-update-slice":
             return 2 * self.size(read[1:2])
         return self.size(read) + self.size(written)
@@ -166,7 +145,7 @@ class _Counter:
     def fusion_traffic(self, computation: Computation, i: Instruction) -> int:
         """A fusion reads of an operand that it only slices the slices, and writes of one that it updates the update."""
         inside = self.computations[i.called("calls")]
-        read = sum(self.parameter_traffic(inside, p) for p in inside if p.opcode == "parameter")
+        read = sum(self.parameter_traffic(inside, p) for p in inside.values() if p.opcode == "parameter")
         root = inside.root
         results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
         return read + sum(self.result_traffic(inside, result) for result in results)
@@ -180,11 +159,11 @@ class _Counter:
             first = bool(user.operands) and _origin(inside, user.operands[0]) == parameter.name
             if user.opcode in ("slice", "dynamic-slice", "gather") and first:
                 total += self.size([dataclasses.replace(user.shapes[0], space=space)])
-            elif user.opcode == "tuple" or (user.opcode in COLLECTIVES and _continues(inside)):
-                pass  # Handed on as it is.
-            elif user.opcode == "dynamic-update-slice" and first:
-                pass  # Updated in place.
-            else:
+            elif not (
+                user.opcode == "tuple"  # Handed on as it is.
+                or (user.opcode in COLLECTIVES and _continues(inside))
+                or (user.opcode == "dynamic-update-slice" and first)  # Updated in place.
+            ):
                 return whole
         return min(total, whole)
 
@@ -197,19 +176,23 @@ class _Counter:
             return self.size([dataclasses.replace(update, space=result.shapes[0].space)])
         return self.size(result.shapes)
 
+    def copied(self, moved: Shape, whole: Shape) -> int:
+        """Bytes of a slice that is read from the memory of the whole array and written to its own."""
+        return self.size([moved, dataclasses.replace(moved, space=whole.space)])
+
     def size(self, shapes: Collection[Shape]) -> int:
         return sum(shape.bytes for shape in shapes if shape.space in self.hbm_spaces)
 
 
 def _continues(computation: Computation) -> bool:
-    """Whether this is a later piece of a TPU's asynchronous collective, which repeats the first one's instruction."""
-    ends = any(i.opcode == "custom-call" and i.target() == "AsyncCollectiveDone" for i in computation)
+    """Whether this is a later step of a TPU's asynchronous collective, which repeats the instruction of the first."""
+    ends = any(i.opcode == "custom-call" and i.target() == "AsyncCollectiveDone" for i in computation.values())
     return ends or computation.name.startswith("async_collective_fusion")
 
 
 def _users(computation: Computation, instruction: Instruction) -> Iterator[Instruction]:
-    """Who reads it, through bitcasts."""
-    for user in computation:
+    """The instructions that read it, through bitcasts."""
+    for user in computation.values():
         if instruction.name in user.operands:
             if user.opcode == "bitcast":
                 yield from _users(computation, user)
@@ -218,14 +201,14 @@ def _users(computation: Computation, instruction: Instruction) -> Iterator[Instr
 
 
 def _origin(computation: Computation, name: str) -> str:
-    """What a bitcast views."""
+    """The instruction whose value a bitcast views."""
     while computation[name].opcode == "bitcast":
         name = computation[name].operands[0]
     return name
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-    """Devices that take part in a collective together."""
+    """The number of devices in a group of a collective."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):  # {{0,1},{2,3}}
         return len(match.group(1).split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):  # [groups,size]<=[devices]
@@ -235,5 +218,5 @@ def group_size(attributes: str, num_devices: int) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         pairs = re.findall(r"(\d+),(\d+)", match.group(1))
-        return len(pairs) if any(source != target for source, target in pairs) else 1
+        return len(pairs) if any(sender != receiver for sender, receiver in pairs) else 1
     return num_devices

@@ -1,4 +1,4 @@
-"""Floating-point operations of single instructions, two a multiplication and addition."""
+"""Floating-point operations of single instructions, counting a multiplication and an addition each."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from meap_jax.aot.hlo.text import Instruction, Shape
 
 
 def product_flops(i: Instruction, operands: list[Shape]) -> int:
-    """Of a matrix product, by the dimensions that XLA's text or, in JSON, cuBLAS's config says are contracted."""
+    """FLOPs of a matrix product, by the contracted dimensions in XLA's text or, in JSON, in cuBLAS's config."""
     match = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{\[]([^}\]]*)', i.attributes)
     if match is None:
         raise ValueError(f"{i.name} = {i.opcode} {i.target()}: no contracted dimensions in {i.attributes[:200]}")
@@ -19,7 +19,7 @@ def product_flops(i: Instruction, operands: list[Shape]) -> int:
 
 
 def convolution_flops(i: Instruction, operands: list[Shape]) -> int:
-    """Two a multiplication with an element that exists: padding, which TPUs' batched matmuls are full of, is none."""
+    """FLOPs of a convolution, without those on padding, which TPUs' batched matmuls are full of."""
     lhs, kernel, output = operands[0].dims, operands[1].dims, i.shapes[0].dims
     match = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     if match is None:
@@ -64,7 +64,7 @@ _FUSED_BACKWARD_PRODUCTS = 5
 
 
 def attention_flops(i: Instruction, operands: list[Shape]) -> int | None:
-    """Of an attention kernel that we know, by its name: splash attention on TPUs, cuDNN's on GPUs. Else None.
+    """FLOPs of a known attention kernel, by its name: splash attention on TPUs, cuDNN's on GPUs; None for others.
 
     A causal kernel counts at half of all pairs of positions, as model FLOPs do, and splash attention as causal.
     """
@@ -90,5 +90,5 @@ def attention_flops(i: Instruction, operands: list[Shape]) -> int | None:
 
 
 def kernel_name(i: Instruction) -> str:
-    """Of a kernel, without what XLA appends to make it unique."""
+    """The name of a kernel, without what XLA appends to make it unique."""
     return re.sub(r"[.\d]+$", "", i.name)

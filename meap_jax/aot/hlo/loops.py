@@ -1,96 +1,92 @@
-"""How often a loop of a compiled program runs."""
+"""Trip counts of the loops of a compiled program."""
 
-import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from meap_jax.aot.hlo.text import Computation, Instruction
 
 _SAME_VALUE = ("copy", "bitcast", "convert", "copy-start", "copy-done")
 
 
-def trip_count(computations: dict[str, Computation], caller: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs its body: as XLA says, else by the constants of its comparison.
+class _Value(NamedTuple):
+    """An integer: a constant, or an element of the state of a loop plus a constant."""
+
+    element: int | None  # The element's index in the state.
+    constant: int
+
+
+def trip_count(computations: Mapping[str, Computation], caller: Computation, loop: Instruction) -> int | None:
+    """How often a `while` runs its body: XLA's own count, else that of the constants in its comparison.
 
     Args:
       computations: of the program.
-      caller: where the loop stands.
+      caller: the computation that the loop is in.
       loop: the instruction.
 
     Returns:
-      None if it is not constants that decide.
+      None if the count depends on data.
     """
     if match := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}', loop.attributes):
-        return int(match.group(1))
+        return int(match[1])
     condition, body = computations[loop.called("condition")], computations[loop.called("body")]
-    if condition.root.opcode == "fusion":
-        condition = _inlined(condition, condition.root, computations[condition.root.called("calls")])
     compare, initial = condition.root, caller[loop.operands[0]]
+    evaluate = functools.partial(_value, computations, condition)
+    if compare.opcode == "fusion":
+        names, fused = compare.operands, computations[compare.called("calls")]
+        evaluate = functools.partial(
+            _value, computations, fused, argument=lambda number: _value(computations, condition, names[number])
+        )
+        compare = fused.root
     if compare.opcode != "compare" or initial.opcode != "tuple" or body.root.opcode != "tuple":
         return None
 
     def course(name: str) -> tuple[int, int] | None:
-        """The value of a side of the comparison before the first trip, and what a trip adds to it."""
-        if (value := _constant(condition, name)) is not None:
-            return value, 0
-        side = condition[_source(condition, name)]
-        if side.opcode != "get-tuple-element":
+        """A side of the comparison: its value before the first trip, and its increment a trip."""
+        side = evaluate(name)
+        if side is None or side.element is None:
+            return side and (side.constant, 0)
+        start = _value(computations, caller, initial.operands[side.element])
+        after = _value(computations, body, body.root.operands[side.element])
+        if start is None or start.element is not None or after is None or after.element != side.element:
             return None
-        (index,) = side.numbers("index")
-        start = _constant(caller, initial.operands[index])
-        step = _step(computations, body, body.root.operands[index], index)
-        return None if start is None or step is None else (start, step)
+        return start.constant + side.constant, after.constant
 
     left, right = (course(name) for name in compare.operands)
     if left is None or right is None:
         return None
-    (a, step_a), (b, step_b) = left, right
     direction = compare.called("direction")
-    if direction in ("GT", "GE"):
-        (a, step_a), (b, step_b) = (b, step_b), (a, step_a)
+    (a, step_a), (b, step_b) = (right, left) if direction in ("GT", "GE") else (left, right)
     if step_a <= step_b:
         return None
     return max(0, math.ceil((b - a + (direction in ("LE", "GE"))) / (step_a - step_b)))
 
 
-def _source(computation: Computation, name: str) -> str:
-    """What copies, views and conversions take their value from."""
-    while computation[name].opcode in _SAME_VALUE:
-        name = computation[name].operands[0]
-    return name
+def _value(
+    computations: Mapping[str, Computation],
+    computation: Computation,
+    name: str,
+    argument: Callable[[int], _Value | None] = lambda number: None,
+) -> _Value | None:
+    """What an instruction computes; `argument` gives the computation's parameters, where they aren't a loop's state."""
 
+    def operand(number: int) -> _Value | None:
+        return _value(computations, computation, i.operands[number], argument)
 
-def _constant(computation: Computation, name: str) -> int | None:
-    source = computation[_source(computation, name)]
-    return source.integer() if source.opcode == "constant" else None
-
-
-def _step(computations: dict[str, Computation], body: Computation, name: str, index: int) -> int | None:
-    """What a body adds to the element `index` of its state, if that is constant; `name` is the element's new value."""
-    i = body[_source(body, name)]
-    if i.opcode == "get-tuple-element" and body[i.operands[0]].opcode == "parameter":
-        return 0 if i.numbers("index") == [index] else None
-    if i.opcode == "add":
-        for one, other in (i.operands, i.operands[::-1]):
-            constant, before = _constant(body, one), _step(computations, body, other, index)
-            if constant is not None and before is not None:
-                return before + constant
+    i = computation[name]
+    if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments):
+        return _Value(None, int(i.arguments))
+    if i.opcode == "parameter":
+        return argument(int(i.arguments))
+    if i.opcode == "get-tuple-element" and computation[i.operands[0]].opcode == "parameter":
+        return _Value(i.numbers("index")[0], 0)
+    if i.opcode in _SAME_VALUE:
+        return operand(0)
     if i.opcode == "fusion":
         fused = computations[i.called("calls")]
-        return _step(computations, _inlined(body, i, fused), f"{i.name}/{fused.root_name}", index)
+        return _value(computations, fused, fused.root.name, operand)
+    if i.opcode == "add" and (a := operand(0)) and (b := operand(1)) and None in (a.element, b.element):
+        return _Value(b.element if a.element is None else a.element, a.constant + b.constant)
     return None
-
-
-def _inlined(computation: Computation, fusion: Instruction, fused: Computation) -> Computation:
-    """A computation with the instructions of one of its fusions beside its own."""
-    names = {
-        i.name: fusion.operands[i.parameter_number()] if i.opcode == "parameter" else f"{fusion.name}/{i.name}"
-        for i in fused
-    }
-    copies = [
-        dataclasses.replace(i, name=names[i.name], operands=tuple(names[n] for n in i.operands))
-        for i in fused
-        if i.opcode != "parameter"
-    ]
-    root = names[fused.root_name] if fusion.name == computation.root_name else computation.root_name
-    return Computation(computation.name, {i.name: i for i in [*computation, *copies]}, root)

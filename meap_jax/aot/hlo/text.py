@@ -1,18 +1,16 @@
-"""The text of a compiled program as instructions: shapes, operands, attributes."""
+"""Parses the text of a compiled program into instructions: shapes, operands, attributes."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-_BITS = {
-    "pred": 8, "token": 0, "opaque": 0,
-    "c64": 64, "c128": 128, "bf16": 16,
-}  # fmt: skip
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_END = re.compile(r'\}(, execution_thread="[^"]*")?$')  # A thread, where it is not the chip's main core that runs it.
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (?=[(a-z])")
+# Its last line names a thread where it is not the chip's main core that runs it.
+_COMPUTATION = re.compile(
+    r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\n((?:.*\n)*?)\}(?:, execution_thread="[^"]*")?$', re.MULTILINE
+)
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (?=[(a-z])", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Shape:
     def bytes(self) -> int:
         """Without padding; types below a byte are packed."""
         digits = re.match(r"[a-z]+(\d+)", self.dtype)
-        bits = _BITS[self.dtype] if self.dtype in _BITS else int(digits.group(1)) if digits else 0
+        bits = 8 if self.dtype == "pred" else int(digits[1]) if digits else 0  # Tokens and opaque values have none.
         return math.ceil(math.prod(self.dims) * bits / 8)
 
 
@@ -39,7 +37,7 @@ class Instruction:
     shapes: tuple[Shape, ...]  # Of a tuple all arrays, flattened.
     opcode: str
     operands: tuple[str, ...]
-    arguments: str  # What stands between the parentheses: of a constant its value, of a parameter its number.
+    arguments: str  # The text between the parentheses: of a constant its value, of a parameter its number.
     attributes: str
 
     def called(self, attribute: str) -> str:
@@ -53,7 +51,7 @@ class Instruction:
         return [self.called("true_computation"), self.called("false_computation")]
 
     def numbers(self, attribute: str) -> list[int]:
-        """`attribute={0,2}` or `attribute=1` as integers; [] if it isn't there."""
+        """`attribute={0,2}` or `attribute=1` as integers; [] if there is none."""
         return [int(n) for n in re.findall(r"\d+", self._first(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)"))]
 
     def target(self) -> str:
@@ -65,78 +63,44 @@ class Instruction:
         match = re.search(pattern, self.attributes)
         return match.group(1) if match else ""
 
-    def integer(self) -> int | None:
-        """The value of a constant, if it is an integer."""
-        return int(self.arguments) if re.fullmatch(r"-?\d+", self.arguments) else None
 
-    def parameter_number(self) -> int:
-        """Of a parameter; -1 for anything else."""
-        return int(self.arguments) if self.opcode == "parameter" else -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Computation:
+class Computation(dict[str, Instruction]):
     """Instructions by name, in the order of the text."""
 
-    name: str
-    instructions: dict[str, Instruction]
-    root_name: str
-
-    def __iter__(self) -> Iterator[Instruction]:
-        return iter(self.instructions.values())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.instructions
-
-    def __getitem__(self, name: str) -> Instruction:
-        return self.instructions[name]
-
-    @property
-    def root(self) -> Instruction:
-        """What it returns."""
-        return self.instructions[self.root_name]
+    def __init__(self, name: str, instructions: Iterable[Instruction], root: str):
+        super().__init__((i.name, i) for i in instructions)
+        self.name = name
+        self.root = self[root]  # What it returns.
 
 
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """All computations of a program."""
-
-    computations: dict[str, Computation]
-    entry: str
-
-
-def parse(text: str) -> Module:
+def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Reads `jax.stages.Compiled.as_text()`.
+
+    Returns:
+      All computations of the program by name, and the name of its entry computation.
 
     Raises:
       ValueError: if the text has no entry computation.
     """
-    computations: dict[str, Computation] = {}
-    entry, name, root = "", "", ""
-    lines: list[tuple[str, bool, int, str]] = []  # name, is root, where its shape begins, text.
-
-    for line in text.splitlines():
-        if not name:
-            if header := _HEADER.match(line):
-                name, root, lines = header.group(2), "", []
-                entry = name if header.group(1) else entry
-        elif _END.match(line):
-            instructions = {i.name: i for i in (_instruction(i_name, i_text[at:]) for i_name, _, at, i_text in lines)}
-            root = next((i_name for i_name, is_root, _, _ in lines if is_root), lines[-1][0])
-            computations[name] = Computation(name, instructions, root)
-            name = ""
-        elif start := _INSTRUCTION.match(line):
-            lines.append((start.group(2), bool(start.group(1)), start.end(), line))
-        elif lines:  # An attribute that goes on in the next line.
-            i_name, is_root, at, i_text = lines[-1]
-            lines[-1] = (i_name, is_root, at, i_text + line)
+    computations, entry = {}, ""
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        starts = list(_INSTRUCTION.finditer(body))
+        ends = [start.start() for start in starts[1:]] + [len(body)]
+        # An attribute may go on in the next lines.
+        instructions = [
+            _instruction(start[2], body[start.end() : end].replace("\n", ""))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        root = next((start[2] for start in starts if start[1]), starts[-1][2])
+        computations[name] = Computation(name, instructions, root)
+        entry = name if is_entry else entry
     if not entry:
         raise ValueError(f"no ENTRY computation in a text of {len(text)} characters that begins {text[:80]!r}")
-    return Module(computations, entry)
+    return computations, entry
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From what stands after the equals sign."""
+    """Parses the text after the equals sign."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shapes, rest = text[:end], text[end:].lstrip()
     opcode, _, _ = rest.partition("(")
@@ -154,12 +118,11 @@ def _instruction(name: str, text: str) -> Instruction:
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     space = re.search(r"S\((\d+)\)", layout)
-    sizes = tuple(int(d) for d in re.findall(r"\d+", dims))
-    return Shape(dtype, sizes, int(space.group(1)) if space else 0)
+    return Shape(dtype, tuple(map(int, re.findall(r"\d+", dims))), int(space[1]) if space else 0)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(match.group(), 0)
