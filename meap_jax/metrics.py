@@ -15,6 +15,7 @@ import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from meap_jax.errors import DataError
 from meap_jax.model.config import ModelConfig
 from meap_jax.paths import is_url
 
@@ -194,12 +195,19 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 
 
 def cut_back(file: pathlib.Path, step: int) -> None:
-    """Drops records after `step` and a last line that a kill cut short: no step is in the file twice."""
+    """Drops records after `step` and a last line that a kill cut short: no step is in the file twice.
+
+    Raises:
+      DataError: another line is damaged; the file stays as it is.
+    """
     if not file.exists():
         return
     # Lines are written whole and in order: only the last can be torn, and lacks its end.
     whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{file} has a line that is no record of a step ({error}): correct it or delete it.") from error
     new = file.with_suffix(".new")
     new.write_text("".join(kept), encoding="utf-8")
     new.replace(file)
