@@ -28,7 +28,7 @@ def writer(workdir, start=0):
 
 
 def write(workdir, records, start=0):
-    """Writes {step: values} and closes; returns what then stands in the log."""
+    """Writes {step: values} and closes; returns the records of the log."""
     w = writer(workdir, start)
     for step, values in records.items():
         w.write(step, values)
@@ -36,15 +36,12 @@ def write(workdir, records, start=0):
     return read_metrics(epath.Path(workdir))
 
 
-def test_a_record_has_step_loss_rate_and_throughput(tmp_path):
+def test_a_record_has_step_loss_rate_and_throughput_and_mfu_where_the_chip_is_known(tmp_path):
     [record] = write(tmp_path, {5: {"loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75}})
     assert record == {
         "step": 5, "loss": 2.5, "learning_rate": 0.1, "step_seconds": 4.0, "goodput": 0.75,
         "tokens_per_second": 25.0, "tokens_per_second_per_device": 6.25, "model_flops_per_second": 500.0, "mfu": 0.5,
     }  # fmt: skip
-
-
-def test_mfu_is_left_out_where_the_chip_is_unknown():
     assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
 
 
@@ -69,14 +66,14 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert scalars["validation/accuracy"] == [(2, 0.5)]
 
 
-def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, caplog):
+def test_plain_lines_take_the_place_of_the_bar_where_there_is_no_terminal(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="meap_jax"):
         write(tmp_path, {5: {"loss": 2.5, "step_seconds": 4.0, "validation/accuracy": 0.25}})
     assert "step 5/10  loss 2.5000  25 tokens/s, MFU 50.0%  ? left" in caplog.text
     assert "validation/accuracy 0.2500" in caplog.text
 
 
-def test_resume_cuts_back_to_the_restored_step_so_that_no_step_stands_twice(tmp_path):
+def test_resume_cuts_back_to_the_restored_step_so_that_no_step_is_there_twice(tmp_path):
     write(tmp_path, {step: {"loss": float(step)} for step in range(1, 8)})
     records = write(tmp_path, {5: {"loss": 55.0}}, start=4)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 55)]
@@ -91,7 +88,7 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """gs:// served from memory, by the same fsspec door that a real bucket goes through."""
+    """gs:// served from memory, through fsspec as a real bucket is."""
     memory = fsspec.filesystem("memory")
     for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
         monkeypatch.setitem(implementations, protocol, type(memory))

@@ -44,7 +44,7 @@ def test_percentiles_are_of_the_steps_since_the_last_report(time, clock):
     assert clock.report() == {}
 
 
-def test_time_set_aside_is_told_even_if_what_took_it_failed(time, clock):
+def test_time_set_aside_is_reported_even_if_what_took_it_failed(time, clock):
     with pytest.raises(OSError), clock.aside("saves"):
         time[0] += 3.0
         raise OSError
