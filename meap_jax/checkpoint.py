@@ -74,22 +74,17 @@ class Checkpointer:
         """
         tree = serialization.to_state_dict(template)
         items = {"params": ocp.args.StandardRestore(tree.pop("params")), "rest": ocp.args.StandardRestore(tree)}
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if not steps:
-            return None
-        if not (self._folder / str(steps[0]) / "rest").exists() and (self._folder / str(steps[0]) / "params").exists():
+        newest = self._folder / str(self._manager.latest_step())
+        if (newest / "params").exists() and not (newest / "rest").exists():
             raise ConfigError(
                 f"{self._folder} holds parameters alone, from which no run can go on: set init_from to "
                 f"{self._folder.parent}, and another --workdir."
             )
-        found = _newest_readable(self._manager, self._folder, steps, items)
+        found = _newest_readable(self._manager, items)
         if found is None:
-            raise ConfigError(
-                f"none of the checkpoints in {self._folder} can be read (steps {steps}); "
-                "move the folder away to start again."
-            )
+            return None
         step, read = found
-        self._set_aside([newer for newer in steps if newer > step])
+        self._set_aside([newer for newer in self._manager.all_steps() if newer > step])
         state = serialization.from_state_dict(template, {"params": read["params"], **read["rest"]})
         return Restored(step, state, read["meta"])
 
@@ -113,12 +108,9 @@ def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
     """Reads the `meta`, and no arrays, of a run's newest checkpoint that can be read; None if there is none.
 
     Raises:
-      ConfigError: if it has another layout.
+      ConfigError: if it has another layout, or there are checkpoints of which none can be read.
     """
-    if not (workdir / FOLDER).exists():
-        return None
-    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
-        found = _newest_readable(manager, workdir / FOLDER, sorted(manager.all_steps(), reverse=True), {})
+    found = _read(workdir, {})
     return found and found[1]["meta"]
 
 
@@ -147,36 +139,47 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
     Raises:
       ConfigError: if there is no checkpoint, or none that holds parameters of these shapes.
     """
-    folder = workdir / FOLDER
-    if not folder.exists():
-        raise ConfigError(f"{workdir} has no folder {FOLDER}: name the workdir of a run that has saved a checkpoint.")
-    with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        if not steps:
-            raise ConfigError(f"{folder} holds no checkpoint: name the workdir of a run that has saved one.")
-        if step is not None and step not in steps:
-            raise ConfigError(f"the step is {step}, but {folder} holds {', '.join(map(str, sorted(steps)))}.")
-        steps = steps if step is None else [step]
-        found = _newest_readable(manager, folder, steps, {"params": ocp.args.StandardRestore(shapes)})
+    found = _read(workdir, {"params": ocp.args.StandardRestore(shapes)}, step)
     if found is None:
-        raise ConfigError(
-            f"none of the checkpoints in {folder} (steps {steps}) gave parameters of this model; "
-            "the reasons are logged above."
-        )
+        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
     step, read = found
     return Restored(step, read["params"], read["meta"])
 
 
-def _newest_readable(
-    manager: ocp.CheckpointManager, folder: epath.Path, steps: list[int], items: dict[str, ocp.args.CheckpointArgs]
+def _read(
+    workdir: epath.Path, items: dict[str, ocp.args.CheckpointArgs], step: int | None = None
 ) -> tuple[int, Any] | None:
-    """Reads `items` and `meta` of the first of `steps` for which every process can; returns that step and them.
+    """Calls `_newest_readable` on the checkpoints of a workdir, which may have none."""
+    if not (workdir / FOLDER).exists():
+        return None
+    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
+        return _newest_readable(manager, items, step)
+
+
+def _newest_readable(
+    manager: ocp.CheckpointManager, items: dict[str, ocp.args.CheckpointArgs], step: int | None = None
+) -> tuple[int, Any] | None:
+    """Reads `items` and `meta` of the newest checkpoint that every process can read; returns its step and them.
 
     A read that failed is tried once more before its checkpoint counts as damaged.
 
+    Args:
+      manager: of the checkpoints.
+      items: how to read each.
+      step: reads this checkpoint alone.
+
+    Returns:
+      None if there is no checkpoint at all.
+
     Raises:
-      ConfigError: if that checkpoint has another layout.
+      ConfigError: there are checkpoints, but not that of `step`, none that can be read, or of another layout.
     """
+    folder, steps = manager.directory, sorted(manager.all_steps(), reverse=True)
+    if not steps:
+        return None
+    if step is not None and step not in steps:
+        raise ConfigError(f"the step is {step}, but {folder} holds {', '.join(map(str, sorted(steps)))}.")
+    steps = steps if step is None else [step]
     for step in steps:
         for attempt in (1, 2):
             error = None
@@ -184,7 +187,7 @@ def _newest_readable(
                 read = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
             except Exception as raised:  # Orbax raises many kinds, a bare Exception for a truncated array.
                 error = raised
-            if _all_processes(error is None):
+            if multihost_utils.process_allgather(np.array(error is None)).all():
                 if (layout := read["meta"].get("layout")) != LAYOUT:
                     raise ConfigError(f"{folder} has layout {layout}, this version reads layout {LAYOUT}.")
                 return step, read
@@ -194,11 +197,10 @@ def _newest_readable(
                 time.sleep(SECONDS_BETWEEN_READS)
             else:
                 _log.warning("checkpoint %s is damaged (%s)", folder / str(step), cause)
-    return None
-
-
-def _all_processes(ok: bool) -> bool:
-    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
+    raise ConfigError(
+        f"none of the checkpoints in {folder} (steps {steps}) can be read as this model's; the reasons are logged "
+        "above. To train from the start, move the folder away."
+    )
 
 
 def _short(error: BaseException) -> str:

@@ -111,8 +111,8 @@ def use_compile_cache() -> None:
 
     The folder is JAX_COMPILATION_CACHE_DIR, where an empty value means none; if it is not set, `meap_jax/xla` in
     XDG_CACHE_HOME or ~/.cache. It may be deleted at any time, and grows until it is. Processes can share it: an entry
-    that is damaged, or being written by another, is compiled anew with a warning of JAX. A folder that can't be
-    written is done without.
+    that is damaged, or being written by another, is compiled anew with a warning of JAX. Where the folder can't be
+    written, nothing is kept.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:

@@ -40,7 +40,7 @@ PAPER_SIZES = {
 def base() -> ml_collections.ConfigDict:
     """Makes a config of all fields with their defaults: the sizes of a toy, the paper's recipe."""
     c = _with_defaults({})
-    c.data.sources["text"] = text_source(c.data.get_ref("path"))
+    add_source(c, "text", c.data.get_ref("path"))
     return c.lock()  # A misspelt field in a config file is an error, not a new field.
 
 
@@ -72,18 +72,14 @@ def _initial(field: Field) -> Any:
     return placeholder(field.default) if isinstance(field.default, type) else field.default
 
 
-def text_source(path: Any = None) -> ml_collections.ConfigDict:
-    """Makes a group of data.sources: its fields with their defaults."""
-    fields = {name: _initial(field) for name, field in SOURCE_FIELDS.items()}
-    return ml_collections.ConfigDict(fields if path is None else fields | {"path": path})
-
-
 def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fields: Any) -> None:
     """Adds a source of text to a config, whose name the mixture can then use; `path` may be a reference."""
-    if unknown := ", ".join(sorted(fields.keys() - text_source().keys())):
-        raise ConfigError(f"add_source of {name} was given {unknown}, but sources have {', '.join(text_source())}.")
+    if unknown := ", ".join(sorted(fields.keys() - SOURCE_FIELDS.keys())):
+        known = ", ".join(sorted(SOURCE_FIELDS))
+        raise ConfigError(f"add_source of {name} was given {unknown}, but sources have {known}.")
+    defaults = {key: _initial(field) for key, field in SOURCE_FIELDS.items()}
     with c.unlocked():
-        c.data.sources[name] = text_source(path)
+        c.data.sources[name] = defaults if path is None else defaults | {"path": path}
     c.data.sources[name].update(fields)
 
 

@@ -110,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 
 
 def command(argv: list[str]) -> None:
-    """Trains as the command line says."""
+    """Trains the model of `--config` in `--workdir`."""
     config, workdir = cli.parse_config(argv)
     train(config, workdir, process_began())
 

@@ -19,12 +19,12 @@ from meap_jax.errors import ConfigError
 from meap_jax.fields import SEEDS
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
 from meap_jax.model.visibility import Visibility, causal
-from meap_jax.rows import AnyArray, Row
+from meap_jax.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is static: fields as in `meap_jax.config.base`."""
+    """The static settings of an objective: the fields `objective.*` of a config, and the size of the vocabulary."""
 
     name: str
     mask_ratio: float
@@ -149,7 +149,10 @@ def make_inputs(
     fraction = objective.mask_ratio if ratio is None else ratio
     if isinstance(fraction, float) and fraction == 0:
         return clean
-    eligible = _eligible(clean, row.maskable)
+    eligible = None if clean.segment_ids is None else clean.segment_ids != 0  # None: a mask may fall everywhere.
+    if row.maskable is not None:
+        maskable = jnp.asarray(row.maskable[:, :-1])
+        eligible = maskable if eligible is None else maskable & eligible
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
         gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
@@ -167,12 +170,3 @@ def make_inputs(
         )
     noise_key = jax.random.fold_in(keys["noise"], step)
     return OBJECTIVES[objective.name](clean, gaps, noise_key, objective)._replace(is_masked=gaps)
-
-
-def _eligible(clean: Inputs, maskable: Bool[AnyArray, "B L"] | None) -> Bool[Array, "B T"] | None:
-    """Where a mask may fall; None: everywhere."""
-    eligible = None if clean.segment_ids is None else clean.segment_ids != 0
-    if maskable is None:
-        return eligible
-    allowed = jnp.asarray(maskable[:, :-1])
-    return allowed if eligible is None else allowed & eligible

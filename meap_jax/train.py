@@ -28,7 +28,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes or draws from."""
+    """The state of training: what a step changes, and the keys that it draws from."""
 
     step: jax.Array  # int32 scalar: optimizer steps taken.
     params: Params  # float32.

@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402  After the environment is set, as are the next two.
 
 from meap_jax.model.config import ModelConfig  # noqa: E402
-from tiny_runs import tiny_config  # noqa: E402
+from tiny_runs import ROOT, environment, tiny_config  # noqa: E402
 
 jax.devices()  # Starts JAX with eight of them, before a test sets XLA_FLAGS for the processes that it starts.
 hypothesis.settings.register_profile("meap-jax", derandomize=True, deadline=None)
@@ -32,3 +32,11 @@ hypothesis.settings.load_profile("meap-jax")
 def tiny() -> ModelConfig:
     """A decoder with two of everything that can be two: 2 layers, 2 query heads a kv head, 2 kv heads."""
     return ModelConfig.of(tiny_config().model, "cpu")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Processes that a test's command starts see one device, not the eight of these tests."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)

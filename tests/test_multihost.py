@@ -44,8 +44,7 @@ def start_on_hosts(commands, num_devices):
 def alone(tmp_path_factory):
     """The workdir of one process on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    finished = tiny_runs.run(workdir, checkpoint__every=4)
-    assert finished.returncode == 0, finished.stderr
+    tiny_runs.run(workdir, checkpoint__every=4)
     return workdir
 
 
@@ -89,8 +88,7 @@ def test_a_run_goes_from_four_hosts_to_two_and_back_as_if_nothing_had_happened(a
         data__prepared=tmp_path / "data", checkpoint__every=2, checkpoint__keep=3, eval__every=6, num_steps=6,
         mesh__data=-1,
     )  # fmt: skip
-    finished = tiny_runs.run(tmp_path / "alone", **setting)
-    assert finished.returncode == 0, finished.stderr
+    tiny_runs.run(tmp_path / "alone", **setting)
     workdir = tmp_path / "elastic"
     for num_hosts, start in ((4, 0), (2, 2), (4, 4)):
         for step in range(start + 2, 8, 2):  # As if the run had been stopped after step `start`.
@@ -107,7 +105,7 @@ PACKINGS = ("concat", "concat_segments", "best_fit")
 
 
 def read_on_hosts(num_hosts, scratch, task):
-    """{packing: {step: {row: hash}}} of all hosts together, and the states at the end, the same on all of them."""
+    """{(packing, step, row): hash} of all hosts together, and the states at the end, the same on all of them."""
     file = scratch / "task.pickle"
     file.write_bytes(pickle.dumps(task))
     outs = [scratch / f"out{i}.json" for i in range(num_hosts)]
@@ -115,12 +113,12 @@ def read_on_hosts(num_hosts, scratch, task):
     start_on_hosts([[sys.executable, str(program), str(file), str(out)] for out in outs], 1)
     hosts = [json.loads(out.read_text()) for out in outs]
     assert all(host["states"] == hosts[0]["states"] for host in hosts)
-    rows = {packing: {} for packing in PACKINGS}
+    rows = {}
     for host in hosts:
         for packing, steps in host["seen"].items():
             for step, seen in steps.items():
                 assert len(seen) == task["batch_size"] // num_hosts
-                rows[packing].setdefault(step, {}).update(seen)
+                rows |= {(packing, step, row): sha for row, sha in seen.items()}
     return rows, hosts[0]["states"]
 
 
@@ -140,13 +138,11 @@ def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_change
     for spec in specs.values():
         prepare(tmp_path / "data", spec)
     whole, end = read_on_hosts(1, tmp_path, task | {"states": None, "start": 0, "stop": 12})
-    rows, states = {packing: {} for packing in PACKINGS}, None
+    rows, states = {}, None
     for num_hosts, start in ((4, 0), (2, 4), (4, 8)):
         stretch = {"states": states, "start": start, "stop": start + 4}
         seen, states = read_on_hosts(num_hosts, tmp_path, task | stretch)
-        for packing in PACKINGS:
-            rows[packing] |= seen[packing]
-    assert rows == whole
-    assert states == end
+        rows |= seen
+    assert (rows, states) == (whole, end)
     for packing in PACKINGS:
-        assert len({sha for step in whole[packing].values() for sha in step.values()}) > 60  # Rows differ.
+        assert len({sha for key, sha in whole.items() if key[0] == packing}) > 60  # Rows differ.

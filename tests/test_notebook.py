@@ -1,11 +1,10 @@
 """The notebook runs from its first cell to its last, as a reader of a checkout would run it."""
 
-import json
 import re
-import sys
 
 import nbformat
 import pytest
+from ipykernel import kernelspec
 from nbclient import NotebookClient
 
 from tiny_runs import ROOT, TINY
@@ -17,10 +16,7 @@ NUM_STEPS = 4
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
     """A kernel of this very interpreter; nothing outside tmp_path is read or written for it."""
-    spec = tmp_path / "kernels" / "here"
-    spec.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
+    kernelspec.write_kernel_spec(tmp_path / "kernels" / "here")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -40,7 +40,7 @@ TIMES = {
 
 
 def flags(workdir, config="configs/quickstart.py", **overrides):
-    """The words that a user would type after `python -m meap_jax.main`, with TINY and these overrides."""
+    """The flags of `python -m meap_jax.main` for a run of TINY with these overrides, `__` for a dot."""
     values = {**TINY, **{name.replace("__", "."): value for name, value in overrides.items()}}
     return [
         f"--config={ROOT / config}",
@@ -50,24 +50,26 @@ def flags(workdir, config="configs/quickstart.py", **overrides):
 
 
 def command(workdir, **overrides):
-    """The whole command."""
+    """The words of the training command with these flags."""
     return [sys.executable, "-m", "meap_jax.main", *flags(workdir, **overrides)]
 
 
 def environment(**variables):
-    """The tests' own for a process that sees one device, with these variables too."""
+    """The environment of these tests for a process that sees one device, with these variables too."""
     one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return {**os.environ, "XLA_FLAGS": one_device, "PYTHONPATH": str(ROOT), **variables}
 
 
-def run(workdir, **overrides):
-    """Runs it to the end; returns the finished process, its output as text."""
-    words = command(workdir, **overrides)
-    return subprocess.run(words, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
+def run(workdir, exit_code=0, **overrides):
+    """Runs the training command to its end; returns what it logged."""
+    words, pipes = command(workdir, **overrides), dict(text=True, capture_output=True, timeout=300)
+    finished = subprocess.run(words, env=environment(), cwd=ROOT, **pipes)
+    assert finished.returncode == exit_code, finished.stderr
+    return finished.stderr
 
 
 def records(workdir):
-    """metrics.jsonl."""
+    """The records in metrics.jsonl."""
     return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -16,12 +16,7 @@ def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Itera
     num_rows = min(max_rows, len(blocks))
     for start in range(0, num_rows, batch_size):
         rows = stacked([blocks[i] for i in range(start, min(start + batch_size, num_rows))])
-        yield jax.tree.map(lambda x: on_mesh(mesh, filled(x, batch_size)), rows)
-
-
-def filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Pads rows [b, ...] with zeros to [batch_size, ...]."""
-    return np.pad(rows, ((0, batch_size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+        yield jax.tree.map(lambda x: on_mesh(mesh, np.pad(x, ((0, batch_size - len(x)), (0, 0)))), rows)
 
 
 def on_mesh(mesh: Mesh, rows: np.ndarray) -> jax.Array:

@@ -98,12 +98,12 @@ def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """
     stated = {(fact["document"], fact["fact"]): int(fact["start"]) for fact in facts}
     num_facts = Counter(facts["document"].tolist())
-    out = np.empty(len(answers), QUESTION_DTYPE)
-    for i, a in enumerate(answers):
+
+    def question(a: np.void) -> tuple:
         depth = a["fact"] / max(num_facts[a["document"]] - 1, 1)
-        distance = a["start"] - stated[a["document"], a["fact"]]
-        out[i] = a["row"], a["start"], a["length"], depth, distance
-    return out
+        return a["row"], a["start"], a["length"], depth, a["start"] - stated[a["document"], a["fact"]]
+
+    return np.array([question(a) for a in answers], QUESTION_DTYPE)
 
 
 def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:

@@ -36,10 +36,7 @@ def test_the_interval_of_a_ratio_weighs_rows_by_their_counts():
     interval = ratio_interval(np.array([2.0, 6.0, 0.0, 4.0]), np.array([1, 2, 0, 1]))
     half = 4.302653 * np.sqrt(3) / 4
     assert interval == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
-
-
-def test_one_row_has_no_spread():
-    assert ratio_interval(np.array([6.0]), np.array([2])) == (3.0, None, None)
+    assert ratio_interval(np.array([6.0]), np.array([2])) == (3.0, None, None)  # One row has no spread.
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,6 @@ from experiments import compare
 from meap_jax.errors import ConfigError
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """The runs that the comparison starts see one device, not the eight of these tests."""
-    for name, value in tiny_runs.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tiny_runs.ROOT)
-
-
-def modified(workdir):
-    return {file: file.stat().st_mtime_ns for file in workdir.glob("*seed*/checkpoints/*/_CHECKPOINT_METADATA")}
-
-
 def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(one_device, tmp_path, capfd):
     # At ratio 0 MEAP is NTP: whatever else differed between the runs of a pair would show.
     words = tiny_runs.flags(tmp_path, num_steps=4, checkpoint__every=4, objective__mask_ratio=0.0)
@@ -39,11 +27,10 @@ def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(
         assert row["difference"] == {"estimate": 0, "low": 0, "high": 0}
     assert (tmp_path / "report.md").read_text().startswith("# NTP and MEAP")
 
-    before = modified(tmp_path)
+    saved = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*seed*/checkpoints/*/_CHECKPOINT_METADATA")}
     compare.command(["compare", "--seeds=2", *words])
-    assert len(before) == 4 and modified(tmp_path) == before
-    again = json.loads((tmp_path / "results.json").read_text())
-    assert again["metrics"] == results["metrics"]
+    assert len(saved) == 4 and all(file.stat().st_mtime_ns == time for file, time in saved.items())
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == results["metrics"]
 
 
 def test_a_run_that_fails_stops_the_comparison_with_its_own_sentence(one_device, tmp_path):

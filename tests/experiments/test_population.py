@@ -1,6 +1,7 @@
 """A population in one program over the devices: each member as if alone, one trace for all, no communication."""
 
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -67,18 +68,8 @@ def use_devices(monkeypatch, num):
 def test_every_member_is_bit_equal_to_the_model_trained_alone_and_all_share_one_trace(
     run, alone, num_devices, monkeypatch
 ):
-    traces = []
-
-    def counted(config, definition):
-        step = train.step_function(config, definition)
-
-        def counting(state, batch, ratio):
-            traces.append(ratio)
-            return step(state, batch, ratio)
-
-        return counting
-
-    monkeypatch.setattr(population, "step_function", counted)
+    step = mock.Mock(side_effect=train.step_function(run.config, run.definition))
+    monkeypatch.setattr(population, "step_function", lambda *_: step)
     monkeypatch.setattr(population, "MOST_STEPS_A_CALL", 2)  # Two calls of two steps.
     meshes = use_devices(monkeypatch, num_devices)
     states = population.train(run, RATIOS, NUM_SEEDS)
@@ -87,7 +78,7 @@ def test_every_member_is_bit_equal_to_the_model_trained_alone_and_all_share_one_
     jax.tree.map(lambda together, *single: np.testing.assert_array_equal(together, np.stack(single)), states, *alone)
     kernels = jax.tree.leaves(states.params)[0]
     assert len(np.unique(kernels.reshape(len(kernels), -1), axis=0)) == len(RATIOS) * NUM_SEEDS
-    assert len(traces) == 1
+    assert step.call_count == 1
 
 
 def test_every_device_holds_its_own_members_and_no_device_sends_anything_to_another(run):

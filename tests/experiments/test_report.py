@@ -96,7 +96,7 @@ def test_the_page_says_who_won_whoever_it_is(tmp_path, meap_losses, verdict):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
 
 
-def test_the_page_stands_on_its_own(tmp_path):
+def test_the_page_has_all_that_a_reader_needs(tmp_path):
     report.write(epath.Path(tmp_path), make_runs(), SETTING)
     page = (tmp_path / "report.md").read_text()
     said = ("2 seeds (0, 1)", "python 3.11.9", "abcdef012345", "1.5 minutes", "4 questions a run", "| 2.000, 2.300 |")

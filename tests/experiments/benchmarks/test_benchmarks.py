@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-import tiny_runs
 from experiments.benchmarks import harness, train_step
 from experiments.benchmarks.timing import Ratio
 from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
@@ -30,30 +29,7 @@ TABLES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Of processes that a benchmark starts."""
-    for name in ("XLA_FLAGS", "PYTHONPATH"):
-        monkeypatch.setenv(name, tiny_runs.environment()[name])
-
-
-def run(name, tmp_path, *flags):
-    """What `python -m experiments.benchmarks.NAME --quick` wrote to --json."""
-    file = tmp_path / "result.json"
-    module = importlib.import_module(f"experiments.benchmarks.{name}")
-    module.command([name, "--quick", f"--json={file}", *flags])
-    return json.loads(file.read_text())
-
-
-def check(result, name, out):
-    """The tables have the columns of TABLES, and were printed."""
-    assert result["benchmark"] == name and result["setting"]["jax"]
-    for table, columns in zip(result["tables"], TABLES[name], strict=True):
-        assert f"**{table['title']}**" in out
-        for row in table["rows"]:
-            assert {column.strip("*") for column in columns} <= set(row)
-            for ratio in (row[column[1:]] for column in columns if column.startswith("*")):
-                assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] < math.inf, row
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize(
@@ -64,8 +40,16 @@ def check(result, name, out):
     ],
 )  # fmt: skip
 def test_quick_run_prints_its_tables(name, flags, tmp_path, capsys):
-    result = run(name, tmp_path, *flags)
-    check(result, name, capsys.readouterr().out)
+    file = tmp_path / "result.json"
+    importlib.import_module(f"experiments.benchmarks.{name}").command([name, "--quick", f"--json={file}", *flags])
+    result, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert result["benchmark"] == name and result["setting"]["jax"]
+    for table, columns in zip(result["tables"], TABLES[name], strict=True):
+        assert f"**{table['title']}**" in out
+        for row in table["rows"]:
+            assert {column.strip("*") for column in columns} <= set(row)
+            for ratio in (row[column[1:]] for column in columns if column.startswith("*")):
+                assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] < math.inf, row
     assert result["repeats"] == (1 if flags else 2)
     first, *_ = rows = result["tables"][0]["rows"]
     if name == "data":
@@ -87,7 +71,7 @@ def test_without_torch_the_command_says_how_to_get_it(monkeypatch):
 
 
 def test_batches_double_on_an_accelerator_until_memory_ends(monkeypatch):
-    """The search of the largest batch, and of torch's from there; devices of this size are not at hand."""
+    """The search for the largest batch, and for torch's from there, with engines that only pretend to run."""
     room = {"ours": 8, "eager": 2, "compiled": 4}
     about = {
         "engine": "e", "device": "1 x GPU", "num_devices": 1, "peak_flops": 1e9, "parameters": 10, "temp_bytes": 2**30
@@ -132,9 +116,8 @@ def test_a_decoder_that_no_memory_holds_is_reported_as_that():
 
 
 def test_another_error_of_an_engine_is_reported_in_its_own_words():
-    config = config_of("tiny", seq_len=1, batch_size=2)
     with pytest.raises(WorkerError, match="seq_len is 1"):
-        Worker(train_step.OURS, {"config": config.to_dict()})
+        Worker(train_step.OURS, {"config": config_of("tiny", seq_len=1, batch_size=2).to_dict()})
 
 
 @pytest.mark.parametrize(
@@ -150,9 +133,6 @@ def test_bad_flags_are_named_before_anything_is_measured(flags, expected):
     command = harness.main("name", "", lambda args: pytest.fail("measured"), repeats=1)
     with pytest.raises(ConfigError, match=expected):
         command(["name", *flags])
-
-
-def test_an_unknown_size_is_named():
     with pytest.raises(ConfigError, match="--sizes is '1M,7M', but must be some of"):
         train_step.command(["train_step", "--no-torch", "--sizes=1M,7M"])
 

@@ -1,5 +1,7 @@
 """Turns: their order, what counts, and ratios taken round by round."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,19 +9,13 @@ from experiments.benchmarks.timing import Ratio, Timings, exponents, interleave,
 
 
 def test_every_round_starts_with_the_next_competitor_and_warm_up_does_not_count():
-    order = []
+    order, seconds = [], {"a": iter([9, 1, 2, 3]), "b": iter([9, 4, 5, 6]), "c": iter([9, 7, 8, 9])}
 
-    def turn(name, seconds):
-        def take():
-            order.append(name)
-            return float(next(seconds))
+    def turn(name):
+        order.append(name)
+        return float(next(seconds[name]))
 
-        return take
-
-    timings = interleave(
-        {"a": turn("a", iter([9, 1, 2, 3])), "b": turn("b", iter([9, 4, 5, 6])), "c": turn("c", iter([9, 7, 8, 9]))},
-        rounds=3,
-    )
+    timings = interleave({name: functools.partial(turn, name) for name in seconds}, rounds=3)
     assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert sorted(order[:3]) == ["a", "b", "c"]
     assert {name: s.tolist() for name, s in timings.seconds.items()} == {"a": [1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9]}
