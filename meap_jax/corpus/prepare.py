@@ -81,8 +81,8 @@ def prepare(
         raise ConfigError(
             f"data.prepared is {folder}, but must be a folder that can be made: {error.strerror}."
         ) from error
-    if foreign and not (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
+    if foreign:
+        read_manifest(folder)  # An error where the folder is one of something else.
     try:
         with _alone(folder):
             before = os.listdir(folder)

@@ -124,23 +124,11 @@ def _packed(lengths: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
     import grain  # Here, since it imports JAX, which workers do without.
     from grain.experimental import BestFitPackIterDataset
 
-    elements = grain.MapDataset.source(_Numbers(lengths)).to_iter_dataset(grain.ReadOptions(0, 0))
+    repeated = grain.MapDataset.range(len(lengths)).map(lambda i: {"slice": np.full(lengths[i], i, np.int32)})
+    elements = repeated.to_iter_dataset(grain.ReadOptions(0, 0))
     for row in BestFitPackIterDataset(elements, length_struct={"slice": block_len}, num_packing_bins=_BINS):
         segments = row["slice_segment_ids"]
         yield row["slice"][np.flatnonzero((np.diff(segments, prepend=0) != 0) & (segments != 0))].astype(np.int64)
-
-
-class _Numbers:
-    """Element i is {"slice": [i, i, ...]}, as long as slice i."""
-
-    def __init__(self, lengths: np.ndarray):
-        self._lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
-        return {"slice": np.full(int(self._lengths[index]), index, np.int32)}
 
 
 def first_tokens(ranges: Iterable[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:

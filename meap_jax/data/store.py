@@ -7,12 +7,13 @@ columns that spans of this role have, as float64.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import threading
 import uuid
 from array import array
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -234,12 +235,11 @@ class Store:
         return [np.frombuffer(record, self.dtype) for record in read]
 
     def _reader(self, shard: int) -> Any:
-        readers: OrderedDict[int, Any] = self._open.__dict__.setdefault("readers", OrderedDict())
-        reader = readers.pop(shard, None)
-        if reader is None:
-            path = os.fspath(shard_file(self.folder, shard))
-            reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
-            if len(readers) >= _OPEN_FILES:
-                readers.popitem(last=False)[1].close()
-        readers[shard] = reader
-        return reader
+        if not hasattr(self._open, "reader"):
+            self._open.reader = functools.lru_cache(_OPEN_FILES)(functools.partial(_open_shard, self.folder))
+        return self._open.reader(shard)
+
+
+def _open_shard(folder: Path, shard: int) -> Any:
+    path = os.fspath(shard_file(folder, shard))
+    return array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)

@@ -64,16 +64,11 @@ def run_command(*arguments, module="meap_jax.corpus.beam", **environment):
     return subprocess.run(command, cwd=tiny_runs.ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def a_job(corpus, folder):
-    """The first shard of the corpus, to be made in `folder`, which gets the tokenizer."""
-    prepare(folder, tiny_data.text_spec(corpus), workers=1)
-    (folder / ".text.partial").mkdir()
-    source = open_source("text", tiny_data.text_spec(corpus).sources["text"])
-    return jobs(source, folder / ".text.partial", folder, 0)[0]
-
-
 def test_one_shard_made_at_once_by_many_with_one_process_id_is_right(corpus, tmp_path):
-    job = a_job(corpus, tmp_path)
+    spec = tiny_data.text_spec(corpus)
+    prepare(tmp_path, spec, workers=1)  # The folder gets the tokenizer.
+    (tmp_path / "made").mkdir()
+    job = jobs(open_source("text", spec.sources["text"]), tmp_path / "made", tmp_path, 0)[0]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         summaries = list(pool.map(make_shard, [job] * 32))
     assert all(summary == summaries[0] for summary in summaries)
@@ -134,24 +129,22 @@ def test_retrieval_documents_keep_their_answers(tmp_path):
 def test_killed_and_started_again_it_goes_on(corpus, alone, tmp_path, worker_folder):
     folder = tmp_path / "data"
     worker_folder = worker_folder and worker_folder.format(folder)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import functools\nfrom meap_jax.corpus import beam, prepare, shards\nshards.SHARD_BYTES = 1\n"
-        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
+    body = (
+        "shards.SHARD_BYTES = 1\n"
         f"maker = functools.partial(beam.run_on_beam, options=beam.beam_options([]), worker_folder={worker_folder!r})\n"
-        f"prepare.prepare({str(folder)!r}, {tiny_data.text_spec(corpus)!r}, shard_maker=maker)\n"
+        f"prepare({str(folder)!r}, {tiny_data.text_spec(corpus)!r}, shard_maker=maker)\n"
     )
-    process = subprocess.Popen([sys.executable, str(program)], env=tiny_runs.environment())
+    process = tiny_data.start_program(tmp_path / "program.py", body)
     tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= 2, process)
     process.kill()
-    process.wait()
+    process.communicate()
     done = [path.with_suffix(".arrayrecord") for path in tiny_data.complete(folder)]
     assert 2 <= len(done) < NUM_SHARDS and not (folder / "text").exists()
     records = {path.name: path.stat().st_mtime_ns for path in done}
     made = prepare_on_beam(folder, tiny_data.text_spec(corpus), (), worker_folder)
     assert content(made) == alone
-    now = {name: (folder / "text" / name).stat().st_mtime_ns for name in records}
-    assert now == records  # What was complete was not made again.
+    for name, time in records.items():
+        assert (folder / "text" / name).stat().st_mtime_ns == time  # What was complete was not made again.
 
 
 @pytest.fixture
