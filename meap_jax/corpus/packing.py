@@ -57,8 +57,8 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
         split_by, counts = _pack(pack, partial, store, spec, source)
     for split in SPLITS:
         is_of_split = store.index["split"] == SPLITS.index(split)
-        tokens = np.sum(lengths, where=is_of_split, dtype=np.int64)
-        counts[split]["mean_document_tokens"] = round(float(tokens / max(np.count_nonzero(is_of_split), 1)), 1)
+        tokens = int(np.sum(lengths, where=is_of_split, dtype=np.int64))
+        counts[split]["mean_document_tokens"] = round(tokens / max(1, int(np.count_nonzero(is_of_split))), 1)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
     # Not all that decides on blocks is in the spec: the holdout of a cut by blocks, or the version of grain.
     digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("slices", "bounds"))
