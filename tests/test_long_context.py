@@ -60,9 +60,9 @@ def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpaj
     words = flags("long_context_64k.py", **longer)
     capsys.readouterr()
     prepare.command(["prepare", *words])
-    told = {line["source"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert list(told) == list(long_context_64k.DOMAINS)
-    for line in told.values():
+    counts = {line["source"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(counts) == list(long_context_64k.DOMAINS)
+    for line in counts.values():
         assert sum(line["documents"].values()) == 120
         # Half of the documents are short, and a tenth of these stays.
         assert line["splits"]["train"]["documents"] < 0.75 * line["documents"]["train"]

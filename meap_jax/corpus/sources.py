@@ -10,7 +10,6 @@ makes `--config.data.path=counting:500` work in every command of the Python proc
 import contextlib
 import dataclasses
 import hashlib
-import json
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
-from meap_jax.data.manifest import MANIFEST
+from meap_jax.data.manifest import MANIFEST, read_manifest
 from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, EncodedDocument, Store, TokenSpan, ids_dtype
 from meap_jax.errors import ConfigError, DataError
@@ -153,7 +152,7 @@ class TokenIds:
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        return json.loads(Path(self.folder, MANIFEST).read_text(encoding="utf-8"))
+        return read_manifest(Path(self.folder))
 
     @property
     def tokenizer_hash(self) -> str:

@@ -10,29 +10,18 @@ from hypothesis import strategies as st
 
 import tiny_data
 from meap_jax.data import store as store_module
-from meap_jax.data.store import (
-    SPAN_DTYPE,
-    EncodedDocument,
-    Store,
-    TokenSpan,
-    ids_dtype,
-    index_files,
-    shard_file,
-    write_shard,
-)
+from meap_jax.data.store import SPAN_DTYPE, EncodedDocument, Store, TokenSpan, ids_dtype, index_files, shard_file
 from meap_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def shards():
     rng = np.random.default_rng(0)
-    return [
-        [
-            (int(rng.integers(3)), EncodedDocument(rng.integers(0, 60_000, rng.integers(1, 300)).tolist()))
-            for _ in range(n)
-        ]
-        for n in (50, 0, 1, 120)
-    ]
+
+    def document():
+        return int(rng.integers(3)), EncodedDocument(rng.integers(0, 60_000, rng.integers(1, 300)).tolist())
+
+    return [[document() for _ in range(n)] for n in (50, 0, 1, 120)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +82,9 @@ def test_spans_of_a_role_with_different_columns_are_refused(tmp_path, columns):
 def test_the_hash_of_a_shard_depends_on_ids_and_splits_alone(tmp_path):
     def sha(folder, *documents):
         folder.mkdir(exist_ok=True)
-        return write_shard(folder, 0, [(s, EncodedDocument(ids)) for s, ids in documents], np.dtype("<u2")).sha256
+        return store_module.write_shard(
+            folder, 0, [(s, EncodedDocument(ids)) for s, ids in documents], np.dtype("<u2")
+        ).sha256
 
     first = sha(tmp_path / "a", (0, [1, 2]), (0, [3]))
     assert sha(tmp_path / "b", (0, [1, 2]), (0, [3])) == first
