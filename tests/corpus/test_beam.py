@@ -160,22 +160,17 @@ def spoilt(corpus, tmp_path):
 @needs_beam
 @pytest.mark.parametrize("words", [[], SUBMITTED], ids=str)
 @pytest.mark.parametrize("is_bucket", [False, True])
-def test_too_many_bad_records_in_one_shard_stop_it_with_file_and_line(spoilt, tmp_path, words, is_bucket):
+def test_too_many_bad_records_in_one_shard_or_in_all_stop_it_with_file_and_line(spoilt, tmp_path, words, is_bucket):
     worker_folder = f"file://{tmp_path}/data" if is_bucket else None
     place = re.escape(f"{tmp_path}/spoilt/00.jsonl, line 63")
     with pytest.raises(DataError, match=rf"^{place} [\w ]+ \(bad records: 3, allowed: 2\)\.$"):
         prepare_on_beam(tmp_path / "data", spoilt(2), words, worker_folder)
+    with pytest.raises(DataError, match=r"records of text can't be used, more than data.max_skipped = 8: 3 x "):
+        prepare_on_beam(tmp_path / "data", spoilt(8), words, worker_folder)
     # With a higher limit it goes on from there, and leaves nothing of what failed.
     spec = spoilt(3 * NUM_SHARDS)
     made = prepare_on_beam(tmp_path / "data", spec, words, worker_folder)
     assert content(made) == content(prepare(tmp_path / "again", spec, workers=1))
-
-
-@needs_beam
-@pytest.mark.parametrize("words", [[], SUBMITTED], ids=str)
-def test_too_many_bad_records_in_all_shards_stop_it_too(spoilt, tmp_path, words):
-    with pytest.raises(DataError, match=r"records of text can't be used, more than data.max_skipped = 8: 3 x "):
-        prepare_on_beam(tmp_path / "data", spoilt(8), words)
 
 
 @needs_beam
@@ -197,9 +192,7 @@ def test_documents_tokens_and_skips_are_counted_as_metrics(spoilt, tmp_path, mon
 def test_a_worker_folder_that_is_another_one_is_refused_before_any_work(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(beam_module, "_make_element", None)
     other = f"file://{tmp_path}/other"
-    with pytest.raises(
-        ConfigError, match=rf"--worker_folder is {other}, but must be the folder that is data\.prepared"
-    ):
+    with pytest.raises(ConfigError, match=f"--worker_folder is {other}, but must be the folder that is data.prepared"):
         prepare_on_beam(tmp_path / "data", tiny_data.text_spec(corpus), (), other)
 
 
@@ -242,5 +235,7 @@ def test_the_command_ends_at_bad_records_in_one_sentence_and_without_a_traceback
     words = (f"--config.data.path={tmp_path}/bad.jsonl", "--config.data.max_skipped=4")
     ended = run_command(*words, f"--config.data.prepared={tmp_path}/data")
     assert ended.returncode == 1
-    (line,) = ended.stderr.strip().splitlines()
-    assert line == f"error: {tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."
+    assert (
+        ended.stderr.strip()
+        == f"error: {tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."
+    )

@@ -155,11 +155,7 @@ BOTH_HASHES = r"another tokenizer \([0-9a-f]{12}\) .* \([0-9a-f]{12}\)"
         *((name, None, "{0.name}") for name in FILES),
         *((name, lambda data: data[:-5], "({0.name}|{0.parent.name}) is damaged") for name in FILES),
         ("text/index.npy", lambda data: bytes(len(data)), "index.npy is damaged: delete"),
-        (
-            "tokenizer.json",
-            lambda data: data.replace(b"falcon", b"fulcon"),
-            BOTH_HASHES,
-        ),
+        ("tokenizer.json", lambda data: data.replace(b"falcon", b"fulcon"), BOTH_HASHES),
         ("manifest.json", lambda data: data.replace(b'_version": ', b'_version": 10'), "layout 10"),
     ],
 )

@@ -82,9 +82,8 @@ def test_spans_of_a_role_with_different_columns_are_refused(tmp_path, columns):
 def test_the_hash_of_a_shard_depends_on_ids_and_splits_alone(tmp_path):
     def sha(folder, *documents):
         folder.mkdir(exist_ok=True)
-        return store_module.write_shard(
-            folder, 0, [(s, EncodedDocument(ids)) for s, ids in documents], np.dtype("<u2")
-        ).sha256
+        encoded = [(split, EncodedDocument(ids)) for split, ids in documents]
+        return store_module.write_shard(folder, 0, encoded, np.dtype("<u2")).sha256
 
     first = sha(tmp_path / "a", (0, [1, 2]), (0, [3]))
     assert sha(tmp_path / "b", (0, [1, 2]), (0, [3])) == first
