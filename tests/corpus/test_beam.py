@@ -234,8 +234,5 @@ def test_the_command_ends_at_bad_records_in_one_sentence_and_without_a_traceback
     (tmp_path / "bad.jsonl").write_text("no JSON\n" * 5)
     words = (f"--config.data.path={tmp_path}/bad.jsonl", "--config.data.max_skipped=4")
     ended = run_command(*words, f"--config.data.prepared={tmp_path}/data")
-    assert ended.returncode == 1
-    assert (
-        ended.stderr.strip()
-        == f"error: {tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."
-    )
+    sentence = f"{tmp_path}/bad.jsonl, line 5, column 1 is not JSON (bad records: 5, allowed: 4)."
+    assert ended.returncode == 1 and ended.stderr.strip() == f"error: {sentence}"
