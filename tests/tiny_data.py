@@ -60,6 +60,13 @@ def write_jsonl(path, texts):
     return path
 
 
+def flip(path, start, stop):
+    """Flips all bits of the bytes start ... stop - 1 of a file."""
+    data = np.fromfile(path, np.uint8)
+    data[start:stop] ^= 0xFF
+    data.tofile(path)
+
+
 def complete(folder):
     """The summaries of the shards that are there."""
     return list(folder.glob(".text.partial/?????.json"))

@@ -189,12 +189,6 @@ class Store:
     def __getitem__(self, document: int) -> np.ndarray:
         return self.read([document])[0]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_open": threading.local()}
-
     def spans(self, role: str) -> np.ndarray:
         """[number of spans] of SPAN_DTYPE and the role's columns, ordered by document; SPAN_DTYPE if there are none."""
         path = self.folder / f"spans.{role}.npy"

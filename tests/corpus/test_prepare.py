@@ -17,7 +17,6 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError, UserError
 from meap_jax.evals.retrieval import questions
-from meap_jax.rows import stacked
 
 TEKKEN = {"tokenizer": "tekken", "vocab_size": 131_136}
 
@@ -62,6 +61,8 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
         whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
         seen += [document.removeprefix("<bos>") for document in whole]
     assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
+    assert prepared.plan_manifest("text")["split_by"] == "document"
+    assert sum(prepared.manifest("text")["documents"].values()) == 41 and prepared.manifest("text")["skipped"] == {}
 
 
 def test_every_answer_is_where_the_blocks_say(prepared):
@@ -79,18 +80,6 @@ def test_every_answer_is_where_the_blocks_say(prepared):
             assert prepared.tokenizer.decode(block.tokens[start - distance - 1 : start - distance]) == " is"
     assert len(prepared.blocks("retrieval", "train").spans("fact")) == 4 * 300
     assert not len(prepared.blocks("text", "train").spans("fact"))
-
-
-def test_the_manifests_count_what_is_there(prepared):
-    counts = prepared.plan_manifest("retrieval")["splits"]["train"]
-    blocks = prepared.blocks("retrieval", "train")
-    rows = stacked([blocks[i] for i in range(len(blocks))])
-    assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
-    assert counts["blocks"] == len(rows.tokens)
-    assert counts["tokens"] == np.count_nonzero(rows.segment_ids)
-    assert counts["padding_share"] == pytest.approx(np.mean(rows.segment_ids == 0), abs=1e-4)
-    assert prepared.plan_manifest("text")["split_by"] == "document"
-    assert prepared.manifest("text")["skipped"] == {}
 
 
 def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):

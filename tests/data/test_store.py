@@ -1,6 +1,5 @@
 """Documents of ids on disk, in any order."""
 
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,14 +43,13 @@ def test_the_index_knows_lengths_and_splits(store, shards):
         assert store.documents(split).tolist() == [i for i, (s, _) in enumerate(documents) if s == number]
 
 
-def test_threads_and_other_processes_read_what_this_one_does(store, monkeypatch):
+def test_threads_read_what_one_does(store, monkeypatch):
     monkeypatch.setattr(store_module, "_OPEN_FILES", 1)  # So that threads close what others have opened.
     numbers = np.random.default_rng(1).permutation(len(store)).tolist() * 4
     expected = {i: store[i].tolist() for i in range(len(store))}
     with ThreadPoolExecutor(8) as pool:
         for i, ids in zip(numbers, pool.map(store.__getitem__, numbers), strict=True):
             assert ids.tolist() == expected[i]
-    assert pickle.loads(pickle.dumps(store))[7].tolist() == expected[7]
 
 
 def test_ids_that_need_it_take_four_bytes(tmp_path):
@@ -92,10 +90,7 @@ def test_the_hash_of_a_shard_depends_on_ids_and_splits_alone(tmp_path):
 
 def test_a_flipped_byte_is_named_with_file_record_and_byte(tmp_path, shards):
     tiny_data.make_store(tmp_path, shards, num_tokens=60_000)
-    file = shard_file(tmp_path, 3)
-    content = bytearray(file.read_bytes())
-    content[5000] ^= 0xFF
-    file.write_bytes(content)
+    tiny_data.flip(shard_file(tmp_path, 3), 5000, 5001)
     damaged = Store(tmp_path, [50, 0, 1, 120], np.dtype("<u2"))
     with pytest.raises(DataError, match=r"00003.arrayrecord is damaged at one of the records \d+ to \d+ .*at byte"):
         for i in range(len(damaged)):
