@@ -78,7 +78,7 @@ def llama(metaspace: bool) -> str:
 
 @cache
 def unigram() -> str:
-    """T5's kind: the special tokens are pieces of the model, and characters that it doesn't know become <unk>."""
+    """T5's kind: special tokens are in the model's vocabulary, and characters that it doesn't know become <unk>."""
     special = ["<pad>", "</s>", "<unk>", "<s>", "<mask>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()

@@ -100,8 +100,8 @@ def _pack(
     # Documents that were to be held out come last: they fill the end that is cut off.
     ranges = chain.from_iterable(_ranges(store, split, spec) for split in SPLITS)
     plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
-    for split, part in _cut_by_blocks(plans.load(partial, "all"), store.folder, block_len, source.holdout):
-        counts[split] = plans.save(partial, split, [part], lengths, block_len)
+    for split, plan in _cut_by_blocks(plans.load(partial, "all"), store.folder, block_len, source.holdout):
+        counts[split] = plans.save(partial, split, [plan], lengths, block_len)
     for kind in ("slices", "bounds"):
         (partial / f"all.{kind}").unlink()
     return "block", counts
@@ -153,4 +153,4 @@ def _cut_by_blocks(
     held = max(1, int(holdout * len(plan)))
     cuts = (0, len(plan) - 2 * held, len(plan) - held, len(plan))
     for i, split in enumerate(SPLITS):
-        yield split, plan.part(cuts[i], cuts[i + 1])
+        yield split, plan.between(cuts[i], cuts[i + 1])

@@ -109,7 +109,7 @@ class Prepared:
 
     @property
     def sources(self) -> list[str]:
-        """Their names."""
+        """The names of the sources."""
         return list(self.spec.plans)
 
     def manifest(self, name: str) -> dict[str, Any]:

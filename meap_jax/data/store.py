@@ -158,8 +158,8 @@ def merge_indices(folder: Path, num_shards: int) -> None:
         indices.append(np.load(shard_file(folder, shard).with_suffix(".index.npy")))
         first += len(indices[-1])
     save_array(folder / "index.npy", np.concatenate(indices))
-    for name, parts in spans.items():
-        save_array(folder / name, np.concatenate(parts))
+    for name, arrays in spans.items():
+        save_array(folder / name, np.concatenate(arrays))
 
 
 def index_files(folder: Path) -> list[Path]:
