@@ -24,15 +24,9 @@ def main(task_file, out_file):
     join_hosts()
     task = pickle.loads(pathlib.Path(task_file).read_bytes())
     mesh = sharding.make_mesh(task["mesh"])
-    seen, states = {}, {}
+    seen, states, fields = {}, {}, {name: task[name] for name in ("weights", "seed", "batch_size")}
     for packing, spec in task["specs"].items():
-        batches = TrainBatches(
-            prepare(task["folder"], spec),
-            task["weights"],
-            seed=task["seed"],
-            batch_size=task["batch_size"],
-            sharding=sharding.batch_sharding(mesh),
-        )
+        batches = TrainBatches(prepare(task["folder"], spec), sharding=sharding.batch_sharding(mesh), **fields)
         if task["states"] is not None:
             batches.set_state(task["states"][packing])
         seen[packing] = {step: hashes(next(batches)) for step in range(task["start"], task["stop"])}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from configs import long_context_64k
+from configs.long_context_64k import DOMAINS, get_config
 from meap_jax import main
 from meap_jax.corpus import prepare
 from tiny_runs import ROOT, records
@@ -26,7 +26,7 @@ def slimpajama(tmp_path_factory):
         lines = [
             {"text": f"{domain} {i} " + "word " * int(rng.choice([10, 300])),
              "meta": {"redpajama_set_name": f"RedPajama{domain}"}}
-            for domain in long_context_64k.DOMAINS for i in range(60)
+            for domain in DOMAINS for i in range(60)
         ]  # fmt: skip
         rng.shuffle(lines)
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -40,10 +40,10 @@ def flags(config, **fields):
 
 
 def test_the_config_says_what_the_paper_does():
-    c = long_context_64k.get_config()
+    c = get_config()
     assert c.seq_len == 65_536 and c.model.rope_base == 640_000
     assert 3.99e9 < c.num_steps * c.global_batch_size * c.seq_len <= 4e9
-    assert sum(long_context_64k.DOMAINS.values()) == pytest.approx(100)
+    assert sum(DOMAINS.values()) == pytest.approx(100)
 
 
 def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpajama, tmp_path, capsys):
@@ -52,17 +52,15 @@ def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpaj
     )  # fmt: skip
     main.command(["main", *words, f"--workdir={tmp_path / 'short'}"])
 
-    longer = dict(
-        num_steps=2, seq_len=128, global_batch_size=4, data__path=slimpajama, data__prepared=tmp_path / "data"
-    )
-    for domain in long_context_64k.DOMAINS:
-        longer[f"data__sources__{domain}__long_from"] = 200
-    words = flags("long_context_64k.py", **longer)
+    words = flags(
+        "long_context_64k.py", num_steps=2, seq_len=128, global_batch_size=4, data__path=slimpajama,
+        data__prepared=tmp_path / "data", **{f"data__sources__{domain}__long_from": 200 for domain in DOMAINS},
+    )  # fmt: skip
     capsys.readouterr()
     prepare.command(["prepare", *words])
-    told = {line["source"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert list(told) == list(long_context_64k.DOMAINS)
-    for line in told.values():
+    counts = {line["source"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(counts) == list(DOMAINS)
+    for line in counts.values():
         assert sum(line["documents"].values()) == 120
         # Half of the documents are short, and a tenth of these stays.
         assert line["splits"]["train"]["documents"] < 0.75 * line["documents"]["train"]
@@ -70,4 +68,4 @@ def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpaj
     main.command(["main", *words, f"--config.init_from={tmp_path / 'short'}", f"--workdir={tmp_path / 'long'}"])
     last = records(tmp_path / "long")[-1]
     assert last["step"] == 2 and last["mask_fraction"] > 0
-    assert all(np.isfinite(last[f"validation_{domain}/loss"]) for domain in long_context_64k.DOMAINS)
+    assert all(np.isfinite(last[f"validation_{domain}/loss"]) for domain in DOMAINS)

@@ -1,10 +1,13 @@
 """Small stores and blocks, made on the spot."""
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 
+import tiny_runs
 from meap_jax.config import add_source, base
 from meap_jax.data import plans
 from meap_jax.data.prepared import Blocks
@@ -14,7 +17,7 @@ from meap_jax.fields import fields_of
 
 
 def text_spec(path, more=None, **fields):
-    """What a config asks for that reads one source of text in Mistral's pieces, unless `fields` say otherwise.
+    """What a config asks for that reads one source of text with the tokenizer `mistral`, unless `fields` say otherwise.
 
     A field is given by its last name: of the source, of data.retrieval, of data, of the model or of the run. `more` is
     the path of a second source of text, called so.
@@ -57,9 +60,27 @@ def write_jsonl(path, texts):
     return path
 
 
+def flip(path, start, stop):
+    """Flips all bits of the bytes start ... stop - 1 of a file."""
+    data = np.fromfile(path, np.uint8)
+    data[start:stop] ^= 0xFF
+    data.tofile(path)
+
+
 def complete(folder):
     """The summaries of the shards that are there."""
     return list(folder.glob(".text.partial/?????.json"))
+
+
+def start_program(path, body):
+    """Starts a Python program that may use what is imported here and the repr of a spec, in a group of processes."""
+    imports = (
+        "import functools\nfrom meap_jax.corpus import beam, shards\nfrom meap_jax.corpus.prepare import prepare\n"
+        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
+    )
+    path.write_text(imports + body)
+    options = dict(env=tiny_runs.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, str(path)], **options)
 
 
 def wait_for(condition, process):

@@ -13,7 +13,7 @@ from meap_jax.tokenizers.sentence_piece import SentencePieceTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [document.text for document in generate(RetrievalSpec(16, 16, 4, 1, 3), 0, 300)]
-# Names of specials, as often as it takes for a trainer to learn them, were it not told otherwise.
+# Names of specials, so often that a trainer would learn them unless it is kept from it.
 SPECIALS = ("<pad>", "<bos>", "<eos>", "[MASK]", "<s>", "</s>", "<unk>", "<|endoftext|>", "<mask>")
 CORPUS = [*TEXTS, *(name for special in SPECIALS for name in [special] * 50)]
 
@@ -26,7 +26,7 @@ NORMALIZING = dict(
 
 @cache
 def sentencepiece_model(**options) -> bytes:
-    """A model of 600 pieces, Llama's way unless the options say otherwise."""
+    """A model of 600 pieces, of Llama's kind unless the options say otherwise."""
     llama = dict(
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         vocab_size=600, hard_vocab_limit=False, minloglevel=2,
@@ -39,16 +39,8 @@ def sentencepiece_model(**options) -> bytes:
 @cache
 def byte_level() -> str:
     """GPT-2's kind: one special token, truncation and padding asked for, a special id at the end by the template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer = Tokenizer.from_str(kind("bpe").files()["tokenizer.json"].decode())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
     )
@@ -86,7 +78,7 @@ def llama(metaspace: bool) -> str:
 
 @cache
 def unigram() -> str:
-    """T5's kind: the special tokens are pieces of the model, and characters that it doesn't know become <unk>."""
+    """T5's kind: special tokens are in the model's vocabulary, and characters that it doesn't know become <unk>."""
     special = ["<pad>", "</s>", "<unk>", "<s>", "<mask>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()

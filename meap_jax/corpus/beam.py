@@ -44,7 +44,7 @@ from typing import Any
 
 import fsspec
 
-from meap_jax.corpus.prepare import prepare_and_print
+from meap_jax.corpus import prepare
 from meap_jax.corpus.shards import Job, Summary, make_shard, read_summary, summary_file
 from meap_jax.data.manifest import MANIFEST
 from meap_jax.errors import ConfigError, DataError, UserError
@@ -145,7 +145,7 @@ def _check_is_same(url: str, folder: Path) -> None:
     if not is_same:
         raise ConfigError(
             f"--worker_folder is {url}, but must be the folder that is data.prepared ({folder.parent}) here: "
-            f"{manifest} is not what stands there."
+            f"{manifest} is not the one that is here."
         )
 
 
@@ -213,16 +213,14 @@ def _fetch_tokenizer(url: str) -> tempfile.TemporaryDirectory:
 
 def command(argv: list[str]) -> None:
     """Prepares the data of a config with the workers of a Beam runner, and prints a line of JSON a source."""
-    from meap_jax import cli  # Here, since workers import this module and need no JAX.
-
     config_words, worker_folder, beam_words = _divide(argv[1:])
     options = beam_options(beam_words)
     # Where shards are made in this process, Beam would log with a traceback what ends in one sentence.
     logging.getLogger("apache_beam.runners.common").addFilter(
         lambda record: not isinstance(record.msg, UserError | OSError)
     )
-    config, _ = cli.parse_config([argv[0], *config_words])
-    prepare_and_print(config, functools.partial(run_on_beam, options=options, worker_folder=worker_folder))
+    shard_maker = functools.partial(run_on_beam, options=options, worker_folder=worker_folder)
+    prepare.command([argv[0], *config_words], shard_maker)
 
 
 def _divide(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
@@ -253,8 +251,8 @@ def beam_options(words: Sequence[str]) -> Any:
         logging.disable(logging.NOTSET)
     complaint = io.StringIO()
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for part in PipelineOptions.__subclasses__():
-        part._add_argparse_args(parser)
+    for group in PipelineOptions.__subclasses__():
+        group._add_argparse_args(parser)
     try:
         with contextlib.redirect_stderr(complaint):
             unknown = parser.parse_known_args(words)[1]

@@ -56,7 +56,9 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
     with _packer(spec.packing, len(store)) as pack:
         split_by, counts = _pack(pack, partial, store, spec, source)
     for split in SPLITS:
-        counts[split]["mean_document_tokens"] = _mean_length(store, split)
+        is_of_split = store.index["split"] == SPLITS.index(split)
+        tokens = int(np.sum(lengths, where=is_of_split, dtype=np.int64))
+        counts[split]["mean_document_tokens"] = round(tokens / max(1, int(np.count_nonzero(is_of_split))), 1)
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
     # Not all that decides on blocks is in the spec: the holdout of a cut by blocks, or the version of grain.
     digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("slices", "bounds"))
@@ -98,8 +100,8 @@ def _pack(
     # Documents that were to be held out come last: they fill the end that is cut off.
     ranges = chain.from_iterable(_ranges(store, split, spec) for split in SPLITS)
     plans.save(partial, "all", pack(ranges, block_len), lengths, block_len)
-    for split, part in _cut_by_blocks(plans.load(partial, "all"), store.folder, block_len, source.holdout):
-        counts[split] = plans.save(partial, split, [part], lengths, block_len)
+    for split, plan in _cut_by_blocks(plans.load(partial, "all"), store.folder, block_len, source.holdout):
+        counts[split] = plans.save(partial, split, [plan], lengths, block_len)
     for kind in ("slices", "bounds"):
         (partial / f"all.{kind}").unlink()
     return "block", counts
@@ -129,25 +131,14 @@ def _check_may_be_cut(store: Store, spec: PlanSpec, source: SourceSpec, empty: S
 
 def _ranges(store: Store, split: str, spec: PlanSpec) -> Iterable[np.ndarray]:
     """The documents of a split that are to be packed, a range at a time."""
-    ranges: Iterable[np.ndarray] = _split_ranges(store, split)
+    indices = ((first, store.index[first : first + _RANGE]) for first in range(0, len(store), _RANGE))
+    found = ((first, index, np.flatnonzero(index["split"] == SPLITS.index(split))) for first, index in indices)
+    ranges: Iterable[np.ndarray] = (plans.whole(first + i, index["length"][i]) for first, index, i in found)
     if split != "train":
         return ranges
     if spec.long_from:
         ranges = plans.keep_long(ranges, long_from=spec.long_from, keep_shorter=spec.keep_shorter, seed=spec.seed)
     return plans.first_tokens(ranges, spec.max_tokens)
-
-
-def _split_ranges(store: Store, split: str) -> Iterator[np.ndarray]:
-    for first in range(0, len(store), _RANGE):
-        index = store.index[first : first + _RANGE]
-        numbers = np.flatnonzero(index["split"] == SPLITS.index(split))
-        yield plans.whole(first + numbers, index["length"][numbers])
-
-
-def _mean_length(store: Store, split: str) -> float:
-    totals = [(len(slices), int(slices["length"].sum(dtype=np.int64))) for slices in _split_ranges(store, split)]
-    documents, tokens = np.sum(totals, axis=0)
-    return round(float(tokens / max(documents, 1)), 1)
 
 
 def _cut_by_blocks(
@@ -162,4 +153,4 @@ def _cut_by_blocks(
     held = max(1, int(holdout * len(plan)))
     cuts = (0, len(plan) - 2 * held, len(plan) - held, len(plan))
     for i, split in enumerate(SPLITS):
-        yield split, plan.part(cuts[i], cuts[i + 1])
+        yield split, plan.between(cuts[i], cuts[i + 1])

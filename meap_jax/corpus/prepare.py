@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import ml_collections
 import numpy as np
 
 from meap_jax import tokenizers
@@ -81,8 +80,8 @@ def prepare(
         raise ConfigError(
             f"data.prepared is {folder}, but must be a folder that can be made: {error.strerror}."
         ) from error
-    if foreign and not (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
+    if foreign:
+        read_manifest(folder)  # An error where the folder is one of something else.
     try:
         with _alone(folder):
             before = os.listdir(folder)
@@ -325,20 +324,15 @@ def _finish_store(
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def command(argv: list[str]) -> None:
-    """Prepares the data of a config, and prints a line of JSON a source with its counts."""
-    from meap_jax import cli  # Here, since workers import this module and need no JAX.
-
-    config, _ = cli.parse_config(argv)
-    prepare_and_print(config)
-
-
-def prepare_and_print(config: ml_collections.ConfigDict, shard_maker: ShardMaker | None = None) -> None:
+def command(argv: list[str], shard_maker: ShardMaker | None = None) -> None:
     """Prepares the data of a config with a `shard_maker`, and prints a line of JSON a source with its counts.
 
     Raises:
       ConfigError, DataError: as `prepare`, and without `data.prepared`.
     """
+    from meap_jax import cli  # Here, since workers import this module and need no JAX.
+
+    config, _ = cli.parse_config(argv)
     if config.data.prepared is None:
         raise ConfigError("data.prepared is not set: name the folder to make, such as --config.data.prepared=/data/c4.")
     prepared = prepare(config.data.prepared, data_spec(config), shard_maker=shard_maker)

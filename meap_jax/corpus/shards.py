@@ -29,6 +29,7 @@ from meap_jax.readers import Part, Skips
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
 
+_load_tokenizer = functools.lru_cache(maxsize=1)(tokenizers.load)
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,7 @@ def make_shard(job: Job) -> Summary:
     Raises:
       DataError, OSError: as `run_jobs`.
     """
-    tokenizer = _load_tokenizer(str(job.tokenizer))
+    tokenizer = _load_tokenizer(job.tokenizer)
     skips = Skips(job.max_skipped)
     dtype = ids_dtype(tokenizer.num_tokens)
 
@@ -160,13 +161,8 @@ def run_here(todo: Sequence[Job], workers: int) -> Iterator[Iterator[tuple[Job, 
         yield ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
 
 
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    return tokenizers.load(folder)
-
-
 def summary_file(job: Job) -> Path:
-    """Stands there once the shard is complete."""
+    """The file of the summary, which exists once the shard is complete."""
     return job.folder / f"{job.shard:05}.json"
 
 

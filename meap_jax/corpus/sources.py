@@ -10,7 +10,6 @@ makes `--config.data.path=counting:500` work in every command of the Python proc
 import contextlib
 import dataclasses
 import hashlib
-import json
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from meap_jax.corpus.documents import Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
-from meap_jax.data.manifest import MANIFEST
+from meap_jax.data.manifest import MANIFEST, read_manifest
 from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, EncodedDocument, Store, TokenSpan, ids_dtype
 from meap_jax.errors import ConfigError, DataError
@@ -56,7 +55,7 @@ def open_source(name: str, spec: SourceSpec) -> Source:
       DataError: there is no text.
     """
     if isinstance(spec, RetrievalSourceSpec):
-        return _retrieval(spec)
+        return Retrieval(spec)
     if isinstance(spec, StdlibSourceSpec):
         return StandardLibrary(spec.holdout)
     assert spec.path is not None, "prepare refuses a source without a path that isn't prepared"
@@ -110,9 +109,7 @@ class StandardLibrary:
 class Retrieval:
     """Generated documents that state facts and ask for them, `meap_jax.corpus.retrieval`."""
 
-    specs: Mapping[str, RetrievalSpec]
-    sizes: Mapping[str, int]
-    seed: int
+    spec: RetrievalSourceSpec
 
     def parts(self) -> list[Part]:
         """One a split."""
@@ -129,7 +126,12 @@ class Retrieval:
                 yield SPLITS.index(split), document
 
     def _generate(self, split: str) -> Iterator[Document]:
-        return generate(self.specs[split], (self.seed, SPLITS.index(split)), self.sizes[split])
+        source = self.spec
+        spec = RetrievalSpec(**{field.name: getattr(source, field.name) for field in dataclasses.fields(RetrievalSpec)})
+        if split != "train":
+            spec = dataclasses.replace(spec, min_facts=None, num_facts=source.num_eval_facts, questions_per_fact=None)
+        num_documents = source.num_documents if split == "train" else source.num_eval_documents
+        return generate(spec, (source.seed, SPLITS.index(split)), num_documents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,7 @@ class TokenIds:
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        return json.loads(Path(self.folder, MANIFEST).read_text(encoding="utf-8"))
+        return read_manifest(Path(self.folder))
 
     @property
     def tokenizer_hash(self) -> str:
@@ -220,13 +222,6 @@ def _token_ids(name: str, spec: TextSourceSpec) -> TokenIds:
 
 # What opens a source whose path begins with this word and a colon; every other path is read as text.
 SOURCES: dict[str, Callable[[str, TextSourceSpec], Source]] = {"prepared": _token_ids}
-
-
-def _retrieval(spec: RetrievalSourceSpec) -> Retrieval:
-    train = RetrievalSpec(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(RetrievalSpec)})
-    held_out = dataclasses.replace(train, min_facts=None, num_facts=spec.num_eval_facts, questions_per_fact=None)
-    sizes = {"train": spec.num_documents, "validation": spec.num_eval_documents, "test": spec.num_eval_documents}
-    return Retrieval({"train": train, "validation": held_out, "test": held_out}, sizes, spec.seed)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,13 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps({"layout_version": LAYOUT_VERSION, **content}, indent=2), encoding="utf-8")
 
 
+def damaged(path: Path) -> DataError:
+    """The error about a file of prepared data that is missing, or isn't what was written."""
+    return DataError(
+        f"{path} is {'damaged' if path.is_file() else 'missing'}: delete {path.parent} to prepare it again."
+    )
+
+
 def check_options(group: str, folder: Path, wanted: Mapping[str, Any]) -> None:
     """Stops a config that wants something else than what was made.
 
@@ -72,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         layout = manifest["layout_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: delete {folder} to prepare it again.") from error
+        raise damaged(path) from error
     if layout != LAYOUT_VERSION:
         raise DataError(
             f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."

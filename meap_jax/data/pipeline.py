@@ -5,7 +5,7 @@ it, on any number of hosts; each process reads only the rows that its own device
 step.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -13,43 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from meap_jax.data.prepared import Blocks, Prepared
+from meap_jax.data.prepared import Prepared
 from meap_jax.rows import Row, stacked
 from meap_jax.sharding import put
 
 _ENDLESS = 2**40  # Steps; grain wants a length.
-
-
-class _Training:
-    """Training blocks as a grain source: item i is a `Row` with the fields that the run needs, [T + 1] each."""
-
-    def __init__(self, blocks: Blocks, source: str, fields: Collection[str]):
-        self._blocks, self._source, self._fields = blocks, source, fields
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __getitem__(self, index: Any) -> Row:
-        return self._blocks[index].only(self._fields)
-
-    def __repr__(self) -> str:
-        return f"_Training({self._source})"
-
-
-class _Steps:
-    """Item s is what this process needs of step s: rows `rows` of the global batch, in order."""
-
-    def __init__(self, sequence: grain.MapDataset, rows: np.ndarray, batch_size: int):
-        self._sequence, self._rows, self._batch_size = sequence, rows, batch_size
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, step: Any) -> Row:
-        return stacked([self._sequence[int(step) * self._batch_size + int(row)] for row in self._rows])
-
-    def __repr__(self) -> str:
-        return f"_Steps(batch_size={self._batch_size})"
 
 
 def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) -> grain.MapDataset:
@@ -57,13 +25,12 @@ def global_sequence(prepared: Prepared, weights: dict[str, float], seed: int) ->
 
     Items are a `Row` each, of arrays [T + 1]: tokens and, where documents of the mixture are kept apart, segment_ids.
     """
-    blocks = {source: prepared.blocks(source, "train") for source in weights}
-    fields = prepared.spec.row_fields
-    sources = [
-        grain.MapDataset.source(_Training(b, source, fields)).seed(seed + i).shuffle().repeat()
-        for i, (source, b) in enumerate(blocks.items())
+    shuffled = [
+        grain.MapDataset.source(prepared.blocks(name, "train")).seed(seed + i).shuffle().repeat()
+        for i, name in enumerate(weights)
     ]
-    return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights.values()))
+    mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, list(weights.values()))
+    return mixed.map(lambda row: row.only(prepared.spec.row_fields))
 
 
 class TrainBatches(Iterator[Row]):
@@ -76,7 +43,9 @@ class TrainBatches(Iterator[Row]):
         self._sharding = sharding
         self._rows = _own_rows(sharding, self._shape)
         sequence = global_sequence(prepared, weights, seed)
-        steps = grain.MapDataset.source(_Steps(sequence, self._rows, batch_size))
+        steps = grain.MapDataset.range(_ENDLESS).map(
+            lambda step: stacked([sequence[step * batch_size + row] for row in self._rows.tolist()])
+        )
         # One reader thread, a few steps ahead: rows come from a memory map, and more threads would fight for the GIL.
         self._iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 

@@ -4,7 +4,7 @@ A block has seq_len + 1 ids, so that inputs `block[:-1]` and targets `block[1:]`
 once from the lengths of documents, and then gives any block at once, which is what makes the order of blocks a matter
 of numbers: shuffled, mixed, and shared out over any number of hosts.
 
-Documents come in ranges, and a plan leaves in as many parts, so that memory doesn't grow with the corpus.
+Documents come in ranges, each of which gives a plan of its own, so that memory doesn't grow with the corpus.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def part(self, start: int, stop: int) -> "Plan":
+    def between(self, start: int, stop: int) -> "Plan":
         """Blocks start ... stop - 1."""
         first, last = self.bounds[start], self.bounds[stop]
         return Plan(self.slices[first:last], self.bounds[start : stop + 1] - first)
@@ -124,23 +124,11 @@ def _packed(lengths: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
     import grain  # Here, since it imports JAX, which workers do without.
     from grain.experimental import BestFitPackIterDataset
 
-    elements = grain.MapDataset.source(_Numbers(lengths)).to_iter_dataset(grain.ReadOptions(0, 0))
+    repeated = grain.MapDataset.range(len(lengths)).map(lambda i: {"slice": np.full(lengths[i], i, np.int32)})
+    elements = repeated.to_iter_dataset(grain.ReadOptions(0, 0))
     for row in BestFitPackIterDataset(elements, length_struct={"slice": block_len}, num_packing_bins=_BINS):
         segments = row["slice_segment_ids"]
         yield row["slice"][np.flatnonzero((np.diff(segments, prepend=0) != 0) & (segments != 0))].astype(np.int64)
-
-
-class _Numbers:
-    """Element i is {"slice": [i, i, ...]}, as long as slice i."""
-
-    def __init__(self, lengths: np.ndarray):
-        self._lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
-        return {"slice": np.full(int(self._lengths[index]), index, np.int32)}
 
 
 def first_tokens(ranges: Iterable[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
@@ -174,20 +162,20 @@ def keep_long(ranges: Iterable[np.ndarray], *, long_from: int, keep_shorter: flo
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def save(folder: Path, name: str, parts: Iterable[Plan], lengths: np.ndarray, block_len: int) -> dict[str, float]:
-    """Writes a plan, part by part, and returns its counts.
+def save(folder: Path, name: str, plans: Iterable[Plan], lengths: np.ndarray, block_len: int) -> dict[str, float]:
+    """Writes the plans of consecutive ranges as one, and returns its counts.
 
     Args:
       folder: that is there.
       name: of the plan.
-      parts: as `concat` and `best_fit` yield them.
+      plans: as `concat` and `best_fit` yield them.
       lengths: of every document of the store, by number.
       block_len: ids in a block.
     """
     num_blocks = num_slices = num_tokens = num_whole = num_documents = 0
     with (folder / f"{name}.slices").open("wb") as slices_file, (folder / f"{name}.bounds").open("wb") as bounds_file:
         bounds_file.write(np.zeros(1, "<i8").tobytes())
-        for slices, bounds in parts:
+        for slices, bounds in plans:
             slices_file.write(slices.tobytes())
             bounds_file.write((num_slices + bounds[1:]).astype("<i8").tobytes())
             num_blocks += len(bounds) - 1

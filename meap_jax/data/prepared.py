@@ -10,7 +10,7 @@ import numpy as np
 
 from meap_jax import tokenizers
 from meap_jax.data import plans as plans_lib
-from meap_jax.data.manifest import hash_of, read_manifest
+from meap_jax.data.manifest import damaged, hash_of, read_manifest
 from meap_jax.data.spec import DataSpec, PlanSpec
 from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import DataError
@@ -59,7 +59,7 @@ class Blocks:
 
         Returns:
           [number of spans] records of ROW_SPAN_DTYPE and the role's columns, ordered by row and start. A span that is
-          cut with its document has a record for each part; one that is in no block has none.
+          cut with its document has a record in each block; one that is in no block has none.
         """
         spans, (slices, bounds) = self._store.spans(role), self._plan
         order = np.lexsort((slices["start"], slices["document"]))
@@ -109,7 +109,7 @@ class Prepared:
 
     @property
     def sources(self) -> list[str]:
-        """Their names."""
+        """The names of the sources."""
         return list(self.spec.plans)
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -184,11 +184,10 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
       DataError: it isn't the one that the manifest names.
     """
     manifest = read_manifest(folder)
-    content = {}
     for name in manifest["files"]:
         if not (folder / name).is_file():
-            raise DataError(f"{folder / name} is missing: delete {folder} to prepare it again.")
-        content[name] = (folder / name).read_bytes()
+            raise damaged(folder / name)
+    content = {name: (folder / name).read_bytes() for name in manifest["files"]}
     found = hash_of(content)
     if found != manifest["tokenizer_hash"]:
         raise DataError(
@@ -209,13 +208,10 @@ def open_store(folder: Path) -> Store:
     sizes = {shard_file(folder, i).name: shard["bytes"] for i, shard in enumerate(manifest["shards"])}
     sizes |= manifest["files"]
     for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{file} is missing: delete {folder} to prepare it again.")
-        if file.stat().st_size != size:
-            raise DataError(f"{file} is damaged: delete {folder} to prepare it again.")
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise damaged(folder / name)
     shards = [shard["documents"] for shard in manifest["shards"]]
     try:
         return Store(folder, shards, ids_dtype(manifest["num_tokens"]))
     except (ValueError, EOFError) as error:  # What numpy raises for an index that isn't one.
-        raise DataError(f"{folder / 'index.npy'} is damaged: delete {folder} to prepare it again.") from error
+        raise damaged(folder / "index.npy") from error

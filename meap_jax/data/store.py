@@ -7,12 +7,13 @@ columns that spans of this role have, as float64.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import threading
 import uuid
 from array import array
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -157,8 +158,8 @@ def merge_indices(folder: Path, num_shards: int) -> None:
         indices.append(np.load(shard_file(folder, shard).with_suffix(".index.npy")))
         first += len(indices[-1])
     save_array(folder / "index.npy", np.concatenate(indices))
-    for name, parts in spans.items():
-        save_array(folder / name, np.concatenate(parts))
+    for name, arrays in spans.items():
+        save_array(folder / name, np.concatenate(arrays))
 
 
 def index_files(folder: Path) -> list[Path]:
@@ -187,12 +188,6 @@ class Store:
 
     def __getitem__(self, document: int) -> np.ndarray:
         return self.read([document])[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_open": threading.local()}
 
     def spans(self, role: str) -> np.ndarray:
         """[number of spans] of SPAN_DTYPE and the role's columns, ordered by document; SPAN_DTYPE if there are none."""
@@ -234,12 +229,11 @@ class Store:
         return [np.frombuffer(record, self.dtype) for record in read]
 
     def _reader(self, shard: int) -> Any:
-        readers: OrderedDict[int, Any] = self._open.__dict__.setdefault("readers", OrderedDict())
-        reader = readers.pop(shard, None)
-        if reader is None:
-            path = os.fspath(shard_file(self.folder, shard))
-            reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
-            if len(readers) >= _OPEN_FILES:
-                readers.popitem(last=False)[1].close()
-        readers[shard] = reader
-        return reader
+        if not hasattr(self._open, "reader"):
+            self._open.reader = functools.lru_cache(_OPEN_FILES)(functools.partial(_open_shard, self.folder))
+        return self._open.reader(shard)
+
+
+def _open_shard(folder: Path, shard: int) -> Any:
+    path = os.fspath(shard_file(folder, shard))
+    return array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)

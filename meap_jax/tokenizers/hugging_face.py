@@ -118,9 +118,9 @@ def _resolve(config: Mapping[str, Any], added: Mapping[str, int], where: str) ->
 
 
 def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
-    """Pieces and their ids, without added tokens."""
+    """The tokens of the model and their ids, without added tokens."""
     vocab = model["vocab"]
-    return vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    return vocab if isinstance(vocab, dict) else {token: index for index, (token, _) in enumerate(vocab)}
 
 
 def _unknown(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
@@ -135,15 +135,15 @@ def _hide_specials(content: dict[str, Any]) -> None:
     """Makes special tokens unreachable from text, in place.
 
     The package doesn't look for them in text with encode_special_tokens; but where they are in the model's own
-    vocabulary, a Unigram model takes them for pieces, and merges may lead there. So they are given names that no text
+    vocabulary, a Unigram model finds them in text, and merges may lead there. So they are given names that no text
     has: U+FFFF is no character.
     """
     model, added = content["model"], content["added_tokens"]
     secret = {token["content"]: f"\uffff{token['id']}\uffff" for token in added if token["special"]}
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {secret.get(piece, piece): index for piece, index in model["vocab"].items()}
+        model["vocab"] = {secret.get(token, token): index for token, index in model["vocab"].items()}
     else:
-        model["vocab"] = [[secret.get(piece, piece), score] for piece, score in model["vocab"]]
+        model["vocab"] = [[secret.get(token, token), score] for token, score in model["vocab"]]
     if model.get("unk_token") is not None:
         model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
     if model["type"] == "BPE":

@@ -17,7 +17,6 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError, UserError
 from meap_jax.evals.retrieval import questions
-from meap_jax.rows import stacked
 
 TEKKEN = {"tokenizer": "tekken", "vocab_size": 131_136}
 
@@ -62,6 +61,8 @@ def test_blocks_are_what_the_tokenizer_made_of_the_sources(prepared, books):
         whole = prepared.tokenizer.decode(stream.tolist()).split("<eos>")[:-1]
         seen += [document.removeprefix("<bos>") for document in whole]
     assert set(seen) <= texts and len(set(seen)) >= 35  # A block's rest of each split is left out.
+    assert prepared.plan_manifest("text")["split_by"] == "document"
+    assert sum(prepared.manifest("text")["documents"].values()) == 41 and prepared.manifest("text")["skipped"] == {}
 
 
 def test_every_answer_is_where_the_blocks_say(prepared):
@@ -79,18 +80,6 @@ def test_every_answer_is_where_the_blocks_say(prepared):
             assert prepared.tokenizer.decode(block.tokens[start - distance - 1 : start - distance]) == " is"
     assert len(prepared.blocks("retrieval", "train").spans("fact")) == 4 * 300
     assert not len(prepared.blocks("text", "train").spans("fact"))
-
-
-def test_the_manifests_count_what_is_there(prepared):
-    counts = prepared.plan_manifest("retrieval")["splits"]["train"]
-    blocks = prepared.blocks("retrieval", "train")
-    rows = stacked([blocks[i] for i in range(len(blocks))])
-    assert counts["documents"] == 300 == prepared.manifest("retrieval")["documents"]["train"]
-    assert counts["blocks"] == len(rows.tokens)
-    assert counts["tokens"] == np.count_nonzero(rows.segment_ids)
-    assert counts["padding_share"] == pytest.approx(np.mean(rows.segment_ids == 0), abs=1e-4)
-    assert prepared.plan_manifest("text")["split_by"] == "document"
-    assert prepared.manifest("text")["skipped"] == {}
 
 
 def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):
@@ -131,6 +120,7 @@ def test_a_source_is_added_to_those_that_are_there(books, tmp_path, monkeypatch)
     ("change", "sentence"),
     [
         ({"tokenizer": "mistral", "vocab_size": 32_064}, r"data\.tokenizer = 'bpe', but the config wants 'mistral'"),
+        ({"holdout": 0.2}, r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"),
         ({"num_facts": 3}, r"data\.\S*retrieval\.num_facts = 4, but the config wants 3"),
         ({"path": "/elsewhere"}, r"path = '.*books.*', but the config wants '/elsewhere'"),
         ({"vocab_size": 600}, r"model\.vocab_size = 512, but the config wants 600"),
@@ -141,43 +131,31 @@ def test_other_options_are_named_with_both_values(prepared, books, change, sente
         prepare(prepared.folder, spec_of(**{"path": books} | change))
 
 
-def test_other_options_of_a_source_are_named_too(books, tmp_path):
-    prepare(tmp_path, tiny_data.text_spec(books))
-    with pytest.raises(ConfigError, match=r"prepared with data\.holdout = 0\.1, but the config wants 0\.2"):
-        prepare(tmp_path, tiny_data.text_spec(books, holdout=0.2))
-    with pytest.raises(ConfigError, match=r"prepared with data\.path = '.*', but the config wants '/elsewhere'"):
-        prepare(tmp_path, tiny_data.text_spec("/elsewhere"))
+FILES = (
+    "tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy",
+    "text/plans/concat-97-*/train.slices", "text/plans/concat-97-*/train.bounds",
+)  # fmt: skip
+BOTH_HASHES = r"another tokenizer \([0-9a-f]{12}\) .* \([0-9a-f]{12}\)"
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "change", "sentence"),
     [
-        "tokenizer.json", "manifest.json", "text/manifest.json", "text/00000.arrayrecord", "text/index.npy",
-        "text/plans/concat-97-*/train.slices", "text/plans/concat-97-*/train.bounds",
+        *((name, None, "{0.name}") for name in FILES),
+        *((name, lambda data: data[:-5], "({0.name}|{0.parent.name}) is damaged") for name in FILES),
+        ("text/index.npy", lambda data: bytes(len(data)), "index.npy is damaged: delete"),
+        ("tokenizer.json", lambda data: data.replace(b"falcon", b"fulcon"), BOTH_HASHES),
+        ("manifest.json", lambda data: data.replace(b'_version": ', b'_version": 10'), "layout 10"),
     ],
-)  # fmt: skip
-def test_a_missing_or_cut_file_is_named(copy, books, name):
+)
+def test_a_file_that_is_missing_or_damaged_is_named(copy, books, name, change, sentence):
     [path] = copy.glob(name)
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=f"{path.name} is damaged|{path.parent.name} is damaged"):
-        prepare(copy, spec_of(books)).blocks("text", "train")
+    data = path.read_bytes()
     path.unlink()
-    with pytest.raises(DataError, match=path.name):
+    if change:
+        path.write_bytes(change(data))
+    with pytest.raises(DataError, match=sentence.format(path) if "{0" in sentence else sentence):
         prepare(copy, spec_of(books)).blocks("text", "train")
-
-
-def test_a_changed_tokenizer_is_reported_with_both_hashes(copy, books, prepared):
-    path = copy / "tokenizer.json"
-    path.write_bytes(path.read_bytes().replace(b"falcon", b"fulcon"))
-    with pytest.raises(DataError, match=rf"another tokenizer \([0-9a-f]{{12}}\) .* \({prepared.tokenizer_hash[:12]}\)"):
-        prepare(copy, spec_of(books))
-
-
-def test_another_layout_is_refused(copy, books):
-    path = copy / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout_version": 0}))
-    with pytest.raises(DataError, match="layout 0"):
-        prepare(copy, spec_of(books))
 
 
 def test_an_unknown_source_or_split_is_named(prepared):
@@ -196,53 +174,43 @@ TEXT = {"mixture": "text=1"}
 FEW = dict(num_keys=1, num_values=1, min_facts=1, num_facts=1, num_eval_facts=1, max_fillers=0, questions_per_fact=1.0)
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"path": None}, r"path is not set"),
-        ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"path": "{here}"}, r"data\.prepared is .*/data, which lies in data\.sources\.text\.path"),
-        ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
-        ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
-        ({"tokenizer": "{here}/data/"}, r"must be another folder than that of data\.tokenizer"),
-        ({"tokenizer": "{here}/data/tokenizer.json"}, r"must be another folder than that of data\.tokenizer"),
-        (TEXT | {"where": "a=b", "path": "{here}/little.jsonl"}, "holds no text in records with a=b"),
-        ({"path": "prepared:{made}"}, "names no prepared source: .* such as prepared:.*/text"),
-        ({"path": "prepared:{made}/retrieval"}, "holds retrieval documents"),
-        ({"path": "prepared:{made}/text"}, "data.tokenizer is 'bpe', which is trained on text"),
-        ({"path": "prepared:{made}/text", "where": "a=b"}, r"text\.where is 'a=b', but its path is 'prepared:.*leave"),
-        (TEXT | TEKKEN | {"path": "prepared:{made}/text"}, r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \("),
-    ],
-)
-def test_impossible_options_are_one_sentence_and_leave_nothing_behind(tmp_path, books, prepared, change, sentence):
+IMPOSSIBLE = [
+    ({"path": None}, r"path is not set"),
+    ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ({"path": "{here}"}, r"data\.prepared is .*/data, which lies in data\.sources\.text\.path"),
+    ({"tokenizer": "gpt"}, r"data\.tokenizer is 'gpt'"),
+    ({"tokenizer": "mistral"}, r"model\.vocab_size is 512, .* set 32064"),
+    ({"tokenizer": "{here}/data/"}, r"must be another folder than that of data\.tokenizer"),
+    ({"tokenizer": "{here}/data/tokenizer.json"}, r"must be another folder than that of data\.tokenizer"),
+    (TEXT | {"where": "a=b", "path": "{here}/little.jsonl"}, "holds no text in records with a=b"),
+    ({"path": "prepared:{made}"}, "names no prepared source: .* such as prepared:.*/text"),
+    ({"path": "prepared:{made}/retrieval"}, "holds retrieval documents"),
+    ({"path": "prepared:{made}/text"}, "data.tokenizer is 'bpe', which is trained on text"),
+    ({"path": "prepared:{made}/text", "where": "a=b"}, r"text\.where is 'a=b', but its path is 'prepared:.*leave"),
+    (TEXT | TEKKEN | {"path": "prepared:{made}/text"}, r"whose tokenizer \([0-9a-f]{12}\) is not that of .* \("),
+]
+TOO_LITTLE_OR_TOO_LONG = [
+    ({"seq_len": 20}, r"longest document of retrieval has \d+ ids .* the 21 of a block"),
+    (FEW, "no document left for"),
+    (TEXT | {"path": "{here}/little.jsonl"}, r"its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"),
+    (TEXT | {"path": "{here}/little.jsonl", "validation": "{books}"}, "small: without its validation text"),
+    (TEXT | {"validation": "{here}/little.jsonl"}, r"text\.validation is '.*little.jsonl', but .* a block of 97"),
+    (TEXT | {"max_tokens": 10, "seq_len": 400}, r"for training, less than a block of 401 ids .*text\.max_tokens"),
+    (TEXT | {"long_from": 9_999, "keep_shorter": 0.0}, r"tokens for training, less than a block of 97 ids"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), IMPOSSIBLE + TOO_LITTLE_OR_TOO_LONG)
+def test_what_cannot_be_prepared_is_one_sentence_and_leaves_nothing_but_sources(
+    tmp_path, books, prepared, change, sentence
+):
     tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
-    with pytest.raises(UserError, match=sentence):
-        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path, made=prepared.folder)))
-    assert os.listdir(tmp_path) == ["little.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"seq_len": 20}, r"longest document of retrieval has \d+ ids .* the 21 of a block"),
-        (FEW, "no document left for"),
-        (TEXT | {"path": "{here}/little.jsonl"}, r"its text makes 0 full blocks of 97 ids \(seq_len \+ 1\)"),
-        (TEXT | {"path": "{here}/little.jsonl", "validation": "{books}"}, "small: without its validation text"),
-        (TEXT | {"validation": "{here}/little.jsonl"}, r"text\.validation is '.*little.jsonl', but .* a block of 97"),
-        (TEXT | {"max_tokens": 10, "seq_len": 400}, r"for training, less than a block of 401 ids .*text\.max_tokens"),
-        (TEXT | {"long_from": 9_999, "keep_shorter": 0.0}, r"tokens for training, less than a block of 97 ids"),
-    ],
-)
-def test_too_little_or_too_long_for_blocks_is_an_error_with_the_numbers(tmp_path, books, change, sentence):
-    tiny_data.write_jsonl(tmp_path / "little.jsonl", ["a few words"])
-    with pytest.raises(DataError, match=sentence):
-        prepare(tmp_path / "data", spec_of(**filled(change, books, here=tmp_path)))
-
-
-def filled(change, books, **folders):
-    """The fields of `spec_of`, with the folders in their strings."""
+    folders = dict(books=books, here=tmp_path, made=prepared.folder)
     fields = {"path": books} | change
-    return {k: v.format(books=books, **folders) if isinstance(v, str) else v for k, v in fields.items()}
+    fields = {name: value.format(**folders) if isinstance(value, str) else value for name, value in fields.items()}
+    with pytest.raises(UserError, match=sentence):
+        prepare(tmp_path / "data", spec_of(**fields))
+    assert (tmp_path / "data").exists() == ((change, sentence) in TOO_LITTLE_OR_TOO_LONG)
 
 
 def test_a_bucket_must_be_mounted(books):
@@ -311,20 +279,10 @@ def test_a_run_that_names_no_path_takes_what_was_held_out_beside_it_too(tmp_path
 
 def test_equal_documents_cut_into_other_blocks_have_another_fingerprint(tmp_path, books):
     book = books / "00.txt"
-    made = [
-        prepare(tmp_path / str(holdout), tiny_data.text_spec(book, seq_len=16, holdout=holdout))
-        for holdout in (0.1, 0.2)
-    ]
-    assert made[0].manifest("text")["fingerprint"] == made[1].manifest("text")["fingerprint"]
-    assert len(made[0].blocks("text", "train")) != len(made[1].blocks("text", "train"))
-    assert made[0].fingerprint != made[1].fingerprint
-
-
-def test_a_damaged_index_is_named(copy, books):
-    path = copy / "text" / "index.npy"
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(DataError, match=r"index\.npy is damaged: delete"):
-        prepare(copy, spec_of(books)).blocks("text", "train")
+    a = prepare(tmp_path / "a", tiny_data.text_spec(book, seq_len=16, holdout=0.1))
+    b = prepare(tmp_path / "b", tiny_data.text_spec(book, seq_len=16, holdout=0.2))
+    assert a.manifest("text")["fingerprint"] == b.manifest("text")["fingerprint"]
+    assert len(a.blocks("text", "train")) != len(b.blocks("text", "train")) and a.fingerprint != b.fingerprint
 
 
 def test_after_a_misspelt_field_the_right_one_can_be_used_at_once(tmp_path, books):
@@ -345,7 +303,7 @@ def test_what_another_tokenizer_made_is_not_joined(tmp_path, books):
         prepare(tmp_path / "second", tiny_data.text_spec(books, **TEKKEN))
 
 
-def test_a_process_that_waited_for_one_that_came_to_nothing_goes_on(tmp_path, books, monkeypatch):
+def test_a_process_that_waited_for_one_that_failed_goes_on(tmp_path, books, monkeypatch):
     folder, begun, waits, real = tmp_path / "data", threading.Event(), threading.Event(), prepare_module._prepare
 
     def failing(*_):

@@ -1,21 +1,17 @@
 """Tokenizing on all cores, interrupted and resumed."""
 
-import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
+import resource
 import signal
-import subprocess
-import sys
-import time
 from unittest import mock
 
 import pytest
 
 import tiny_data
-import tiny_runs
 from meap_jax.corpus import prepare as prepare_module
 from meap_jax.corpus import shards as shards_module
 from meap_jax.corpus import workers
@@ -23,17 +19,6 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.errors import DataError
 
 NUM_FILES, TEXTS_A_FILE = 12, 150
-
-# Small shards, and workers even for them.
-PROGRAM = """
-import sys
-from meap_jax.corpus import shards
-from meap_jax.corpus.prepare import prepare
-from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec
-shards.SHARD_BYTES, shards._ONE_PROCESS = 100_000, 0
-if __name__ == "__main__":
-    prepare(sys.argv[1], {spec!r}, workers={workers})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +33,14 @@ def alone(corpus, tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("alone"), tiny_data.text_spec(corpus), workers=1)
 
 
-def start(folder, corpus, workers, **changes):
-    """The same in a process of its own with as many workers; a process group, so that no worker is forgotten."""
-    program = folder.parent / "program.py"
-    program.write_text(PROGRAM.format(spec=tiny_data.text_spec(corpus, **changes), workers=workers))
-    return subprocess.Popen(
-        [sys.executable, str(program), str(folder)],
-        env=tiny_runs.environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+def start(folder, corpus):
+    """Prepares in a process of its own with two workers, small shards, and workers even for them."""
+    spec = tiny_data.text_spec(corpus)
+    body = (
+        "shards.SHARD_BYTES, shards._ONE_PROCESS = 100_000, 0\n"
+        f"if __name__ == '__main__':\n    prepare({str(folder)!r}, {spec!r}, workers=2)\n"
     )
+    return tiny_data.start_program(folder.parent / "program.py", body)
 
 
 def documents_of(prepared):
@@ -66,38 +48,20 @@ def documents_of(prepared):
     return [(int(split), store[i].tolist()) for i, split in enumerate(store.index["split"])]
 
 
-def living_of(group):
-    """What the processes of a group, which are still there, were started with."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # One that ends meanwhile.
-            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                yield (folder / "cmdline").read_text()
-
-
-def check_all_end(group):
-    """Fails if a process of this group is still there after some seconds."""
-    deadline = time.monotonic() + 20
-    while left := list(living_of(group)):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
-def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(corpus, alone, tmp_path):
+def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(corpus, alone, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     done_first = 0
     for _ in range(3):  # Killed again and again, each time a few shards later.
-        process = start(folder, corpus, workers=2)
+        process = start(folder, corpus)
         tiny_data.wait_for(lambda: len(tiny_data.complete(folder)) >= done_first + 2, process)  # noqa: B023  Called at once.
         process.kill()
-        process.wait()
+        process.communicate(timeout=20)  # Until the last worker closes stderr: they don't outlive it.
         done_first = len(tiny_data.complete(folder))
-        check_all_end(process.pid)  # Workers don't outlive it.
     assert not (folder / "text").exists()
     done = {path.stem: path.with_suffix(".arrayrecord").stat().st_mtime_ns for path in tiny_data.complete(folder)}
-    process = start(folder, corpus, workers=2)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
-    made = prepare(folder, tiny_data.text_spec(corpus))
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards_module, "_ONE_PROCESS", 0)
+    made = prepare(folder, tiny_data.text_spec(corpus), workers=2)
     assert documents_of(made) == documents_of(alone)
     assert len(documents_of(made)) == NUM_FILES * TEXTS_A_FILE
     assert not list(folder.rglob("*.partial"))
@@ -108,13 +72,12 @@ def test_killed_and_started_again_it_goes_on_and_loses_and_repeats_no_document(c
 
 def test_an_interrupt_ends_all_workers_and_says_nothing_but_one_line(corpus, tmp_path):
     folder = tmp_path / "data"
-    process = start(folder, corpus, workers=2)
+    process = start(folder, corpus)
     tiny_data.wait_for(lambda: tiny_data.complete(folder), process)
     os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal does.
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=60)[1]  # Ends when the last worker does.
     assert process.returncode != 0
     assert stderr.count("Traceback") <= 1, stderr  # This program's own; a command prints none.
-    check_all_end(process.pid)
 
 
 def test_a_source_that_has_changed_since_is_refused_by_name(corpus, tmp_path, monkeypatch):
@@ -186,33 +149,23 @@ def test_killed_while_the_store_is_finished_it_goes_on(corpus, tmp_path, monkeyp
     assert len(documents_of(made)) == TEXTS_A_FILE
 
 
-def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path):
-    folder = tmp_path / "data"
-    program = tmp_path / "full.py"
-    # Files can't grow beyond a limit that lets small shards pass, and a large one not.
-    program.write_text(
-        "import resource, signal, sys\nfrom meap_jax.corpus import shards, prepare\n"
-        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
-        "from meap_jax.errors import DataError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"spec = {tiny_data.text_spec(corpus)!r}\nshards.SHARD_BYTES = 100_000\n"
-        "made = 0\nreal = shards.make_shard\n"
-        "def make(job):\n"
-        "    if job.shard == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, -1))\n"
-        "    return real(job)\n"
-        "shards.make_shard = make\n"
-        "try: prepare.prepare(sys.argv[1], spec, workers=1)\n"
-        "except DataError as error: print(error); sys.exit(7)\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, str(program), str(folder)], env=tiny_runs.environment(), capture_output=True, text=True
-    )
-    assert ended.returncode == 7, ended.stderr
-    assert "can't be completed" in ended.stdout and "File too large" in ended.stdout and "start again" in ended.stdout
+def test_a_full_disk_leaves_what_goes_on_later(corpus, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    folder, real = tmp_path / "data", shards_module.make_shard
+
+    def make(job):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Beyond which files can't grow.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000 if job.shard == 5 else soft, hard))
+        try:
+            return real(job)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="be completed.*File too large.*start again"):
+        patch.setattr(shards_module, "make_shard", make)
+        prepare(folder, tiny_data.text_spec(corpus), workers=1)
     assert len(tiny_data.complete(folder)) == 5 and not list(folder.rglob("*.partial/*.partial"))
-    process = start(folder, corpus, workers=1)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
-    assert documents_of(prepare(folder, tiny_data.text_spec(corpus))) == documents_of(alone)
+    assert documents_of(prepare(folder, tiny_data.text_spec(corpus), workers=1)) == documents_of(alone)
 
 
 def test_a_worker_that_is_killed_is_reported_in_a_sentence(corpus, tmp_path, monkeypatch):

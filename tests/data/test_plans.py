@@ -20,10 +20,10 @@ def ranges_of(lengths, size=10):
     return [slices[:0], *(slices[i : i + size] for i in range(0, len(slices), size))]
 
 
-def blocks_of(parts):
-    """The (document, place in it) of each id of each block, all parts together."""
+def blocks_of(planned):
+    """The (document, place in it) of each id of each block, all plans together."""
     blocks = []
-    for plan in parts:
+    for plan in planned:
         for i in range(len(plan)):
             slices = plan.slices[plan.bounds[i] : plan.bounds[i + 1]].tolist()
             blocks.append([(d, s + j) for d, s, n in slices for j in range(n)])
@@ -49,11 +49,11 @@ def test_a_range_may_have_more_ids_than_32_bits_count():
 
 @given(lengths_of_documents, st.integers(2, 20), sizes_of_ranges)
 def test_best_fit_loses_no_id_and_cuts_only_documents_that_are_longer_than_a_block(lengths, block_len, size):
-    parts = list(plans.best_fit(ranges_of(lengths, size), block_len))
-    blocks = blocks_of(parts)
+    planned = list(plans.best_fit(ranges_of(lengths, size), block_len))
+    blocks = blocks_of(planned)
     assert all(0 < len(block) <= block_len for block in blocks)
     assert sorted(sum(blocks, [])) == stream_of(lengths)
-    found = Counter(document for plan in parts for document in plan.slices["document"].tolist())
+    found = Counter(document for plan in planned for document in plan.slices["document"].tolist())
     assert found == {i * 3 + 1: -(-n // block_len) for i, n in enumerate(lengths)}
 
 
@@ -65,24 +65,24 @@ def test_best_fit_fills_the_fullest_block_that_has_room():
 
 def test_best_fit_pads_little_where_documents_are_short(tmp_path):
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 1, 3000).astype(np.int64) + 2, 2000)
-    parts = plans.best_fit([plans.whole(np.arange(3000), lengths)], 2048)
-    assert plans.save(tmp_path, "train", parts, lengths, 2048)["padding_share"] < 0.02
+    planned = plans.best_fit([plans.whole(np.arange(3000), lengths)], 2048)
+    assert plans.save(tmp_path, "train", planned, lengths, 2048)["padding_share"] < 0.02
 
 
-def test_a_part_of_a_plan_has_its_blocks():
+def test_consecutive_blocks_of_a_plan_are_a_plan():
     plan = next(plans.concat([plans.whole(np.arange(5), np.array([7, 5, 9, 4, 8]))], 4))
-    assert blocks_of([plan.part(2, 5)]) == blocks_of([plan])[2:5]
+    assert blocks_of([plan.between(2, 5)]) == blocks_of([plan])[2:5]
 
 
 @given(lengths_of_documents, st.integers(1, 20), sizes_of_ranges)
-def test_a_saved_plan_is_the_parts_in_order(tmp_path_factory, lengths, block_len, size):
+def test_a_saved_plan_is_those_of_the_ranges_in_order(tmp_path_factory, lengths, block_len, size):
     folder = tmp_path_factory.mktemp("plan")
     by_number = np.zeros(3 * len(lengths) + 2, np.int64)
     by_number[1 : 3 * len(lengths) + 1 : 3] = lengths
-    parts = list(plans.concat(ranges_of(lengths, size), block_len))
-    counts = plans.save(folder, "train", parts, by_number, block_len)
-    assert blocks_of([plans.load(folder, "train")]) == blocks_of(parts)
-    assert counts["blocks"] == len(blocks_of(parts))
+    planned = list(plans.concat(ranges_of(lengths, size), block_len))
+    counts = plans.save(folder, "train", planned, by_number, block_len)
+    assert blocks_of([plans.load(folder, "train")]) == blocks_of(planned)
+    assert counts["blocks"] == len(blocks_of(planned))
 
 
 def test_a_saved_plan_has_its_counts(tmp_path):

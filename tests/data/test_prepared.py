@@ -1,4 +1,4 @@
-"""Where spans of documents stand in blocks."""
+"""Spans of documents, as spans of blocks."""
 
 import tempfile
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Corpora in Parquet files."""
 
 import io
+import pathlib
 import random
 
 import fsspec
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tiny_data
 from corpus_reader import read
 from meap_jax.errors import DataError
 from meap_jax.readers import Skips, open_corpus
@@ -86,11 +88,8 @@ def damage(path, group, column=0, share=0.5):
     """Flips bits in a column of a row group, `share` of the way through it."""
     about = pq.ParquetFile(path).metadata.row_group(group).column(column)
     start = about.dictionary_page_offset or about.data_page_offset
-    data = bytearray(open(path, "rb").read())
     first = start + int(about.total_compressed_size * share)
-    for byte in range(first, first + 20):
-        data[byte] ^= 0xFF
-    open(path, "wb").write(data)
+    tiny_data.flip(path, first, first + 20)
 
 
 @pytest.mark.parametrize("share", [0, 0.5])  # the header of a page, and what is in it
@@ -125,13 +124,12 @@ def test_rows_before_a_corrupt_page_of_a_long_row_group_are_kept(tmp_path):
 
 @pytest.mark.parametrize("how", ["cut off", "footer", "not parquet", "empty"])
 def test_a_file_without_a_footer_is_one_bad_record(tmp_path, how):
-    path = write(tmp_path / "a.parquet")
-    data = bytearray(open(path, "rb").read())
-    if how == "footer":
-        for byte in range(len(data) - 300, len(data) - 8):
-            data[byte] ^= 0xFF
+    path = pathlib.Path(write(tmp_path / "a.parquet"))
+    data = path.read_bytes()
     data = {"cut off": data[:-100], "footer": data, "not parquet": b"no parquet" * 100, "empty": b""}[how]
-    open(path, "wb").write(data)
+    path.write_bytes(data)
+    if how == "footer":
+        tiny_data.flip(path, len(data) - 300, len(data) - 8)
     write(tmp_path / "b.parquet", TABLE.slice(0, 3))
     for corpus in (open_corpus(str(tmp_path)), in_parts(str(tmp_path))):
         skips = Skips(1)

@@ -119,9 +119,9 @@ def test_a_32000_piece_tokenizer_json_has_the_mask_of_the_paper():
 def test_an_end_of_text_alone_also_begins_documents_and_padding_differs_from_it():
     tokenizer = kind("byte_level")
     vocab = len(json.loads(byte_level())["model"]["vocab"])
-    assert tokenizer.bos_id == tokenizer.eos_id == 0
-    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.num_tokens) == (vocab, vocab + 1, vocab + 2)
-    assert tokenizer.decode([vocab, vocab + 1]) == "[MASK]<pad>"
+    assert tokenizer.bos_id == tokenizer.eos_id == vocab
+    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.num_tokens) == (vocab + 1, vocab + 2, vocab + 3)
+    assert tokenizer.decode([vocab + 1, vocab + 2]) == "[MASK]<pad>"
 
 
 def test_the_truncation_padding_and_dropout_of_a_file_are_ignored():
@@ -148,7 +148,7 @@ def test_tokenizer_config_beside_it_names_the_special_tokens(tmp_path):
     free = len(json.loads(llama(True))["model"]["vocab"])
     roles = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
     assert roles == (free, free + 1, free + 2, free + 3) and tokenizer.num_tokens == free + 4
-    # The hash tells tokenizers apart by what ids mean, not by what else their folders say.
+    # The hash depends on what ids mean, not by what else their folders say.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "new"}), encoding="utf-8")
     assert hash_of(tokenizers.make(str(tmp_path)).files()) == hash_of(tokenizer.files())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}), encoding="utf-8")
@@ -186,7 +186,7 @@ def test_special_tokens_that_merges_lead_to_are_not_reached():
         vocab.setdefault("".join(pair), len(vocab))
     content["model"]["merges"] = leading + [pair for pair in content["model"]["merges"] if pair not in leading]
     found = hugging_face(json.dumps(content))
-    # The merges do lead there: the package alone gives id 2, even when told not to look for special tokens.
+    # The merges do lead there: the package alone gives id 2, even where it doesn't look for special tokens.
     alone = package.Tokenizer.from_str(json.dumps(content))
     alone.encode_special_tokens = True
     assert 2 in alone.encode("a</s>b", add_special_tokens=False).ids
@@ -196,7 +196,7 @@ def test_special_tokens_that_merges_lead_to_are_not_reached():
 
 def test_added_tokens_that_are_not_special_stay_text():
     tokenizer = hugging_face(with_added(byte_level(), "<table>", special=False))
-    table = len(json.loads(byte_level())["model"]["vocab"])
+    table = kind("byte_level").eos_id + 1
     assert table in tokenizer.encode("a <table> b") and tokenizer.mask_id == table + 1
     assert tokenizer.decode(tokenizer.encode("a <table> b")) == "a <table> b"
 
