@@ -45,7 +45,7 @@ test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	@cd "$(ROOT)"
 	.beam/bin/python -c 'import apache_beam, tensorflow_datasets'
 	JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q -rs -n 2 tests/corpus/test_beam.py \
-	    tests/corpus/test_prepare_tfds.py tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
+	    tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
 
 # The first line fails where tests would be skipped for want of what they compare with.
 test-parity: .parity ## compare the decoder, the optimizer and a training step with PyTorch's
