@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import partition, sharding
 from meap_jax.data.spec import data_spec
@@ -119,7 +119,11 @@ def num_inputs(inputs: Inputs) -> jax.Array | int:
 
 def micro_batches(inputs: Inputs, num: int) -> Inputs:
     """Stacks `num` micro-batches; the i-th takes rows i, i + num, ..., so that every device keeps its own rows."""
-    return jax.tree.map(lambda x_BxT: x_BxT.reshape(-1, num, x_BxT.shape[1]).swapaxes(0, 1), inputs)
+
+    def dealt(x: Shaped[Array, "B T"]) -> Shaped[Array, "num B/num T"]:
+        return x.reshape(-1, num, x.shape[1]).swapaxes(0, 1)
+
+    return jax.tree.map(dealt, inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
