@@ -130,11 +130,13 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
 
 
 def save_tokenizer(folder: epath.Path, tokenizer: tokenizers.Tokenizer) -> str:
-    """Writes a tokenizer's files into a model's folder; returns their hash."""
-    files = tokenizer.files()
-    (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    """Writes a tokenizer's files into a model's folder, in place of another's; returns their hash."""
+    files, place = tokenizer.files(), folder / TOKENIZER_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    for path in place.iterdir():
+        path.unlink()
     for name, content in files.items():
-        (folder / TOKENIZER_FOLDER / name).write_bytes(content)
+        (place / name).write_bytes(content)
     return hash_of(files)
 
 

@@ -22,6 +22,7 @@ def folder(tmp_path):
     folder, config = epath.Path(tmp_path), tiny_config(**WORDS)
     fresh = models.fresh_model(config)
     models.write_config(folder, config)
+    models.save_tokenizer(folder, tokenizers.make("tekken"))  # Of a run that came to no checkpoint.
     meta = {"config": config.to_dict(), "tokenizer": models.save_tokenizer(folder, fresh.tokenizer)}
     save_params(folder, fresh.params, meta)
     save_params(folder, jax.tree.map(lambda x: x + 1, fresh.params), meta, step=7)
