@@ -1,7 +1,8 @@
 """Intervals: within a run over its examples, and over seeds between two objectives."""
 
+# scipy.stats is imported where it is used: it takes a second, which no run should wait for before its first step.
+
 import numpy as np
-from scipy import stats
 
 from meap_jax.results import Interval
 
@@ -16,6 +17,8 @@ def binomial_interval(successes: int, trials: int, confidence: float = 0.95) -> 
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
+    from scipy import stats
+
     result = stats.binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
     return Interval(successes / trials, float(result.low), float(result.high))
 
@@ -44,6 +47,8 @@ def ratio_interval(totals: np.ndarray, counts: np.ndarray, confidence: float = 0
         return Interval(ratio, None, None)
     residuals = totals - ratio * counts
     standard_error = float((num / (num - 1) * np.square(residuals).sum()) ** 0.5 / counts.sum())
+    from scipy import stats
+
     half = float(stats.t.ppf((1 + confidence) / 2, num - 1)) * standard_error
     return Interval(ratio, ratio - half, ratio + half)
 
