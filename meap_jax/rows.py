@@ -36,7 +36,7 @@ def stacked(rows: Sequence[Row]) -> Row:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
-DTYPES = Row(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.bool_)
+DTYPES = dict.fromkeys(Row._fields, jnp.int32) | {"loss_weights": jnp.float32, "maskable": jnp.bool_}
 
 
 def abstract_rows(fields: Collection[str], shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Row:
@@ -47,4 +47,5 @@ def abstract_rows(fields: Collection[str], shape: tuple[int, int], sharding: jax
       shape: [B, L].
       sharding: of each field.
     """
-    return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), DTYPES.only(fields))
+    rows: dict[str, Any] = {name: jax.ShapeDtypeStruct(shape, DTYPES[name], sharding=sharding) for name in fields}
+    return Row(**rows)
