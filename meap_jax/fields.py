@@ -61,6 +61,11 @@ def one_of(*words: str) -> Check:
     return rule(words.__contains__, f"one of {', '.join(words)}", "unheard-of")
 
 
+def above(other: str) -> Check:
+    """Makes a check for a value greater than another field."""
+    return Check(lambda value, of: value > of[other], lambda of: f"above {other} ({of[other]})", wrong=(1e-9,))
+
+
 def divides(other: str) -> Check:
     """Makes a check for a divisor of another field."""
     return Check(lambda value, of: of[other] % value == 0, lambda of: f"a divisor of {other} ({of[other]})", wrong=(3,))
@@ -69,6 +74,30 @@ def divides(other: str) -> Check:
 def is_path(tokenizer: str) -> bool:
     """Whether `data.tokenizer` is the path of a tokenizer and not a word; ./NAME is one, NAME isn't."""
     return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
+
+
+def windowed_layers(text: str, num_layers: int) -> tuple[bool, ...]:
+    """Reads `model.window_layers`, such as "all" or "0,2,28-47": whether each layer is named.
+
+    Raises:
+      ValueError: for anything else, and for a layer that isn't there.
+    """
+    if text == "all":
+        return (True,) * num_layers
+    named: set[int] = set()
+    for entry in text.split(","):
+        first, dash, last = entry.strip().partition("-")
+        named.update(range(int(first), int(last if dash else first) + 1))
+    if not named <= set(range(num_layers)):
+        raise ValueError(text)
+    return tuple(layer in named for layer in range(num_layers))
+
+
+def _are_layers(text: str, of: Values) -> bool:
+    try:
+        return any(windowed_layers(text, of["model.num_layers"]))
+    except ValueError:
+        return False
 
 
 def _last_start(of: Values) -> int:
@@ -92,6 +121,11 @@ ID = Check(
     lambda value, of: 0 <= value < of["model.vocab_size"],
     lambda of: f"an id below model.vocab_size ({of['model.vocab_size']})",
     wrong=(-1, 2**30),
+)
+LAYERS = Check(
+    _are_layers,
+    lambda of: f"all, or layers from 0 to {of['model.num_layers'] - 1} such as 0,2-3",
+    wrong=("", "some", "0,99", "1-"),
 )
 ENDS_BY_NUM_STEPS = Check(
     lambda value, of: not of["profile.num_steps"] or value <= _last_start(of),
@@ -131,8 +165,31 @@ FIELDS: dict[str, Field] = {
     "model.embed_dim": Field(64, "Width of the embedding and of the residual stream.", at_least(1)),
     "model.mlp_dim": Field(176, "Hidden width of SwiGLU.", at_least(1)),
     "model.vocab_size": Field(32_064, "Rows of the embedding, padding included.", at_least(1)),
+    "model.num_tokens": Field(0, "Ids that the loss is about; rows from there on are padding that no probability goes "
+        "to. 0: all rows count, as in the official code.", at_least(0), at_most("model.vocab_size")),
     "model.rope_base": Field(10_000.0, "Base of RoPE's wavelengths; 640,000 in the paper's 64K extension.", POSITIVE),
+    "model.rope_scaling.kind": Field("none", "How RoPE's angles are changed for texts longer than those of "
+        "pre-training: linear, llama3 or yarn, as transformers names and computes them.",
+        one_of("none", "linear", "llama3", "yarn")),
+    "model.rope_scaling.factor": Field(1.0, "Angles are divided by it: all (linear), or those that turn slowly.",
+        at_least(1)),
+    "model.rope_scaling.original_seq_len": Field(8_192, "Of pre-training, in tokens; llama3 and yarn.", at_least(1)),
+    "model.rope_scaling.low_freq_factor": Field(1.0, "llama3: angles that turn less often than this in "
+        "original_seq_len are divided by the factor, ...", POSITIVE),
+    "model.rope_scaling.high_freq_factor": Field(4.0, "... and those that turn more often than this stay.",
+        POSITIVE, above("model.rope_scaling.low_freq_factor")),
+    "model.rope_scaling.beta_slow": Field(1.0, "The same for yarn: below so many turns, ...", POSITIVE),
+    "model.rope_scaling.beta_fast": Field(32.0, "... and above so many.",
+        POSITIVE, above("model.rope_scaling.beta_slow")),
+    "model.rope_scaling.attention_factor": Field(0.0, "yarn: multiplies cosines and sines; 0: 0.1 ln(factor) + 1, as "
+        "its paper says.", at_least(0)),
+    "model.rope_scaling.truncate": Field(True, "yarn: rounds the bounds between slow and fast to whole dimensions."),
     "model.norm_eps": Field(1e-5, "Added to the mean square in RMSNorm.", POSITIVE),
+    "model.tie_embeddings": Field(False, "The head is the embedding, transposed, and no parameter of its own."),
+    "model.qkv_bias": Field(False, "Adds a bias to queries, keys and values, as Qwen2 does."),
+    "model.window": Field(0, "Positions that a query sees, its own and those just before it; 0: all before it.",
+        at_least(0)),
+    "model.window_layers": Field("all", "Layers that have the window: all, or numbers and ranges, 0,2,28-47.", LAYERS),
     "model.dtype": Field("float32", "Of activations. Parameters, norms, softmax and loss are always float32.", FLOATS),
     "model.init": Field("official", "Variances: official (paper.md's) or normal (0.02^2, residual outputs / 2 layers).",
         one_of("official", "normal")),

@@ -1,6 +1,8 @@
 """Small stores and blocks, made on the spot."""
 
+import functools
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -79,7 +81,10 @@ def start_program(path, body):
         "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
     )
     path.write_text(imports + body)
+    # A shell's `&` has what it starts ignore SIGINT; the program is to be interrupted there too.
+    heeds_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     options = dict(env=tiny_runs.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options["preexec_fn"] = heeds_interrupts
     return subprocess.Popen([sys.executable, str(path)], **options)
 
 

@@ -121,7 +121,7 @@ def _sharded(
         q: jax.Array, k: jax.Array, v: jax.Array, queries: Visibility, keys: Visibility | None, kernel: Any
     ) -> jax.Array:
         if not splits_kv:
-            k, v = (_own_kv_heads(x, H, tensor) for x in (k, v))
+            k, v = (own_kv_heads(x, H, tensor) for x in (k, v))
         if context == 1 and kernel is None:
             return _local(implementation, q, k, v, queries, keys)
         if context > 1:
@@ -163,14 +163,14 @@ def _own_queries(visibility: Visibility, context: int) -> Visibility:
     return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *_chunks(visibility, context))
 
 
-def _own_kv_heads(x: jax.Array, num_heads: int, tensor: int) -> jax.Array:
+def own_kv_heads(x: jax.Array, num_heads: int, tensor: int, axis: int = 2) -> jax.Array:
     """The kv heads that this device's query heads need, where `tensor` doesn't divide the kv heads."""
-    K, own_heads = x.shape[2], num_heads // tensor
+    K, own_heads = x.shape[axis], num_heads // tensor
     per_kv_head = num_heads // K
     first = jax.lax.axis_index("tensor") * own_heads
     if per_kv_head % own_heads == 0:  # All of them share one.
-        return jax.lax.dynamic_slice_in_dim(x, first // per_kv_head, 1, axis=2)
-    return jnp.take(x, (first + np.arange(own_heads)) // per_kv_head, axis=2)
+        return jax.lax.dynamic_slice_in_dim(x, first // per_kv_head, 1, axis=axis)
+    return jnp.take(x, (first + np.arange(own_heads)) // per_kv_head, axis=axis)
 
 
 def _why_not(

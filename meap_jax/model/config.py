@@ -5,6 +5,23 @@ import dataclasses
 import jax
 import ml_collections
 
+from meap_jax.fields import windowed_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's angles are changed for texts longer than those of pre-training; as `model.rope_scaling` of fields."""
+
+    kind: str
+    factor: float
+    original_seq_len: int
+    low_freq_factor: float
+    high_freq_factor: float
+    beta_slow: float
+    beta_fast: float
+    attention_factor: float
+    truncate: bool
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -17,8 +34,14 @@ class ModelConfig:
     embed_dim: int
     mlp_dim: int
     vocab_size: int
+    num_tokens: int
     rope_base: float
+    rope_scaling: RopeScaling
     norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    window: int
+    window_layers: str
     dtype: str
     init: str
     attention: str
@@ -36,14 +59,21 @@ class ModelConfig:
         """
         fields = config.to_dict()
         fields["attention"] = resolve(fields["attention"], platform or jax.default_backend())
-        return cls(**fields)
+        return cls(**fields | {"rope_scaling": RopeScaling(**fields["rope_scaling"])})
+
+    @property
+    def has_window(self) -> tuple[bool, ...]:
+        """Whether each layer's queries see `window` positions only."""
+        return tuple(self.window > 0 and named for named in windowed_layers(self.window_layers, self.num_layers))
 
     @property
     def num_parameters(self) -> int:
-        """All of them: embedding and untied head, attention, SwiGLU, norms."""
+        """All of them: embedding, untied head, attention, SwiGLU, norms."""
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
-        layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
-        return self.num_layers * layer + 2 * self.vocab_size * self.embed_dim + self.embed_dim
+        biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = attention + biases + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
+        return self.num_layers * layer + tables + self.embed_dim
 
 
 def resolve(attention: str, platform: str) -> str:

@@ -5,7 +5,7 @@ function.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ Params = dict[str, Any]
 class Decoder(nnx.Module):
     """Tokens to logits."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs, is_stacked: bool = True):
         self.config = c
         self.embedding = normal(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), input_std(c))
 
@@ -37,9 +37,10 @@ class Decoder(nnx.Module):
         def stacked(rngs: nnx.Rngs) -> Block:
             return Block(c, rngs)
 
-        self.layers = stacked(rngs)
+        self.layers = stacked(rngs) if is_stacked else nnx.List([Block(c, rngs) for _ in range(c.num_layers)])
         self.final_norm = RMSNorm(c)
-        self.head = normal(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), input_std(c))
+        if not c.tie_embeddings:
+            self.head = normal(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), input_std(c))
 
     def __call__(
         self,
@@ -56,35 +57,19 @@ class Decoder(nnx.Module):
           keep_embedding_BT: where it is False, the embedding is zero. Default: all are kept.
           at_BN: the positions whose logits are asked for, in [0, T); no others are computed. Default: all, N = T.
         """
-        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
-        return self._logits(sharding.unzigzag(x_BTD, context_shards()), at_BN, "sequence")
+        x_BTD = sharding.unzigzag(self.hidden(tokens_BT, visibility, keep_embedding_BT), context_shards())
+        return self.logits(x_BTD, at_BN)
 
-    def extend(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        visibility: Visibility,
-        cache: Cache,
-        keys: Visibility,
-        at_BN: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N V"], Cache]:
-        """Logits of tokens that go on from those in a cache, and the cache with them in it.
-
-        Args:
-          tokens_BT: in [0, V).
-          visibility: the tokens' own; its positions are RoPE's, too.
-          cache: arrays [num_layers, ...].
-          keys: visibility of all places of the cache, once the tokens are in it.
-          at_BN: as in `__call__`.
-        """
-        x_BTD, cache = self.hidden(tokens_BT, visibility, cache=cache, keys=keys)
-        return self._logits(x_BTD, at_BN, None), cache
-
-    def _logits(
-        self, x_BTD: Float[Array, "B T D"], at_BN: Int[Array, "B N"] | None, sequence: str | None
-    ) -> Float[Array, "B N V"]:
+    def logits(self, x_BTD: Float[Array, "B T D"], at_BN: Int[Array, "B N"] | None = None) -> Float[Array, "B N V"]:
+        """Logits of hidden states that are in the order of the text, at all positions or those of `at_BN`."""
+        sequence = "sequence" if at_BN is None and x_BTD.shape[1] > 1 else None
         if at_BN is not None:
-            x_BTD, sequence = jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1), None
-        return constrain(linear(x_BTD, self.head), "batch", sequence, "vocab")
+            x_BTD = jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1)
+        head = nnx.Param(self._head(), axes=("embed", "vocab"))
+        return constrain(linear(x_BTD, head), "batch", sequence, "vocab")
+
+    def _head(self) -> Float[Array, "D V"]:
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def loss(
         self,
@@ -96,9 +81,10 @@ class Decoder(nnx.Module):
         **options: Any,
     ) -> Float32[Array, ""]:
         """Weighted sum of cross-entropies in nats, without logits of all positions; see `linear_cross_entropy`."""
-        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
         targets_BT, loss_weights_BT = (sharding.zigzag(x, context_shards()) for x in (targets_BT, loss_weights_BT))
-        return linear_cross_entropy(x_BTD, self.head[...], targets_BT, loss_weights_BT, **options)
+        num_tokens = self.config.num_tokens
+        return linear_cross_entropy(x_BTD, self._head(), targets_BT, loss_weights_BT, num_tokens=num_tokens, **options)
 
     def token_losses(
         self,
@@ -109,8 +95,9 @@ class Decoder(nnx.Module):
         **options: Any,
     ) -> Float32[Array, "B T"]:
         """The cross-entropy of every position in nats, without logits of all; see `losses.token_losses`."""
-        x_BTD, _ = self.hidden(tokens_BT, visibility, keep_embedding_BT)
-        losses_BT = token_losses(x_BTD, self.head[...], sharding.zigzag(targets_BT, context_shards()), **options)
+        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        targets_BT, num_tokens = sharding.zigzag(targets_BT, context_shards()), self.config.num_tokens
+        losses_BT = token_losses(x_BTD, self._head(), targets_BT, num_tokens=num_tokens, **options)
         return sharding.unzigzag(losses_BT, context_shards())
 
     def hidden(
@@ -118,32 +105,56 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         visibility: Visibility,
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
-        cache: Any = None,
-        keys: Visibility | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """What the head reads, in the order in which the devices of `context` hold the sequence, and the cache.
-
-        With a cache every one of these devices holds the sequence whole: it is one token long, or few.
-        """
-        c = self.config
-        shards, sequence = (context_shards(), "sequence") if cache is None else (1, None)
+    ) -> Float[Array, "B T D"]:
+        """What the head reads, in the order in which the devices of `context` hold the sequence."""
+        c, shards = self.config, context_shards()
         tokens_BT = sharding.zigzag(tokens_BT, shards)
         positions_BT = sharding.zigzag(visibility.positions, shards)
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
             x_BTD = x_BTD * sharding.zigzag(keep_embedding_BT, shards)[..., None].astype(c.dtype)
-        x_BTD = constrain(x_BTD, "batch", sequence, None)
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
 
         block, weights = nnx.split(self.layers)
+        is_mixed = len(set(c.has_window)) > 1
+        windows = jnp.array(c.has_window) if is_mixed else None
 
-        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
-            weights, cache = own
-            x_BTD, cache = nnx.merge(block, weights)(x_BTD, positions_BT, visibility, keys, cache)
-            return constrain(x_BTD, "batch", sequence, None), cache
+        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], None]:
+            weights, has_window = own
+            has_window = has_window if is_mixed else c.has_window[0]
+            x_BTD, _ = nnx.merge(block, weights)(x_BTD, positions_BT, visibility, has_window)
+            return constrain(x_BTD, "batch", "sequence", None), None
 
         unroll = min(c.unroll, c.num_layers)
-        x_BTD, cache = jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, cache), unroll=unroll)
-        return self.final_norm(x_BTD), cache
+        x_BTD, _ = jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, windows), unroll=unroll)
+        return self.final_norm(x_BTD)
+
+    def extend(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        caches: Sequence[Cache],
+        splits_sequence: bool = False,
+    ) -> tuple[Float[Array, "B T D"], list[Cache]]:
+        """Hidden states of tokens that go on from those in the caches, and the caches with them in.
+
+        For a decoder whose layers are not stacked: a decoding step reads every weight once, and slices of a stack
+        would be copied first.
+
+        Args:
+          tokens_BT: in [0, V), in the order in which the devices of `context` hold them.
+          visibility: the tokens' own, in the same order; its positions are RoPE's, too.
+          caches: one for each layer.
+          splits_sequence: over the devices of `context`; else each has all tokens.
+        """
+        c, sequence = self.config, "sequence" if splits_sequence else None
+        x_BTD = constrain(self.embedding[...].astype(c.dtype)[tokens_BT], "batch", sequence, None)
+        extended: list[Cache] = []
+        for block, has_window, cache in zip(self.layers, c.has_window, caches, strict=True):
+            x_BTD, cache = block(x_BTD, visibility.positions, visibility, has_window, cache)
+            x_BTD = constrain(x_BTD, "batch", sequence, None)
+            extended.append(cache)
+        return self.final_norm(x_BTD), extended
 
 
 def context_shards() -> int:
@@ -181,10 +192,11 @@ class Definition:
 
     config: ModelConfig
     graphdef: nnx.GraphDef
+    is_stacked: bool = True  # Layers: one tree of arrays [num_layers, ...]. Else a tree for each, {0: ..., 1: ...}.
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters, as nested dicts."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key), self.is_stacked), nnx.Param))
 
     def decoder(self, params: Params) -> Decoder:
         """The decoder with these parameters, to be used within one traced function."""
@@ -212,16 +224,23 @@ class Definition:
 
     def axes(self) -> Params:
         """The logical axes of every parameter, a tuple of names in the place of each array."""
-        abstract = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0), self.is_stacked))
 
         def named(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
-            return ("layers",) * (path[0] == "layers") + variable.get_metadata("axes")
+            return ("layers",) * (path[0] == "layers" and self.is_stacked) + variable.get_metadata("axes")
 
         flat = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
         return traverse_util.unflatten_dict({path: named(path, variable) for path, variable in flat})
 
 
-def define(config: ModelConfig) -> Definition:
+def define(config: ModelConfig, is_stacked: bool = True) -> Definition:
     """The decoder of this shape; allocates nothing."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
-    return Definition(config, graphdef)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), is_stacked)))
+    return Definition(config, graphdef, is_stacked)
+
+
+def unstack(params: Params) -> Params:
+    """Parameters with a tree of arrays for each layer, {0: ..., 1: ...}, in place of arrays [num_layers, ...]."""
+    num_layers = len(jax.tree.leaves(params["layers"])[0])
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
+    return params | {"layers": layers}

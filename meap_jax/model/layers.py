@@ -1,10 +1,10 @@
 """The modules of a decoder layer.
 
 Every parameter is declared once: shape, logical axes (see `sharding.RULES`), initial std.
-Names carry shapes: B batch, T sequence, S sequence with what a cache holds, D embed, H heads, K kv heads, d head_dim,
-F mlp.
+Names carry shapes: B batch, T sequence, D embed, H heads, K kv heads, d head_dim, F mlp.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meap_jax.model.attention import attention
 from meap_jax.model.cache import Cache
@@ -20,6 +20,10 @@ from meap_jax.model.config import ModelConfig
 from meap_jax.model.rope import rope
 from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
+
+
+# Known where the program is made, unless layers of both kinds share it: then it comes with each layer's weights.
+HasWindow = bool | Bool[Array, ""]
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
@@ -83,7 +87,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query self-attention with RoPE."""
+    """Causal grouped-query self-attention with RoPE; with a window in the layers that have one."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         D, H, K, d = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -91,22 +95,40 @@ class Attention(nnx.Module):
         self.k_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
         self.v_proj = normal(rngs, (D, K, d), ("embed", "kv_heads", "head_dim"), input_std(c))
         self.o_proj = normal(rngs, (H, d, D), ("heads", "head_dim", "embed"), output_std(c))
-        self.rope_base, self.implementation = c.rope_base, c.attention
+        if c.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((H, d), jnp.float32), axes=("heads", "head_dim"))
+            self.k_bias = nnx.Param(jnp.zeros((K, d), jnp.float32), axes=("kv_heads", "head_dim"))
+            self.v_bias = nnx.Param(jnp.zeros((K, d), jnp.float32), axes=("kv_heads", "head_dim"))
+        self.config = c
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        queries: Visibility,
-        keys: Visibility | None,
-        cache: Cache | None,
+        visibility: Visibility,
+        has_window: HasWindow,
+        cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        q_BTHd = rope(linear(x_BTD, self.q_proj), positions_BT, self.rope_base)
-        k_BSKd = rope(linear(x_BTD, self.k_proj), positions_BT, self.rope_base)
-        v_BSKd = linear(x_BTD, self.v_proj)
+        c = self.config
+        q_BTHd, k_BTKd, v_BTKd = (linear(x_BTD, w) for w in (self.q_proj, self.k_proj, self.v_proj))
+        if c.qkv_bias:
+            q_BTHd, k_BTKd, v_BTKd = (
+                x + bias[...].astype(x.dtype)
+                for x, bias in ((q_BTHd, self.q_bias), (k_BTKd, self.k_bias), (v_BTKd, self.v_bias))
+            )
+        q_BTHd, k_BTKd = (rope(x, positions_BT, c.rope_base, c.rope_scaling) for x in (q_BTHd, k_BTKd))
+
+        def attend(visibility: Visibility) -> Float[Array, "B T H d"]:
+            return attention(q_BTHd, k_BTKd, v_BTKd, visibility, implementation=c.attention)
+
+        near = dataclasses.replace(visibility, window=c.window)
         if cache is not None:
-            k_BSKd, v_BSKd, cache = cache.extend(k_BSKd, v_BSKd)
-        out_BTHd = attention(q_BTHd, k_BSKd, v_BSKd, queries, keys, self.implementation)
+            visibility = near if has_window is True else visibility
+            out_BTHd, cache = cache.attend(q_BTHd, k_BTKd, v_BTKd, visibility, c.attention)
+        elif isinstance(has_window, bool):
+            out_BTHd = attend(near if has_window else visibility)
+        else:
+            out_BTHd = jax.lax.cond(has_window, lambda: attend(near), lambda: attend(visibility))
         return linear(out_BTHd, self.o_proj, num_inputs=2), cache
 
 
@@ -136,11 +158,11 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        queries: Visibility,
-        keys: Visibility | None,
-        cache: Cache | None,
+        visibility: Visibility,
+        has_window: HasWindow,
+        cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        attended_BTD, cache = self.attn(self.attn_norm(x_BTD), positions_BT, queries, keys, cache)
+        attended_BTD, cache = self.attn(self.attn_norm(x_BTD), positions_BT, visibility, has_window, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache

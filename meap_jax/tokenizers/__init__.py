@@ -81,6 +81,8 @@ def _read(path: Path) -> Tokenizer:
             return BPETokenizer(serialized.decode("utf-8"))
         beside = path.with_name("tokenizer_config.json")
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
+        if (template := path.with_name("chat_template.jinja")).is_file():  # Where transformers writes it since 4.50.
+            config["chat_template"] = template.read_text(encoding="utf-8")
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))
     if "vocab" in content and "config" in content:
         from meap_jax.tokenizers.tekken_json import TekkenTokenizer

@@ -23,7 +23,7 @@ class BPETokenizer(PackageTokenizer):
         """Rebuilds a tokenizer from the JSON of the `tokenizers` package."""
         self._serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        self.num_tokens: int = self._tokenizer.get_vocab_size()
+        self.num_tokens = self.num_own_ids = self._tokenizer.get_vocab_size()
 
     def files(self) -> dict[str, bytes]:
         """The JSON file of the `tokenizers` package."""

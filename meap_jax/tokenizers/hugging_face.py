@@ -1,13 +1,15 @@
 """Any `tokenizer.json` of the Hugging Face hub, by the `tokenizers` package."""
 
+import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import tokenizers
-from meap_jax.tokenizers.interface import Encoded, Tokenizer, refusal
+from meap_jax.tokenizers.interface import Encoded, Tokenizer, clean, refusal
 
 # Roles that no tokenizer_config.json beside it names are looked for among the added tokens, the first name first.
 _NAMES = {
@@ -17,6 +19,7 @@ _NAMES = {
     "mask_token": ("[MASK]", "<mask>", "<|mask|>"),
 }
 _UNKNOWN_NAMES = ("<unk>", "[UNK]")
+_SECRET, _GUARD = "\uffff", "\ufffe"  # No characters of Unicode.
 
 
 class PackageTokenizer(Tokenizer):
@@ -67,9 +70,10 @@ class HuggingFaceTokenizer(PackageTokenizer):
             raise refusal(where, f"is not a tokenizer.json that the package tokenizers can read ({error})") from error
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         self._names = _resolve(config, added, where)
+        self._template = _chat_template(config)
         roles = {role: added[name] for role, name in self._names.items()}
         self.bos_id, self.eos_id = roles["bos_token"], roles["eos_token"]
-        free = 1 + max([*added.values(), *_vocab(content["model"]).values()])
+        free = self.num_own_ids = 1 + max([*added.values(), *_vocab(content["model"]).values()])
         self.mask_id = roles.get("mask_token", free)
         free = max(free, self.mask_id + 1)
         unknown = _unknown(content["model"], added)
@@ -87,9 +91,45 @@ class HuggingFaceTokenizer(PackageTokenizer):
         self._tokenizer = _build(content)
 
     def files(self) -> dict[str, bytes]:
-        """The tokenizer.json as it was, and a tokenizer_config.json of the special tokens' names alone."""
-        config = json.dumps(self._names, ensure_ascii=False, indent=2, sort_keys=True)
+        """The tokenizer.json as it was, and a tokenizer_config.json of special tokens' names and the chat template."""
+        fields = self._names | ({"chat_template": self._template} if self._template else {})
+        config = json.dumps(fields, ensure_ascii=False, indent=2, sort_keys=True)
         return {"tokenizer.json": self._serialized.encode("utf-8"), "tokenizer_config.json": config.encode("utf-8")}
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """As the interface says, by the template of the tokenizer_config.json."""
+        if not self._template:
+            return super().encode_chat(messages)
+        from meap_jax.tokenizers import chat  # Jinja is imported by those who chat alone.
+
+        names = sorted(self._specials.values(), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)))
+
+        def guarded(text: str) -> str:
+            """The text with what looks like a special token broken up by a character that no text has."""
+            text = clean(text).replace(_GUARD, "").replace(_SECRET, "")
+            return pattern.sub(lambda found: found[0][0] + _GUARD + found[0][1:], text)
+
+        said = [{key: guarded(value) for key, value in message.items()} for message in messages]
+        rendered = chat.render(self._template, said, self._names)
+        secret = {name: f"{_SECRET}{index}{_SECRET}" for index, name in self._specials.items()}
+        text = pattern.sub(lambda found: secret[found[0]], rendered).replace(_GUARD, "")
+        return self._finding_specials.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _finding_specials(self) -> tokenizers.Tokenizer:
+        """The tokenizer that finds special tokens in text, by their secret names."""
+        finding = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        finding.encode_special_tokens = False
+        return finding
+
+
+def _chat_template(config: Mapping[str, Any]) -> str:
+    """The chat template of a tokenizer_config.json, of several the one called default; "" if there is none."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), "")
+    return template
 
 
 def _resolve(config: Mapping[str, Any], added: Mapping[str, int], where: str) -> dict[str, str]:
@@ -139,7 +179,7 @@ def _hide_specials(content: dict[str, Any]) -> None:
     has: U+FFFF is no character.
     """
     model, added = content["model"], content["added_tokens"]
-    secret = {token["content"]: f"\uffff{token['id']}\uffff" for token in added if token["special"]}
+    secret = {token["content"]: f"{_SECRET}{token['id']}{_SECRET}" for token in added if token["special"]}
     if isinstance(model["vocab"], dict):
         model["vocab"] = {secret.get(token, token): index for token, index in model["vocab"].items()}
     else:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from meap_jax.errors import ConfigError
+from meap_jax.errors import ConfigError, DataError
 
 # Longer texts are encoded in chunks of about so many characters. That keeps memory flat, and out of reach of what
 # libraries do with a million equal characters: the regular expression of Tekken overflows its stack at one million
@@ -47,6 +47,7 @@ class Tokenizer(abc.ABC):
     pad_id: int  # Fills what is left of a block; never seen by the loss. Distinct from bos, eos and [MASK].
     mask_id: int  # The [MASK] of MEAP: the tokenizer's own if it has one, else the first free id.
     num_tokens: int  # Ids that have a meaning, specials included.
+    num_own_ids: int  # Of these, the ids of its file: without [MASK] and padding that it lacks.
     _specials: Mapping[int, str]  # The names of special ids, which `_decode` never sees.
 
     @abc.abstractmethod
@@ -91,9 +92,30 @@ class Tokenizer(abc.ABC):
         encoded = self._encode_all(texts, self._encode_with_offsets)
         return [(ids, _of_given(text, offsets)) for text, (ids, offsets) in zip(texts, encoded, strict=True)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, an array's or a list's; specials appear by name, rows that pad the vocabulary as <id>."""
-        text, run, opens = "", [], True
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation in the model's own template, up to where the assistant's next words begin.
+
+        The template's special tokens become special ids; what looks like one in a message stays text.
+
+        Args:
+          messages: {"role": "system", "user" or "assistant", "content": text} each.
+
+        Raises:
+          DataError: the tokenizer has no template, or it refuses the messages.
+        """
+        raise DataError(
+            f"the tokenizer ({self.name}) has no chat template: only a tokenizer.json with a tokenizer_config.json that "
+            "brings one can chat."
+        )
+
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
+        """The text of ids; specials appear by name, rows that pad the vocabulary as <id>.
+
+        Args:
+          ids: an array's or a list's.
+          continues: they go on after others, so that a space at their beginning is one of the text.
+        """
+        text, run, opens = "", [], not continues
         for token in map(int, ids):
             if token < self.num_tokens and token not in self._specials:
                 run.append(token)

@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         for kind, token in (("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
                 raise refusal(where, f"is a SentencePiece model without {kind}: train it with one (--{kind}_id)")
-        self.num_tokens: int = self._processor.vocab_size()
+        self.num_tokens = self.num_own_ids = self._processor.vocab_size()
         controls = filter(self._processor.is_control, range(self.num_tokens))
         self._specials = {piece: self._processor.id_to_piece(piece) for piece in controls}
         # User-defined symbols are found in text; only a control symbol can be the [MASK] that text never gives.

@@ -58,6 +58,7 @@ class TekkenTokenizer(Tokenizer):
         self.mask_id: int = next((ids[name] for name in _MASK_NAMES if name in ids), size)
         # A Tekken without <pad> has its <unk>, which bytes never give, in the place 0.
         self.pad_id: int = ids.get("<pad>", ids.get("<unk>", 0))
+        self.num_own_ids: int = size
         self.num_tokens: int = max(size, self.mask_id + 1)
         self._specials = {index: f"<SPECIAL_{index}>" for index in range(num_special)}
         self._specials |= {self.mask_id: "[MASK]"} | names

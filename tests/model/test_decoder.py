@@ -14,7 +14,7 @@ from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.layers import RMSNorm
 from meap_jax.model.visibility import causal
-from tiny_models import numbers
+from tiny_models import mesh_of, numbers
 
 B, T = 2, 12
 RNG = np.random.default_rng(0)
@@ -177,3 +177,71 @@ def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, lo
     assert np.isfinite(error).all()
     assert 0 < np.sqrt(np.square(error).mean()) < 0.03 * np.std(logits)
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+# ------------------------------------------------------------------------------------- logits at some positions, options
+
+
+@pytest.mark.parametrize("mesh", [{}, dict(tensor=2), dict(data=2, tensor=2, context=2)], ids=str)
+def test_logits_of_chosen_positions_are_those_of_all_in_these_places(definition, params, mesh):
+    tokens, at = jnp.asarray(TOKENS), jnp.int32([[11, 0, 3], [7, 7, 6]])
+    with jax.set_mesh(mesh_of(**mesh)):
+        chosen = jax.jit(definition.apply)(params, tokens, causal(tokens), at_BN=at)
+    expected = jax.jit(definition.apply)(params, tokens, causal(tokens))[jnp.arange(B)[:, None], at]
+    np.testing.assert_allclose(chosen, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_logits_of_other_positions_are_computed(definition):
+    asked = functools.partial(definition.apply, at_BN=jnp.zeros((B, 3), jnp.int32))
+    program = str(jax.make_jaxpr(asked)(definition.shapes(), TOKENS, causal(jnp.asarray(TOKENS))))
+    assert f"f32[{B * 3},64]" in program and f"f32[{B * T},64]" not in program
+
+
+@pytest.mark.parametrize("layers, reaches", [("all", 2 * 3), ("1", T), ("0", T)])
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_a_window_ends_what_a_layer_sees(tiny, params, layers, reaches, remat):
+    # A window of 4 lets each layer look back 3 positions; a layer without one lets the first token through to the last.
+    windowed = define(dataclasses.replace(tiny, window=4, window_layers=layers, remat=remat))
+    first_changed = TOKENS.copy()
+    first_changed[:, 0] = (TOKENS[:, 0] + 1) % 64
+    a, gradients = logits_and_gradients(windowed, params, TOKENS)
+    b, _ = logits_and_gradients(windowed, params, first_changed)
+    changed = np.abs(np.asarray(a - b)).max(axis=(0, 2)) > 1e-6
+    assert changed.nonzero()[0].max() == min(reaches, T - 1)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_tied_embeddings_are_the_head_and_biases_add_to_queries_keys_and_values(tiny, params):
+    tied = define(dataclasses.replace(tiny, tie_embeddings=True, qkv_bias=True))
+    attn = {
+        **params["layers"]["attn"],
+        **{f"{x}_bias": jnp.ones(tied.shapes()["layers"]["attn"][f"{x}_bias"].shape) for x in "qkv"},
+    }
+    biased = {**params, "layers": {**params["layers"], "attn": attn}}
+    without_head = {name: x for name, x in biased.items() if name != "head"}
+    untied = define(dataclasses.replace(tiny, qkv_bias=True))
+    expected = forward(untied, biased | {"head": params["embedding"].T}, TOKENS, ONES)
+    assert jax.tree.structure(tied.shapes()) == jax.tree.structure(without_head)
+    np.testing.assert_allclose(forward(tied, without_head, TOKENS, ONES), expected, atol=1e-5, rtol=1e-5)
+    # A bias of the values is one of what attention puts out, whose weights come to 1.
+    no_keys = {**attn, "q_bias": attn["q_bias"] * 0, "k_bias": attn["k_bias"] * 0}
+    shifted = forward(untied, {**params, "layers": {**params["layers"], "attn": no_keys}}, TOKENS, ONES)
+    assert np.abs(np.asarray(shifted - forward(define(tiny), params, TOKENS, ONES))).max() > 0.1
+
+
+def test_padding_of_the_vocabulary_takes_no_probability(tiny, params):
+    padded = define(dataclasses.replace(tiny, num_tokens=50))
+    cut = define(dataclasses.replace(tiny, vocab_size=50))
+    fewer = params | {"embedding": params["embedding"][:50], "head": params["head"][:, :50]}
+    tokens, weights = jnp.asarray(TOKENS % 50), jnp.ones((B, T))
+
+    def loss(definition):
+        return lambda p: definition.decoder(p).loss(tokens, causal(tokens), tokens, weights)
+
+    (a, grad_a), (b, grad_b) = (jax.jit(jax.value_and_grad(loss(d)))(p) for d, p in ((padded, params), (cut, fewer)))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(grad_a["head"][:, :50], grad_b["head"], atol=1e-4, rtol=1e-4)
+    assert not grad_a["head"][:, 50:].any() and not grad_a["embedding"][50:].any()
+    losses = [jax.jit(lambda p, d=d: d.decoder(p).token_losses(tokens, causal(tokens), tokens))(p)
+              for d, p in ((padded, params), (cut, fewer))]  # fmt: skip
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -1,0 +1,268 @@
+"""Converts models of the Hugging Face hub into ours, and back.
+
+python -m meap_jax.convert import --hf=DIR --out=DIR [--mask_init=mean] [--seed=0] [--ignore=FIELD,...] [--mesh=fsdp=-1]
+python -m meap_jax.convert export --workdir=DIR --out=DIR [--step=N] [--dtype=float32] [--keep_padding] [--mesh=fsdp=-1]
+
+Import reads a folder with config.json, safetensors and a tokenizer, as the hub has it, of a Llama 2 or 3, a Mistral 7B
+or a Qwen2 or 2.5. What it writes is a workdir like that of a run: `--config.init_from=` trains from it, and
+`meap_jax.generate` and `meap_jax.evaluate` open it. Export writes a folder that transformers loads. Either is written
+beside its place and gets its name when it is complete.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from meap_jax import cli
+from meap_jax import config as config_lib
+from meap_jax.checkpoint import save_params
+from meap_jax.errors import ConfigError, DataError
+from meap_jax.hf import card, safetensors, weights
+from meap_jax.hf import config as hf_config
+from meap_jax.hf.tokenizer import hub_files, open_hub_tokenizer
+from meap_jax.models import OpenModel, define_model, open_model, save_tokenizer, write_config
+from meap_jax.paths import absolute
+from meap_jax.tokenizers.interface import round_up
+
+_log = logging.getLogger("meap_jax.convert")
+
+
+def open_hub_model(
+    source: Path,
+    *,
+    mask_init: str | None = None,
+    seed: int = 0,
+    ignore: tuple[str, ...] = (),
+    mesh: dict[str, int] = {},
+) -> OpenModel:
+    """Opens a model of the hub: reads its config, its tokenizer and, tensor by tensor, its weights.
+
+    Args:
+      source: a folder with config.json, safetensors and a tokenizer.
+      mask_init: "mean" or "random", see `weights.fill_rows`; None: the mean, but a token that the tokenizer reserves
+        keeps its row.
+      seed: of random rows.
+      ignore: fields of config.json that are not looked at.
+      mesh: sizes of its axes; default: parameters are split over all devices.
+
+    Raises:
+      DataError, ConfigError: for what can't be read, or isn't such a model.
+    """
+    content = _read_json(source / "config.json")
+    found = hf_config.read(content, ignore)
+    tokenizer, adds_bos = open_hub_tokenizer(source)
+    rows = found.model["vocab_size"]
+    if tokenizer.num_own_ids > rows:
+        raise DataError(
+            f"{source} has a tokenizer of {tokenizer.num_own_ids} ids, but its embedding has {rows} rows: they are not "
+            "of one model."
+        )
+    tensors = safetensors.Tensors(source)
+    config = config_lib.base()
+    has_own_mask = tokenizer.mask_id < tokenizer.num_own_ids
+    config.model.update(found.model)
+    config.model.update(
+        vocab_size=round_up(max(rows, tokenizer.num_tokens)),
+        num_tokens=max(rows, tokenizer.mask_id + 1),
+        dtype=hf_config.DTYPES[tensors.dtype()],
+    )
+    config.seq_len, config.objective.mask_id = found.seq_len, tokenizer.mask_id
+    config.data.tokenizer = "./tokenizer"
+    config.global_batch_size = jax.device_count()
+    config.mesh.update(dict(data=1, fsdp=-1) | mesh)
+    config_lib.check(config, needs_data=False)
+    model = define_model(config)
+    params = weights.load(tensors, model.definition, model.mesh, rows)
+    is_filled = not has_own_mask or mask_init is not None
+    params = weights.fill_rows(
+        params, model.definition, model.mesh, rows,
+        own_rows=(tokenizer.mask_id,) if is_filled else (), init=mask_init or "mean", seed=seed,
+    )  # fmt: skip
+    imported = dict(
+        family=found.family, dtype=tensors.dtype(), adds_bos=adds_bos, stop_ids=_stop_ids(source, content, rows)
+    )
+    return OpenModel(model, params, tokenizer, 0, {"config": config.to_dict(), "imported": imported})
+
+
+def import_model(source: Path, out: epath.Path, **options: Any) -> None:
+    """Writes a model of the hub as a workdir; `options` are those of `open_hub_model`.
+
+    Raises:
+      DataError, ConfigError: as `open_hub_model`, or `out` exists.
+    """
+    with _complete(out) as partial:
+        opened = open_hub_model(source, **options)
+        tokenizer_hash = ""
+        if jax.process_index() == 0:
+            write_config(partial, opened.model.config)
+        tokenizer_hash = save_tokenizer(partial, opened.tokenizer)
+        meta = {"fingerprint": "", "data": None, "tokenizer": tokenizer_hash, **opened.meta}
+        save_params(partial, opened.params, meta)
+    number = opened.model.definition.config.num_parameters
+    _log.info("%s: %d parameters of a %s model; [MASK] is %d", out, number, opened.meta["imported"]["family"],
+              opened.tokenizer.mask_id)  # fmt: skip
+
+
+def export_model(
+    workdir: epath.Path,
+    out: epath.Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    keep_padding: bool = False,
+    mesh: dict[str, int] = {},
+    largest_file: int = safetensors.LARGEST_FILE,
+) -> None:
+    """Writes a model as a folder that transformers loads.
+
+    Args:
+      workdir: absolute, of a run or an imported model.
+      out: that doesn't exist.
+      step: of the checkpoint; default: the newest.
+      dtype: of the weights; default: that of the import, float32 for models that were trained here.
+      keep_padding: rows of the vocabulary that no token has are written too.
+      mesh: sizes of its axes; default: parameters are split over all devices.
+      largest_file: bytes.
+
+    Raises:
+      ConfigError: no model is there, transformers can't express it, or `out` exists.
+    """
+    with _complete(out) as partial:
+        opened = open_model(workdir, step, dict(data=1, fsdp=-1, tensor=1, context=1) | mesh)
+        config, tokenizer = opened.model.config, opened.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"{workdir} has no tokenizer yet: train the model first.")
+        imported = opened.meta.get("imported", {})
+        dtype = dtype or imported.get("dtype", "float32")
+        model = opened.model.definition.config
+        rows = model.vocab_size if keep_padding else max(tokenizer.num_own_ids, tokenizer.mask_id + 1)
+        files = hub_files(tokenizer, config.seq_len)
+        stops = sorted({tokenizer.eos_id, *imported.get("stop_ids", ())})
+        ids: dict[str, Any] = dict(bos_token_id=tokenizer.bos_id, eos_token_id=stops if len(stops) > 1 else stops[0])
+        if tokenizer.pad_id < rows:
+            ids["pad_token_id"] = tokenizer.pad_id
+        content = hf_config.write(model, config.seq_len, rows, dtype, imported.get("family")) | ids
+        planned = [
+            safetensors.Planned(tensor.name, tensor.shape, get)
+            for tensor, get in weights.arrays(opened.params, opened.model.definition, opened.model.mesh, rows, dtype)
+        ]
+        if jax.process_index() == 0:
+            folder = Path(partial)
+            safetensors.write(folder, planned, dtype, largest_file)
+            _write_json(folder / "config.json", content)
+            # transformers' generate reads it; of [MASK] no other engine has to know, for the model never predicts it.
+            _write_json(folder / "generation_config.json", ids | {"suppress_tokens": [tokenizer.mask_id]})
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            (folder / "README.md").write_text(
+                card.text(workdir, config, opened.step, opened.meta, rows), encoding="utf-8"
+            )
+        else:
+            for tensor in planned:
+                tensor.get()
+    _log.info("%s: %d rows of the vocabulary, %s", out, rows, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _complete(out: epath.Path) -> Iterator[epath.Path]:
+    """A folder beside `out` that gets its name if nothing goes wrong, and goes away otherwise."""
+    if out.exists():
+        raise ConfigError(f"--out is {out}, which exists: name a folder that doesn't, or delete it.")
+    partial = out.parent / f".{out.name}.partial"
+    is_first = jax.process_index() == 0
+    try:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _wait("started")
+        yield partial
+        _wait("written")
+        if is_first:
+            os.replace(partial, out)
+    except OSError as error:
+        raise DataError(f"--out is {out}, which can't be written: {error.strerror or error}.") from error
+    finally:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _wait(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}): --hf must be a folder of the hub.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {type(content).__name__}, but must hold an object.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _stop_ids(source: Path, content: dict[str, Any], rows: int) -> list[int]:
+    """The tokens that end a text, as generation_config.json says or else config.json."""
+    file = source / "generation_config.json"
+    said = (_read_json(file) if file.is_file() else {}).get("eos_token_id", content.get("eos_token_id"))
+    stops = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(isinstance(stop, int) and 0 <= stop < rows for stop in stops):
+        raise DataError(f"{source} has eos_token_id {said}, but must have ids below {rows}.")
+    return sorted(stops)
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def command(argv: list[str]) -> None:
+    """Imports or exports, as the command line says."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m meap_jax.convert", description=__doc__, formatter_class=form)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="import|export")
+    reading = ways.add_parser("import", help="from the hub's form to ours")
+    reading.add_argument("--hf", required=True, help="folder with config.json, safetensors and a tokenizer")
+    reading.add_argument("--mask_init", choices=("mean", "random"), help="of the row of [MASK]; default: mean, but the "
+                         "row of a token that the tokenizer reserves stays")  # fmt: skip
+    reading.add_argument("--seed", type=int, default=0, help="of random rows")
+    reading.add_argument("--ignore", default="", help="fields of config.json that are known to change nothing")
+    writing = ways.add_parser("export", help="from ours to the hub's form")
+    writing.add_argument("--workdir", required=True, help="of a run, or of an imported model")
+    writing.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    writing.add_argument("--dtype", choices=tuple(hf_config.DTYPES), help="of the weights; default: that of the import, "
+                         "float32 for models trained here")  # fmt: skip
+    writing.add_argument("--keep_padding", action="store_true", help="writes rows of the vocabulary without a token")
+    for way in (reading, writing):
+        way.add_argument("--out", required=True, help="folder that doesn't exist yet")
+        way.add_argument("--mesh", default="", help="axis=size,...; default: fsdp=-1")
+    args = parser.parse_args(argv[1:])
+    out, mesh = absolute(epath.Path(args.out)), cli.parse_mesh(args.mesh)
+    if args.way == "import":
+        ignore = tuple(filter(None, args.ignore.split(",")))
+        source = Path(args.hf).expanduser()
+        import_model(source, out, mask_init=args.mask_init, seed=args.seed, ignore=ignore, mesh=mesh)
+    else:
+        workdir = absolute(epath.Path(args.workdir))
+        export_model(workdir, out, step=args.step, dtype=args.dtype, keep_padding=args.keep_padding, mesh=mesh)
+
+
+if __name__ == "__main__":
+    cli.run_command(command, joins_hosts=True)

@@ -1,0 +1,1 @@
+"""Models of the Hugging Face hub: their config.json, safetensors and tokenizer files, read and written."""
