@@ -48,7 +48,7 @@ test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	    tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
 
 # The first line fails where tests would be skipped for want of what they compare with.
-test-parity: .parity ## compare the decoder, the optimizer and a training step with PyTorch's
+test-parity: .parity ## compare decoders, generation, the optimizer and a training step with PyTorch's
 	@cd "$(ROOT)"
 	.parity/bin/python -c 'import datasets, safetensors, torch, transformers'
 	JAX_PLATFORMS=cpu .parity/bin/python -m pytest -q -rs -n 2 tests/parity
@@ -128,17 +128,23 @@ lint: .venv ## check style, types and the direction of imports
 .beam: .venv ## install requirements-beam.txt into .beam, if it is not there already
 .parity: .venv ## install requirements-parity.txt into .parity, if it is not there already
 .beam: size := 0.4 GB
-.parity: size := 1 GB
+.parity: size := 1.1 GB
+.beam: older :=
+.parity: older := requirements-transformers4.txt
 .beam .parity:
 	@cd "$(ROOT)"
 	requirements=requirements-$(@:.%=%).txt
-	wanted=$$(cat .venv/stamp $$requirements)
+	older=$(older)
+	wanted=$$(cat .venv/stamp $$requirements $$older)
 	if [ "$$(cat $@/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
 	echo "Making $@, about $(size), once"
 	.venv/bin/python -m venv --clear --without-pip $@ # .venv's pip does.
 	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 	.venv/bin/python -c "$$packages" > "$$($@/bin/python -c "$$packages")/venv.pth"
 	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $$requirements
+	if [ -n "$$older" ]; then
+	    $@/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/transformers4 -r $$older
+	fi
 	printf '%s\n' "$$wanted" > $@/stamp
 
 # .cloud/stamp is like .venv/stamp, but with anything else written in it .cloud is made anew.

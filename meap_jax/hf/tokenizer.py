@@ -204,7 +204,9 @@ def open_hub_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
         if reserved is not None:
             tokenizer = HuggingFaceTokenizer(serialized, config | {"mask_token": reserved}, str(folder))
     beside = folder / "tokenizer_config.json"
-    said = json.loads(beside.read_text(encoding="utf-8")).get("add_bos_token") if beside.is_file() else None
-    if said is None:
-        said = tokenizers.Tokenizer.from_str(serialized).encode("a").ids[:1] == [tokenizer.bos_id]
-    return tokenizer, bool(said) and tokenizer.bos_id != tokenizer.eos_id
+    said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    adds_bos = tokenizers.Tokenizer.from_str(serialized).encode("a").ids[:1] == [tokenizer.bos_id]
+    # Llama's class goes by the config; others by the tokenizer.json.
+    if "Llama" in str(said.get("tokenizer_class")) and said.get("add_bos_token") is not None:
+        adds_bos = bool(said["add_bos_token"])
+    return tokenizer, adds_bos and tokenizer.bos_id != tokenizer.eos_id
