@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jax.experimental import multihost_utils
 from meap_jax import cli
 from meap_jax import config as config_lib
 from meap_jax.checkpoint import save_params
+from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.hf import card, safetensors, weights
 from meap_jax.hf import config as hf_config
@@ -43,7 +45,7 @@ def open_hub_model(
     mask_init: str | None = None,
     seed: int = 0,
     ignore: tuple[str, ...] = (),
-    mesh: dict[str, int] = {},
+    mesh: Mapping[str, int] = MappingProxyType({}),
 ) -> OpenModel:
     """Opens a model of the hub: reads its config, its tokenizer and, tensor by tensor, its weights.
 
@@ -79,7 +81,7 @@ def open_hub_model(
     config.seq_len, config.objective.mask_id = found.seq_len, tokenizer.mask_id
     config.data.tokenizer = "./tokenizer"
     config.global_batch_size = jax.device_count()
-    config.mesh.update(dict(data=1, fsdp=-1) | mesh)
+    config.mesh.update({"data": 1, "fsdp": -1, **mesh})
     config_lib.check(config, needs_data=False)
     model = define_model(config)
     params = weights.load(tensors, model.definition, model.mesh, rows)
@@ -91,7 +93,8 @@ def open_hub_model(
     imported = dict(
         family=found.family, dtype=tensors.dtype(), adds_bos=adds_bos, stop_ids=_stop_ids(source, content, rows)
     )
-    return OpenModel(model, params, tokenizer, 0, {"config": config.to_dict(), "imported": imported})
+    meta = {"config": config.to_dict(), "tokenizer": hash_of(tokenizer.files()), "imported": imported}
+    return OpenModel(model, params, tokenizer, 0, meta)
 
 
 def import_model(source: Path, out: epath.Path, **options: Any) -> None:
@@ -102,15 +105,15 @@ def import_model(source: Path, out: epath.Path, **options: Any) -> None:
     """
     with _complete(out) as partial:
         opened = open_hub_model(source, **options)
-        tokenizer_hash = ""
-        if jax.process_index() == 0:
+        tokenizer = opened.tokenizer
+        if tokenizer is not None and jax.process_index() == 0:
             write_config(partial, opened.model.config)
-        tokenizer_hash = save_tokenizer(partial, opened.tokenizer)
-        meta = {"fingerprint": "", "data": None, "tokenizer": tokenizer_hash, **opened.meta}
+            save_tokenizer(partial, tokenizer)
+        meta = {"fingerprint": "", "data": None, **opened.meta}
         save_params(partial, opened.params, meta)
     number = opened.model.definition.config.num_parameters
-    _log.info("%s: %d parameters of a %s model; [MASK] is %d", out, number, opened.meta["imported"]["family"],
-              opened.tokenizer.mask_id)  # fmt: skip
+    family, mask_id = opened.meta["imported"]["family"], opened.model.config.objective.mask_id
+    _log.info("%s: %d parameters of a %s model; [MASK] is %d", out, number, family, mask_id)
 
 
 def export_model(
@@ -120,7 +123,7 @@ def export_model(
     step: int | None = None,
     dtype: str | None = None,
     keep_padding: bool = False,
-    mesh: dict[str, int] = {},
+    mesh: Mapping[str, int] = MappingProxyType({}),
     largest_file: int = safetensors.LARGEST_FILE,
 ) -> None:
     """Writes a model as a folder that transformers loads.
@@ -138,7 +141,7 @@ def export_model(
       ConfigError: no model is there, transformers can't express it, or `out` exists.
     """
     with _complete(out) as partial:
-        opened = open_model(workdir, step, dict(data=1, fsdp=-1, tensor=1, context=1) | mesh)
+        opened = open_model(workdir, step, {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, **mesh})
         config, tokenizer = opened.model.config, opened.tokenizer
         if tokenizer is None:
             raise ConfigError(f"{workdir} has no tokenizer yet: train the model first.")
@@ -247,8 +250,8 @@ def command(argv: list[str]) -> None:
     writing = ways.add_parser("export", help="from ours to the hub's form")
     writing.add_argument("--workdir", required=True, help="of a run, or of an imported model")
     writing.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-    writing.add_argument("--dtype", choices=tuple(hf_config.DTYPES), help="of the weights; default: that of the import, "
-                         "float32 for models trained here")  # fmt: skip
+    writing.add_argument("--dtype", choices=tuple(hf_config.DTYPES), help="of the weights; default: that of the "
+                         "import, float32 for models trained here")  # fmt: skip
     writing.add_argument("--keep_padding", action="store_true", help="writes rows of the vocabulary without a token")
     for way in (reading, writing):
         way.add_argument("--out", required=True, help="folder that doesn't exist yet")

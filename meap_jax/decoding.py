@@ -5,13 +5,11 @@ that may follow, so that few programs serve all calls. Of a long prompt the firs
 training, and each other one attends to what the cache holds: what is held at a time does not grow with the prompt.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from meap_jax import sharding
 from meap_jax.model.cache import SlotCache
@@ -188,7 +186,7 @@ def _extend(
 ) -> tuple[jax.Array, tuple, Visibility]:
     """Hidden states of tokens that come next, and the cache with them in it; see `SlotCache` for modes."""
     slots = _described(slots, visibility, filled, mode)
-    caches = [SlotCache(k, v, slots, filled, mode) for k, v in cache]
+    caches: Any = [SlotCache(k, v, slots, filled, mode) for k, v in cache]
     x_BTD, caches = definition.decoder(params).extend(tokens, visibility, caches, splits_sequence=mode != "token")
     return x_BTD, tuple((own.k, own.v) for own in caches), slots
 
@@ -199,7 +197,7 @@ def _described(slots: Visibility, tokens: Visibility, filled: jax.Array, mode: s
     if mode == "token":  # Every device has it, the first shows it.
         tokens = jax.tree.map(lambda x: jnp.repeat(x, context, axis=1), tokens)
         is_shown = jnp.arange(context) == 0
-        tokens = Visibility(jnp.where(is_shown, tokens.segment_ids, EMPTY), tokens.positions)
+        tokens = Visibility(jnp.where(is_shown, 1, EMPTY) + jnp.zeros_like(tokens.positions), tokens.positions)
 
     def put(slots_BS: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         B = len(slots_BS)

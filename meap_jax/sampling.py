@@ -22,7 +22,7 @@ class Sampling:
     top_k: int = 0  # Only so many of the most likely tokens; 0: all.
     top_p: float = 1.0  # Of these the most likely ones that come to this probability together.
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}, but must be 0 (greedy) or more.")
         if self.top_k < 0:

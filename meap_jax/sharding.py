@@ -166,6 +166,7 @@ def put(sharding: NamedSharding, shape: tuple[int, ...], shard: Callable[[tuple[
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def put_whole(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+def put_whole(sharding: NamedSharding, array: np.ndarray | np.generic) -> jax.Array:
     """A global array from a host array that every process has whole."""
-    return put(sharding, array.shape, lambda index: array[index])
+    whole = np.asarray(array)
+    return put(sharding, whole.shape, lambda index: whole[index])

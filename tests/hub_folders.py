@@ -72,5 +72,7 @@ def write_model(folder, content, tensors=None, dtype=ml_dtypes.bfloat16, num_fil
 def read_tensors(folder):
     """All tensors of a folder, by the package safetensors alone."""
     return {
-        name: array for file in folder.glob("*.safetensors") for name, array in safetensors.numpy.load_file(file).items()
+        name: array
+        for file in folder.glob("*.safetensors")
+        for name, array in safetensors.numpy.load_file(file).items()
     }

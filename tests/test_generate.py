@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax.errors import ConfigError, DataError
 from meap_jax.generate import Generator
 from meap_jax.model import attention_splash
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.models import Model
-from meap_jax.sampling import Sampling
 from tiny_models import mesh_of, numbers
 from tiny_runs import tiny_config
 from tokenizer_kinds import kind

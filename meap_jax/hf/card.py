@@ -35,7 +35,7 @@ def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, 
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [meap-jax]", "---", "",
         "# A decoder of meap-jax", "",
         f"{origin} `[MASK]` is token {config.objective.mask_id}: it belongs in inputs of training with masked "
-        "inputs (MEAP, https://arxiv.org/abs/2502.07490) and is never generated. Padding of the vocabulary is left out: "
+        "inputs (MEAP, https://arxiv.org/abs/2502.07490) and is never generated. The vocabulary has "
         f"{num_rows} rows.", "",
     ]  # fmt: skip
     if not imported:

@@ -61,7 +61,7 @@ def read(content: Mapping[str, Any], ignore: Collection[str] = ()) -> FromHub:
     Raises:
       DataError: naming an architecture or a field that this decoder doesn't have, or a value that can't be.
     """
-    family = content.get("model_type")
+    family = str(content.get("model_type"))
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise DataError(f"config.json has model_type {family!r}, but this decoder knows {known}.")

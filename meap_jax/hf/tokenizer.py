@@ -23,8 +23,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 _SAMPLES = (
     "Hello, world! It's 3.14159 o'clock -- isn't it?", "  two  spaces\tand a tab\n\n\nnew lines \n", "a", "",
     "def f(x):\n    return {'k': [x**2 for _ in range(10)]}  # code", "HTTP/1.1 404 e-mail@example.org 1234567890",
-    "Ünïcödé, naïve café, Straße, İstanbul", "Ελληνικά και кириллица", "مرحبا بالعالم שלום", "こんにちは世界。漢字かな交じり文",
-    "안녕하세요 세계", "नमस्ते दुनिया", "🙂🚀 👩‍👩‍👧‍👦 ∑∫√ ≠ ⅓", "ﬁne ﬂow … “quotes” — dash", "x" * 40, "The quick brown fox " * 5,
+    "Ünïcödé, naïve café, Straße, İstanbul", "Ελληνικά και кириллица", "مرحبا بالعالم שלום",
+    "こんにちは世界。漢字かな交じり文", "안녕하세요 세계", "नमस्ते दुनिया", "🙂🚀 👩‍👩‍👧‍👦 ∑∫√ ≠ ⅓",
+    "ﬁne ﬂow … “quotes” — dash", "x" * 40, "The quick brown fox " * 5,
 )  # fmt: skip
 
 
@@ -93,8 +94,8 @@ def _compare(built: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
         found = built.encode(text, add_special_tokens=False).ids
         if found != ids:
             raise ConfigError(
-                f"the tokenizer ({tokenizer.name}) can't be written for transformers: {text[:30]!r} would be {found[:8]} "
-                f"there and is {ids[:8]}."
+                f"the tokenizer ({tokenizer.name}) can't be written for transformers: {text[:30]!r} would be "
+                f"{found[:8]} there and is {ids[:8]}."
             )
 
 

@@ -122,7 +122,7 @@ def load(tensors: Tensors, definition: Definition, mesh: jax.sharding.Mesh, num_
     params = zeros()
     for tensor in wanted:
         target = functools.reduce(lambda tree, key: tree[key], tensor.path[:-1], params)
-        own_sharding = functools.reduce(lambda tree, key: tree[key], tensor.path, shardings)
+        own_sharding: Any = functools.reduce(lambda tree, key: tree[key], tensor.path, shardings)
         target[tensor.path[-1]] = _put(tensors, tensor, target[tensor.path[-1]], own_sharding)
     return params
 
@@ -149,7 +149,7 @@ def _put(tensors: Tensors, tensor: HubTensor, parameter: jax.Array, own_sharding
         return tensors.read(tensor.name, *ranges)
 
     array = sharding.put(_place_there(tensor, own_sharding), tensor.shape, part)
-    layer = sharding.put_whole(sharding.replicated(own_sharding.mesh), np.int32(tensor.layer or 0))
+    layer = sharding.put_whole(NamedSharding(own_sharding.mesh, PartitionSpec()), np.int32(tensor.layer or 0))
     kind = tensor._replace(name="", layer=None if tensor.layer is None else 0)  # Of all layers one program serves.
     parameter, is_finite = _update(own_sharding, kind)(parameter, array, layer)
     if not is_finite:
@@ -159,7 +159,8 @@ def _put(tensors: Tensors, tensor: HubTensor, parameter: jax.Array, own_sharding
 
 def _place_there(tensor: HubTensor, own_sharding: NamedSharding) -> NamedSharding:
     """The sharding of a tensor, as it is there, that leaves each device with what it holds of ours."""
-    mesh, spec = own_sharding.mesh, [*own_sharding.spec]
+    mesh: Any = own_sharding.mesh
+    spec = [*own_sharding.spec]
     spec = spec[1:] if tensor.layer is not None else spec
     spec += [None] * (len(tensor.own_shape) - len(spec))
     n = tensor.num_inputs
@@ -177,11 +178,12 @@ def _update(own_sharding: NamedSharding, tensor: HubTensor) -> Callable[..., tup
 
     def update(parameter: jax.Array, array: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = (array.T if tensor.num_inputs else array).reshape(tensor.own_shape).astype(parameter.dtype)
-        own, start = (own, [0]) if tensor.layer is None else (own[None], [layer])
-        start += [0] * (own.ndim - 1)
+        if tensor.layer is not None:
+            own = own[None]
+        start: list[Any] = [0 if tensor.layer is None else layer, *[0] * (own.ndim - 1)]
         return jax.lax.dynamic_update_slice(parameter, own, start), jnp.isfinite(array).all()
 
-    everywhere = sharding.replicated(own_sharding.mesh)
+    everywhere = NamedSharding(own_sharding.mesh, PartitionSpec())
     return jax.jit(update, donate_argnums=0, out_shardings=(own_sharding, everywhere))
 
 
@@ -248,4 +250,9 @@ def arrays(
         layer = sharding.put_whole(everywhere, np.int32(tensor.layer or 0))
         # Of all layers one program serves, so neither name nor number may be part of it.
         kind = tensor._replace(name="", layer=None if tensor.layer is None else 0)
-        yield tensor, lambda p=parameter, i=layer, kind=kind: jax.device_get(take(p, i, tensor=kind))
+        yield (
+            tensor,
+            functools.partial(
+                lambda *args, kind: jax.device_get(take(*args, tensor=kind)), parameter, layer, kind=kind
+            ),
+        )

@@ -61,8 +61,8 @@ def attend_to_slots(
     start = (*zeros, jnp.full((B, K, G * Q), -jnp.inf))
     total = add(jnp.int32(0), start) if block == S else jax.lax.fori_loop(0, -(-num_filled // block), add, start)
     values, weights, largest = (x.reshape(B, K, G, Q, *x.shape[3:]) for x in total)
-    of_heads = tuple(x.transpose(0, 3, 1, 2).reshape(B, Q, H) for x in (weights, largest))
-    return values.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, d), *of_heads
+    weights, largest = (x.transpose(0, 3, 1, 2).reshape(B, Q, H) for x in (weights, largest))
+    return values.transpose(0, 3, 1, 2, 4).reshape(B, Q, H, d), weights, largest
 
 
 def combine(

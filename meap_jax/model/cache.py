@@ -7,17 +7,15 @@ token is where. All devices fill their slots from the first on, as many at a tim
 """
 
 import dataclasses
-from typing import Any, Protocol, no_type_check, runtime_checkable
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from meap_jax import sharding
 from meap_jax.model.attention import attention, own_kv_heads
 from meap_jax.model.attention_slots import attend_to_slots, combine
-from meap_jax.model.config import ModelConfig
 from meap_jax.model.visibility import Visibility
 
 

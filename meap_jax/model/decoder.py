@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
         visibility: Visibility,
         caches: Sequence[Cache],
         splits_sequence: bool = False,
-    ) -> tuple[Float[Array, "B T D"], list[Cache]]:
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """Hidden states of tokens that go on from those in the caches, and the caches with them in.
 
         For a decoder whose layers are not stacked: a decoding step reads every weight once, and slices of a stack
@@ -149,11 +149,12 @@ class Decoder(nnx.Module):
         """
         c, sequence = self.config, "sequence" if splits_sequence else None
         x_BTD = constrain(self.embedding[...].astype(c.dtype)[tokens_BT], "batch", sequence, None)
-        extended: list[Cache] = []
-        for block, has_window, cache in zip(self.layers, c.has_window, caches, strict=True):
-            x_BTD, cache = block(x_BTD, visibility.positions, visibility, has_window, cache)
+        extended: list[Any] = []
+        layers: Any = self.layers
+        for block, has_window, cache in zip(layers, c.has_window, caches, strict=True):
+            x_BTD, after = block(x_BTD, visibility.positions, visibility, has_window, cache)
             x_BTD = constrain(x_BTD, "batch", sequence, None)
-            extended.append(cache)
+            extended.append(after)
         return self.final_norm(x_BTD), extended
 
 

@@ -21,7 +21,6 @@ from meap_jax.model.rope import rope
 from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
 
-
 # Known where the program is made, unless layers of both kinds share it: then it comes with each layer's weights.
 HasWindow = bool | Bool[Array, ""]
 

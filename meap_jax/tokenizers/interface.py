@@ -104,8 +104,8 @@ class Tokenizer(abc.ABC):
           DataError: the tokenizer has no template, or it refuses the messages.
         """
         raise DataError(
-            f"the tokenizer ({self.name}) has no chat template: only a tokenizer.json with a tokenizer_config.json that "
-            "brings one can chat."
+            f"the tokenizer ({self.name}) has no chat template: a tokenizer.json with a tokenizer_config.json that "
+            "brings one can chat, and no other."
         )
 
     def decode(self, ids: Iterable[int], continues: bool = False) -> str:
