@@ -155,13 +155,10 @@ def export_model(
         if tokenizer.pad_id < rows:
             ids["pad_token_id"] = tokenizer.pad_id
         content = hf_config.write(model, config.seq_len, rows, dtype, imported.get("family")) | ids
-        planned = [
-            safetensors.Planned(tensor.name, tensor.shape, get)
-            for tensor, get in weights.arrays(opened.params, opened.model.definition, opened.model.mesh, rows, dtype)
-        ]
+        tensors = weights.outgoing(opened.params, opened.model.definition, opened.model.mesh, rows, dtype)
         if jax.process_index() == 0:
             folder = Path(partial)
-            safetensors.write(folder, planned, dtype, largest_file)
+            safetensors.write(folder, tensors, dtype, largest_file)
             _write_json(folder / "config.json", content)
             # transformers' generate reads it; of [MASK] no other engine has to know, for the model never predicts it.
             _write_json(folder / "generation_config.json", ids | {"suppress_tokens": [tokenizer.mask_id]})
@@ -171,8 +168,9 @@ def export_model(
                 card.text(workdir, config, opened.step, opened.meta, rows), encoding="utf-8"
             )
         else:
-            for tensor in planned:
-                tensor.get()
+            for tensor in tensors:
+                for _ in tensor.blocks():
+                    pass  # All processes run the programs that gather.
     _log.info("%s: %d rows of the vocabulary, %s", out, rows, dtype)
 
 

@@ -1,23 +1,17 @@
 """Models of the hub come in and go out as they are, on any mesh, and what can't come in is refused whole."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 from etils import epath
 
-from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model, write_tokenizer
+from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model
 from meap_jax import convert, generate
 from meap_jax.convert import export_model, import_model, open_hub_model
 from meap_jax.errors import ConfigError, DataError
-from meap_jax.models import open_model
-from tiny_models import mesh_of
-from tiny_runs import ROOT, environment
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -54,7 +48,9 @@ def test_every_tensor_goes_out_with_the_bytes_with_which_it_came_in(tmp_path, fa
 def test_every_mesh_reads_the_same_parameters_and_mask_takes_the_mean_of_the_rows(tmp_path):
     content = content_of("llama")
     given = write_model(tmp_path, content)
-    opened = [open_hub_model(tmp_path, mesh=mesh) for mesh in ({}, dict(fsdp=1, tensor=4, data=2), dict(fsdp=4, tensor=2))]
+    opened = [
+        open_hub_model(tmp_path, mesh=mesh) for mesh in ({}, dict(fsdp=1, tensor=4, data=2), dict(fsdp=4, tensor=2))
+    ]
     first, *others = (jax.device_get(found.params) for found in opened)
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, other, first)
@@ -151,8 +147,10 @@ def spoilt(folder, case):
 
 @pytest.mark.parametrize(
     "case",
-    ["missing file", "wrong shape", "wrong dtype", "not finite", "missing tensor", "unknown tensor", "pickle", "cut off",
-     "tokenizer too large", "no weights", "no tokenizer", "no config", "config is no JSON"],
+    [
+        "missing file", "wrong shape", "wrong dtype", "not finite", "missing tensor", "unknown tensor", "pickle",
+        "cut off", "tokenizer too large", "no weights", "no tokenizer", "no config", "config is no JSON",
+    ],
 )  # fmt: skip
 def test_what_cannot_come_in_is_refused_in_a_sentence_and_leaves_nothing(tmp_path, case):
     said = spoilt(tmp_path / "hub", case)
@@ -184,7 +182,9 @@ def test_the_commands_import_continue_and_export_a_model(tmp_path, monkeypatch, 
     generate.command([*words, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert text == found["text"] + "\n" and len(found["tokens"]) == len(found["log_probs"]) <= 20
-    convert.command(["convert", "export", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'out'}", "--dtype=float32"])
+    convert.command(
+        ["convert", "export", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'out'}", "--dtype=float32"]
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Imported from a `llama` model" in card and str(tmp_path) not in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"

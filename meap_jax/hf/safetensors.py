@@ -6,9 +6,9 @@ file is written as its tensors come. (The package safetensors writes files whole
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -120,25 +120,17 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     raise DataError(f"{folder} holds neither {FILE} nor {INDEX}.")
 
 
-class Planned(NamedTuple):
-    """A tensor that is to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    get: Callable[[], np.ndarray]  # Of this shape and of the dtype of all.
-
-
-def write(folder: Path, tensors: Sequence[Planned], dtype: str, largest_file: int = LARGEST_FILE) -> None:
+def write(folder: Path, tensors: Sequence[Any], dtype: str, largest_file: int = LARGEST_FILE) -> None:
     """Writes tensors into as many files as needed, with an index if these are several.
 
     Args:
       folder: that holds none yet.
-      tensors: in the order in which they are fetched and written.
+      tensors: with `name`, `shape` and `blocks()`, which yields them row by row or more, in the order of writing.
       dtype: of all: float32, float16 or bfloat16.
       largest_file: bytes; a larger tensor has a file by itself.
     """
     itemsize = np.dtype(_NUMPY[dtype]).itemsize
-    files: list[list[Planned]] = [[]]
+    files: list[list[Any]] = [[]]
     size = 0
     for tensor in tensors:
         own = itemsize * int(np.prod(tensor.shape))
@@ -160,7 +152,7 @@ def write(folder: Path, tensors: Sequence[Planned], dtype: str, largest_file: in
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def _write_file(path: Path, tensors: Sequence[Planned], dtype: str, itemsize: int) -> None:
+def _write_file(path: Path, tensors: Sequence[Any], dtype: str, itemsize: int) -> None:
     """Writes one file: 8 bytes with the header's length, the header in JSON, and the tensors' bytes."""
     code = next(name for name, ours in DTYPES.items() if ours == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers wants to be told the framework.
@@ -173,9 +165,10 @@ def _write_file(path: Path, tensors: Sequence[Planned], dtype: str, itemsize: in
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.get())
-            if array.shape != tensor.shape or array.dtype != _NUMPY[dtype]:
-                raise ValueError(f"{tensor.name} is {array.dtype}{array.shape}, not {dtype}{tensor.shape}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            written = 0
+            for block in tensor.blocks():
+                written += file.write(np.ascontiguousarray(block, _NUMPY[dtype]).reshape(-1).view(np.uint8).data)
+            if written != itemsize * int(np.prod(tensor.shape)):
+                raise ValueError(f"{tensor.name} came to {written} bytes, which are not {dtype}{tensor.shape}")
         file.flush()
         os.fsync(file.fileno())

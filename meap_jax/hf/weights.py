@@ -40,6 +40,8 @@ _TOP = {
     ("final_norm", "scale"): "model.norm.weight",
     ("head",): "lm_head.weight",
 }
+_TABLES = (("embedding",), ("head",))
+_BLOCK_BYTES = 1 << 25  # Of float32: what is on its way at a time.
 # Tensors that old checkpoints hold and nothing reads: RoPE's frequencies, which config.json gives.
 _IGNORED = ".rotary_emb.inv_freq"
 
@@ -142,49 +144,75 @@ def _check(tensors: Tensors, wanted: list[HubTensor], model: ModelConfig) -> Non
 
 
 def _put(tensors: Tensors, tensor: HubTensor, parameter: jax.Array, own_sharding: NamedSharding) -> jax.Array:
-    """The parameter with a tensor in it; the parameter that was given is donated."""
+    """The parameter with a tensor in it, rows of every device in blocks; the parameter that was given is donated."""
+    mesh: Any = own_sharding.mesh
+    spec = _spec_there(tensor, own_sharding)
+    # A vocabulary that is padded here has rows of zeros that aren't there.
+    rows = parameter.shape[0 if tensor.path == ("embedding",) else 1] if tensor.path in _TABLES else tensor.shape[0]
+    shards = math.prod(mesh.shape[axis] for axis in np.atleast_1d(spec[0])) if spec[0] else 1
+    own_rows, row_bytes = rows // shards, 4 * math.prod(tensor.shape[1:])
+    block = max(1, min(own_rows, _BLOCK_BYTES // row_bytes))
+    update = _update(own_sharding, tensor._replace(name="", layer=tensor.layer and 0), spec)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    layer = sharding.put_whole(everywhere, np.int32(tensor.layer or 0))
+    for first in range(0, own_rows, block):
+        first = min(first, own_rows - block)  # The last one begins early enough to be of the same shape.
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        ranges = (slice(*s.indices(size)) for s, size in zip(index, tensor.shape, strict=True))
-        return tensors.read(tensor.name, *ranges)
+        def part(index: tuple[slice, ...], first: int = first) -> np.ndarray:
+            start = (index[0].start or 0) // block * own_rows + first
+            columns = [slice(*s.indices(size)) for s, size in zip(index[1:], tensor.shape[1:], strict=True)]
+            there = min(max(tensor.shape[0] - start, 0), block)
+            found = tensors.read(tensor.name, slice(start, start + there), *columns)
+            return np.pad(found, ((0, block - there), *[(0, 0)] * len(columns))) if there < block else found
 
-    array = sharding.put(_place_there(tensor, own_sharding), tensor.shape, part)
-    layer = sharding.put_whole(NamedSharding(own_sharding.mesh, PartitionSpec()), np.int32(tensor.layer or 0))
-    kind = tensor._replace(name="", layer=None if tensor.layer is None else 0)  # Of all layers one program serves.
-    parameter, is_finite = _update(own_sharding, kind)(parameter, array, layer)
-    if not is_finite:
-        raise DataError(f"{tensors.folder} holds a number in {tensor.name} that is not finite.")
+        array = sharding.put(NamedSharding(mesh, spec), (shards * block, *tensor.shape[1:]), part)
+        parameter, is_finite = update(parameter, array, layer, sharding.put_whole(everywhere, np.int32(first)))
+        if not is_finite:
+            raise DataError(f"{tensors.folder} holds a number in {tensor.name} that is not finite.")
     return parameter
 
 
-def _place_there(tensor: HubTensor, own_sharding: NamedSharding) -> NamedSharding:
-    """The sharding of a tensor, as it is there, that leaves each device with what it holds of ours."""
-    mesh: Any = own_sharding.mesh
+def _spec_there(tensor: HubTensor, own_sharding: NamedSharding) -> PartitionSpec:
+    """How a tensor, as it is there, is split so that each device has what it holds of ours."""
     spec = [*own_sharding.spec]
     spec = spec[1:] if tensor.layer is not None else spec
     spec += [None] * (len(tensor.own_shape) - len(spec))
     n = tensor.num_inputs
-    there = [spec[n], spec[0]] if n else spec[: len(tensor.shape)]  # Of axes that are merged there the first is split.
-    # Rows of a vocabulary that has other padding may not divide: then every device reads them all.
-    for i, (size, entry) in enumerate(zip(tensor.shape, there, strict=True)):
-        if entry is not None and size % math.prod(mesh.shape[axis] for axis in np.atleast_1d(entry)):
-            there[i] = None
-    return NamedSharding(mesh, PartitionSpec(*there))
+    # Of axes that are one axis there, the first alone is ever split.
+    return PartitionSpec(spec[n], spec[0]) if n else PartitionSpec(*spec[: len(tensor.shape)])
 
 
 @functools.cache
-def _update(own_sharding: NamedSharding, tensor: HubTensor) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The program that puts a tensor into its parameter."""
+def _update(own_sharding: NamedSharding, tensor: HubTensor, spec: PartitionSpec) -> Callable[..., tuple]:
+    """The program that puts a block of rows into a parameter, on every device its own."""
 
-    def update(parameter: jax.Array, array: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = (array.T if tensor.num_inputs else array).reshape(tensor.own_shape).astype(parameter.dtype)
+    def on_device(
+        parameter: jax.Array, block: jax.Array, layer: jax.Array, first: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        own = (block.T if tensor.num_inputs else block).astype(parameter.dtype)
+        start: list[Any] = [0, first] if tensor.num_inputs else [first, *[0] * (block.ndim - 1)]
+        flat_shape: list[int] = [-1] if block.ndim == 1 else [math.prod(x) for x in _split(parameter.shape, tensor)]
         if tensor.layer is not None:
-            own = own[None]
-        start: list[Any] = [0 if tensor.layer is None else layer, *[0] * (own.ndim - 1)]
-        return jax.lax.dynamic_update_slice(parameter, own, start), jnp.isfinite(array).all()
+            own, start, flat_shape = own[None], [layer, *start], [len(parameter), *flat_shape]
+        flat = jax.lax.dynamic_update_slice(parameter.reshape(flat_shape), own, start)
+        is_finite = jax.lax.pmin(jnp.isfinite(block).all().astype(jnp.int32), sharding.AXES)
+        return flat.reshape(parameter.shape), is_finite
 
-    everywhere = NamedSharding(own_sharding.mesh, PartitionSpec())
-    return jax.jit(update, donate_argnums=0, out_shardings=(own_sharding, everywhere))
+    local = jax.shard_map(
+        on_device,
+        mesh=own_sharding.mesh,
+        in_specs=(own_sharding.spec, spec, PartitionSpec(), PartitionSpec()),
+        out_specs=(own_sharding.spec, PartitionSpec()),
+        check_vma=False,
+    )
+    return jax.jit(local, donate_argnums=0)
+
+
+def _split(shape: tuple[int, ...], tensor: HubTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a parameter that are inputs, or rows, and those that are outputs, or columns."""
+    own = shape if tensor.layer is None else shape[1:]
+    n = tensor.num_inputs or 1
+    return own[:n], own[n:]
 
 
 def fill_rows(params: Params, definition: Definition, mesh: jax.sharding.Mesh, num_rows: int, **options: Any) -> Params:
@@ -198,33 +226,41 @@ def fill_rows(params: Params, definition: Definition, mesh: jax.sharding.Mesh, n
         or "random", N(0, 0.02^2), as transformers' `resize_token_embeddings` (and so the official code) draws them;
         `seed` of the latter.
     """
-    fill = functools.partial(_filled, num_rows=num_rows, **options)
     shardings = definition.shardings(mesh)
     for name in ("embedding", "head"):
         if name in params:
             axis = 0 if name == "embedding" else 1
-            program = jax.jit(functools.partial(fill, axis=axis), donate_argnums=0, out_shardings=shardings[name])
-            params[name] = program(params[name])
+            fill = functools.partial(_filled, num_rows=num_rows, axis=axis, **options)
+            params[name] = jax.jit(fill, donate_argnums=0, out_shardings=shardings[name])(params[name])
     return params
 
 
 def _filled(table: jax.Array, num_rows: int, own_rows: tuple[int, ...], init: str, seed: int, axis: int) -> jax.Array:
-    row = jax.lax.broadcasted_iota(jnp.int32, table.shape, axis)
-    is_new = (row >= num_rows) | jnp.isin(row, jnp.array(own_rows, jnp.int32))
+    """The table with values in its new rows, which are 0 from `num_rows` on; nothing of its size is made besides."""
+    rows = np.array([*own_rows, *range(num_rows, table.shape[axis])])
+    if not len(rows):
+        return table
+    place = (rows,) if axis == 0 else (slice(None), rows)
     if init == "random":
-        value = 0.02 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), axis), table.shape)
-    else:
-        value = jnp.where(is_new, 0, table).sum(axis=axis, keepdims=True) / (~is_new).sum(axis=axis, keepdims=True)
-    return jnp.where(is_new, value, table)
+        key = jax.random.fold_in(jax.random.key(seed), axis)
+        return table.at[place].set(0.02 * jax.random.normal(key, table.at[place].get().shape))
+    old = table.sum(axis=axis, keepdims=True) - table.at[place].get().sum(axis=axis, keepdims=True)
+    return table.at[place].set(old / (table.shape[axis] - len(rows)))
 
 
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def arrays(
-    params: Params, definition: Definition, mesh: jax.sharding.Mesh, num_rows: int, dtype: str
-) -> Iterator[tuple[HubTensor, Callable[[], np.ndarray]]]:
-    """Yields every tensor with a function that fetches it, whole, to every process.
+class Outgoing(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[np.ndarray]]  # Of rows, in order; every process gets all.
+
+
+def outgoing(params: Params, definition: Definition, mesh: Any, num_rows: int, dtype: str) -> list[Outgoing]:
+    """All tensors of a decoder as transformers has them.
 
     Args:
       params: stacked, on the mesh.
@@ -233,26 +269,34 @@ def arrays(
       num_rows: of the vocabulary that are written.
       dtype: of the tensors.
     """
-    everywhere = sharding.replicated(mesh)
 
-    @functools.partial(jax.jit, static_argnames=("tensor",), out_shardings=everywhere)
-    def take(parameter: jax.Array, layer: jax.Array, tensor: HubTensor) -> jax.Array:
-        if tensor.layer is not None:
-            parameter = jax.lax.dynamic_index_in_dim(parameter, layer, keepdims=False)
-        if tensor.path in (("embedding",), ("head",)):
-            parameter = jax.lax.slice_in_dim(parameter, 0, num_rows, axis=0 if tensor.path == ("embedding",) else 1)
-        if tensor.num_inputs:
-            parameter = parameter.reshape(tensor.shape[::-1]).T
-        return parameter.reshape(tensor.shape).astype(dtype)
-
-    for tensor in hub_tensors(definition.config, num_rows):
+    def blocks(tensor: HubTensor) -> Iterator[np.ndarray]:
         parameter = functools.reduce(lambda tree, key: tree[key], tensor.path, params)
+        everywhere = sharding.replicated(mesh)
+        rows = tensor.shape[0]
+        block = max(1, min(rows, _BLOCK_BYTES // (4 * math.prod(tensor.shape[1:]))))
+        take = _take(everywhere, tensor._replace(name="", layer=tensor.layer and 0), block, dtype)
         layer = sharding.put_whole(everywhere, np.int32(tensor.layer or 0))
-        # Of all layers one program serves, so neither name nor number may be part of it.
-        kind = tensor._replace(name="", layer=None if tensor.layer is None else 0)
-        yield (
-            tensor,
-            functools.partial(
-                lambda *args, kind: jax.device_get(take(*args, tensor=kind)), parameter, layer, kind=kind
-            ),
-        )
+        for first in range(0, rows, block):
+            start = min(first, rows - block)  # The last block begins early enough to be of the same shape.
+            found = take(parameter, layer, sharding.put_whole(everywhere, np.int32(start)))
+            yield jax.device_get(found)[first - start :]
+
+    return [
+        Outgoing(tensor.name, tensor.shape, functools.partial(blocks, tensor))
+        for tensor in hub_tensors(definition.config, num_rows)
+    ]
+
+
+@functools.cache
+def _take(everywhere: NamedSharding, tensor: HubTensor, block: int, dtype: str) -> Callable[..., jax.Array]:
+    """The program that fetches a block of rows."""
+
+    def take(parameter: jax.Array, layer: jax.Array, first: jax.Array) -> jax.Array:
+        own = parameter if tensor.layer is None else jax.lax.dynamic_index_in_dim(parameter, layer, keepdims=False)
+        flat = own.reshape([-1] if len(tensor.shape) == 1 else [math.prod(x) for x in _split(parameter.shape, tensor)])
+        axis = 1 if tensor.num_inputs else 0
+        rows = jax.lax.dynamic_slice_in_dim(flat, first, block, axis).astype(dtype)
+        return rows.T if tensor.num_inputs else rows
+
+    return jax.jit(take, out_shardings=everywhere)
