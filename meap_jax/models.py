@@ -137,6 +137,8 @@ def save_tokenizer(folder: epath.Path, tokenizer: tokenizers.Tokenizer) -> str:
         path.unlink()
     for name, content in files.items():
         (place / name).write_bytes(content)
+    if tokenizer.chat_template:
+        (place / tokenizers.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     return hash_of(files)
 
 
@@ -153,9 +155,10 @@ def open_tokenizer(folder: epath.Path, expected_hash: str) -> tokenizers.Tokeniz
             f"{folder} holds no {TOKENIZER_FOLDER}/: a version before this one trained it; start its training command "
             "again, which writes the tokenizer beside the checkpoints."
         )
-    if hash_of(files) != expected_hash:
+    found_hash = hash_of({name: content for name, content in files.items() if name != tokenizers.CHAT_TEMPLATE})
+    if found_hash != expected_hash:
         raise ConfigError(
-            f"{place} holds another tokenizer ({hash_of(files)[:12]}) than the model was trained with "
+            f"{place} holds another tokenizer ({found_hash[:12]}) than the model was trained with "
             f"({expected_hash[:12]}): put the files of that one there, and nothing else."
         )
     with tempfile.TemporaryDirectory() as scratch:  # The folder may be a bucket's.

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meap_jax.generate import Generator
+from meap_jax import decoding
+from meap_jax.errors import ConfigError, DataError
+from meap_jax.generate import Generator, command
 from meap_jax.model import attention_splash
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.models import Model
+from meap_jax.sampling import Sampling
 from tiny_models import mesh_of, numbers
 from tiny_runs import tiny_config
 from tokenizer_kinds import kind
@@ -66,3 +69,116 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_the_whole_forward_pass
         every[:, never] = -np.inf
         assert (chosen >= every.max(axis=1) - 1e-4).all()
         assert len(completion.tokens) == 9 or completion.tokens[-1] == kind("bpe").eos_id
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_what_is_drawn_after_a_prompt_depends_on_the_seed_and_its_number_and_not_on_its_neighbours():
+    generating, _ = generator(batch_size=4)
+    settings = dict(max_new_tokens=12, sampling=Sampling(1.0, top_k=20, top_p=0.9))
+    several = [found.tokens for found in generating.generate(PROMPTS, seed=3, **settings)]
+    assert [found.tokens for found in generating.generate(PROMPTS, seed=3, **settings)] == several
+    others = [PROMPTS[0], [9] * 30, *PROMPTS[2:4]]
+    fewer = [found.tokens for found in generating.generate(others, seed=3, **settings)]
+    assert (fewer[0], *fewer[2:]) == (several[0], *several[2:4]) and fewer[1] != several[1]
+    assert generating.generate(PROMPTS[:1], seed=4, **settings)[0].tokens != several[0]
+    twice = generating.generate([PROMPTS[3]] * 2, seed=3, **settings)
+    assert twice[0].tokens != twice[1].tokens
+
+
+def test_mask_padding_and_rows_without_a_token_are_never_drawn():
+    generating, _ = generator()
+    found = generating.generate(PROMPTS, max_new_tokens=60, sampling=Sampling(100.0))  # Nearly uniform.
+    drawn = {token for completion in found for token in completion.tokens}
+    assert len(drawn) > 150 and max(drawn) < kind("bpe").num_tokens
+    assert not drawn & {kind("bpe").mask_id, kind("bpe").pad_id}
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+def test_stop_tokens_and_stop_strings_end_a_text():
+    generating, _ = generator()
+    whole = generating.generate(PROMPTS[2:4], max_new_tokens=40)
+    assert not any(found.stopped for found in whole)
+    stop = whole[0].tokens[7]
+    first = whole[0].tokens.index(stop)
+    stopped = generator(stops=[stop])[0].generate(PROMPTS[2:4], max_new_tokens=40)[0]
+    assert stopped.tokens == whole[0].tokens[: first + 1] and stopped.stopped
+    assert stopped.text == kind("bpe").decode(whole[0].tokens[:first], continues=True)
+    text = whole[1].text
+    cut = text[len(text) // 2 :][:3]
+    found = generating.generate(PROMPTS[2:4], max_new_tokens=40, stop_strings=["never there", cut])[1]
+    assert found.text == text[: text.index(cut)] and found.stopped and len(found.tokens) < 40
+
+
+@pytest.mark.parametrize("stop_strings", [(), (" is",)])
+def test_a_text_comes_in_pieces_that_are_the_whole_and_hold_no_half_character(stop_strings):
+    generating, _ = generator()
+    pieces = []
+    [found] = generating.generate(PROMPTS[3:4], max_new_tokens=70, stop_strings=stop_strings, on_text=pieces.append)
+    assert "".join(pieces) == found.text and len(pieces) > 2
+    [at_once] = generating.generate(PROMPTS[3:4], max_new_tokens=70, stop_strings=stop_strings)
+    assert at_once.text == found.text
+
+
+def test_many_lengths_share_few_programs():
+    generating, _ = generator(batch_size=1)
+    for n in range(1, 66):
+        generating.generate([[5] * n], max_new_tokens=2)
+    assert generating._prefill._cache_size() == 4  # 16, 32, 64 and 128.
+    assert generating._decode._cache_size() == 4
+
+
+def test_what_is_held_while_a_prompt_is_read_grows_with_its_length_and_not_with_its_square():
+    definition = define(ModelConfig.of(tiny_config().model, "cpu"), is_stacked=False)
+
+    def temporaries(T):
+        rules = decoding.Rules(jnp.zeros((1, 2), jnp.uint32), jnp.zeros(64, bool), jnp.zeros(1, jnp.int32))
+        program = jax.jit(
+            decoding.prefill, static_argnames=("definition", "sampling", "num_new", "chunk")
+        ).lower(
+            definition.shapes(), jnp.zeros((1, T), jnp.int32), jnp.ones(1, jnp.int32), rules,
+            definition=definition, sampling=Sampling(), num_new=64, chunk=1024,
+        )  # fmt: skip
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(4_096), temporaries(16_384)
+    per_token = 2 * 2 * 2 * 8 * 4  # Keys and values of 2 layers with 2 heads of 8 numbers, in float32.
+    assert long - short < 2 * (16_384 - 4_096) * per_token
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, error, said",
+    [
+        ([[5], []], {}, DataError, "prompt 1 is empty"),
+        ([[5] * 150], dict(max_new_tokens=11), DataError, "150 tokens and max_new_tokens is 11, .* model's 160"),
+        ([[V]], {}, DataError, "a token outside the model's vocabulary of 640"),
+        ([[5]], dict(max_new_tokens=0), ConfigError, "max_new_tokens is 0"),
+        ([[5]], dict(stop_strings=[""]), ConfigError, "a stop string is empty"),
+    ],
+)
+def test_what_cannot_be_continued_is_said(prompts, settings, error, said):
+    with pytest.raises(error, match=said):
+        generator()[0].generate(prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "--prompt is not set"),
+        (["--prompt=a", "--prompt=b"], "--prompt is given 2 times"),
+        (["--prompt=a", "--seed=-1"], "--seed is -1"),
+        (["--prompt=a", "--temperature=-1"], "temperature is -1"),
+        (["--prompt=a", "--temperature=0", "--top_k=3"], "temperature is 0"),
+        (["--prompt=a", "--top_p=0"], "top_p is 0"),
+        (["--prompt=a"], "holds no config.json"),
+    ],
+)
+def test_flags_that_cannot_be_are_said(tmp_path, flags, said):
+    with pytest.raises(ConfigError, match=said):
+        command(["generate", f"--workdir={tmp_path}", *flags])

@@ -15,6 +15,7 @@ which restores ours first), beside `safetensors.numpy.load_file` and `save_file`
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from experiments.benchmarks.worker import Worker, WorkerError
 from experiments.benchmarks.workload import SIZES, config_of
 from meap_jax import checkpoint, convert, models, tokenizers
 from meap_jax.errors import ConfigError
+from meap_jax.hf.tokenizer import open_hub_tokenizer
 
 OURS, THEIRS = "experiments.benchmarks.jax_generation", "experiments.benchmarks.torch_generation"
 BATCH_SIZE, NUM_NEW, LENGTHS = 8, 64, (128, 512)
@@ -84,8 +86,8 @@ def _made(folder: Path) -> Path:
 def _generation(size: str, folder: Path, T: int, num_new: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: engines in turns on one model and one length."""
     prompts = np.random.default_rng(0).integers(4, 260, (BATCH_SIZE, T)).tolist()
-    tokenizer, _ = convert.open_hub_tokenizer(folder)
-    rows = convert._read_json(folder / "config.json")["vocab_size"]
+    tokenizer, _ = open_hub_tokenizer(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     never = sorted({tokenizer.mask_id, tokenizer.pad_id, *range(tokenizer.num_tokens, rows)})
     spec = {"folder": str(folder), "prompts": prompts, "num_new": num_new, "never": never}
     engines = {"ours": OURS} if args.no_torch else {"ours": OURS, "torch": THEIRS}

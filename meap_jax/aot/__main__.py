@@ -2,6 +2,10 @@
 
 python -m meap_jax.aot --config=configs/meap_1b.py --topology=v5e:8x8 [--mesh=fsdp=64,tensor=1] [--slices=2]
     [--config.field=value ...]
+python -m meap_jax.aot --config=configs/long_context_64k.py --topology=v5e:2x4 --generate=65024 [--mesh=...]
+
+With --generate the programs of generation are compiled in the step's place: prefill of a prompt of so many tokens a
+row, and decoding of 512 more; of these the memory is reported.
 
 The last line of stdout is one JSON object. Memory, collectives and bytes are those of one device, FLOPs of the whole
 step on all devices, times in seconds. The bounds are rooflines: a step can't be faster than its arithmetic at the
@@ -25,6 +29,7 @@ def command(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, "Hardware to compile for.", flag_values=values)
     flags.DEFINE_string("mesh", None, "axis=size,...: replaces those axes of the config's mesh.", flag_values=values)
+    flags.DEFINE_integer("generate", None, "Tokens of a prompt: compiles generation.", 1, flag_values=values)
     flags.DEFINE_integer("slices", 1, "TPU slices, joined by the data-centre network.", flag_values=values)
     try:
         rest = values(argv, known_only=True)
@@ -35,7 +40,7 @@ def command(argv: list[str]) -> None:
     config_lib.check(config, needs_data=False)
     if values.topology is None:
         raise ConfigError(f"--topology is not set: name one of {KNOWN}.")
-    report = compile_for(config, values.topology, values.slices)
+    report = compile_for(config, values.topology, values.slices, values.generate)
     sys.stdout.flush()
     print(json.dumps(report), flush=True)
 

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from meap_jax.aot import hlo
+from meap_jax.aot.generation import NUM_NEW, compile_generation
 from meap_jax.aot.targets import Target, find_target, usable_bytes
 from meap_jax.metrics import model_flops
 from meap_jax.models import define_model
@@ -26,13 +27,15 @@ OF_THE_PROGRAM = (
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 
 
-def compile_for(config: ml_collections.ConfigDict, topology: str, slices: int = 1) -> dict[str, Any]:
-    """`compile_report` for a topology by name, such as v5e:8x8 or h100:8, with its name in front."""
+def compile_for(
+    config: ml_collections.ConfigDict, topology: str, slices: int = 1, prompt_len: int | None = None
+) -> dict[str, Any]:
+    """Reports on the step, or on generation after `prompt_len` tokens, for a topology such as v5e:8x8 or h100:8."""
     jax.config.update("jax_platforms", "cpu")  # Before a device is touched: a TPU or GPU that is here is not used.
     target = find_target(topology, slices)
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds are to be those of compiling.
     _log.info("compiling for %d %s; this takes a minute or more", len(target.devices), target.chip.name)
-    report = compile_report(config, target)
+    report = compile_report(config, target) if prompt_len is None else generation_report(config, target, prompt_len)
     _log.info("compiled in %.0f s", report["compile_seconds"])
     return {"topology": topology, "slices": slices} | report
 
@@ -67,18 +70,13 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     }
     step: Any = compile_step(config, definition, mesh)  # Any: typed as a function, it is one of jax.jit.
     inputs = abstract_inputs(config, definition, mesh)
-    begin, compiled = time.monotonic(), None
-    try:
-        with jax.set_mesh(mesh):
-            compiled = step.lower(*inputs).compile()
-    except jax.errors.JaxRuntimeError as error:
-        report["hbm_bytes"] = {"total": _bytes_asked_for(error)}
-    compilers = {name: found.version for name in COMPILERS for found in importlib.metadata.distributions(name=name)}
-    report |= {"compile_seconds": time.monotonic() - begin, "versions": versions() | compilers}
+    begin = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled, memory = compile_or_size(step.lower(*inputs))
+    report |= {"hbm_bytes": memory, "compile_seconds": time.monotonic() - begin, "versions": all_versions()}
     if compiled is None:
         return report
 
-    memory = _memory(compiled.memory_analysis())
     # On TPUs memory space 1 is on the chip; on GPUs it is the memory that collectives use, in the main one.
     costs = hlo.analyze(compiled.as_text(), mesh.size, hbm_spaces=(0,) if target.platform == "tpu" else (0, 1))
     roofline = {
@@ -88,7 +86,6 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     }
     bound = max(roofline.values())
     return report | {
-        "hbm_bytes": memory,
         "fits": memory["total"] <= report["hbm_capacity"],
         "compiled_flops": costs.flops * mesh.size,
         "compiled_over_model_flops": costs.flops * mesh.size / wanted,
@@ -102,6 +99,52 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
         "step_seconds": bound,
         "mfu_bound": wanted / (bound * chip.peak_flops * mesh.size),
     }
+
+
+def generation_report(config: ml_collections.ConfigDict, target: Target, prompt_len: int) -> dict[str, Any]:
+    """Compiles prefill and decoding of a config for a target and reports on their memory.
+
+    Args:
+      config: checked; its data is not read.
+      target: from `find_target`.
+      prompt_len: tokens of each row's prompt.
+
+    Returns:
+      {"prefill": {"hbm_bytes": ..., "fits": ...}, "decode": the same, ...}; one row for each device of data x fsdp.
+
+    Raises:
+      ConfigError: if mesh and prompt don't fit the devices or the model.
+    """
+    model = define_model(config, devices=target.devices)
+    report: dict[str, Any] = {
+        "devices": model.mesh.size,
+        "chip": target.chip.name,
+        "mesh": dict(model.mesh.shape),
+        "parameters": model.definition.config.num_parameters,
+        "prompt_tokens": prompt_len,
+        "new_tokens": NUM_NEW,
+        "hbm_capacity": usable_bytes(target),
+    }
+    begin = time.monotonic()
+    for name, lowered in compile_generation(model, prompt_len):
+        compiled, memory = compile_or_size(lowered())
+        report[name] = {"hbm_bytes": memory, "fits": compiled is not None and memory["total"] <= report["hbm_capacity"]}
+    return report | {"compile_seconds": time.monotonic() - begin, "versions": all_versions()}
+
+
+def compile_or_size(lowered: Any) -> tuple[Any, dict[str, int]]:
+    """Compiles a program; returns it and its memory, or None and the total that a TPU's compiler refused."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return None, {"total": _bytes_asked_for(error)}
+    return compiled, _memory(compiled.memory_analysis())
+
+
+def all_versions() -> dict[str, str]:
+    """`run.versions`, and those of the compilers."""
+    compilers = {name: found.version for name in COMPILERS for found in importlib.metadata.distributions(name=name)}
+    return versions() | compilers
 
 
 def _memory(stats: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ from meap_jax.tokenizers.sentence_piece import SentencePieceTokenizer
 from meap_jax.tokenizers.tekken_json import TekkenTokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+_MASK_NAMES = ("[MASK]", "<|mask|>", "<|mask_token|>")  # The first that no other token has.
 # Written for this check: words, numbers, code, spaces, and scripts of one to four bytes a character.
 _SAMPLES = (
     "Hello, world! It's 3.14159 o'clock -- isn't it?", "  two  spaces\tand a tab\n\n\nnew lines \n", "a", "",
@@ -39,23 +40,23 @@ def hub_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
     Raises:
       ConfigError: it can't be expressed there.
     """
-    names = {"mask_token": "[MASK]"}
+    names: dict[str, str] = {}
     extra: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
         files = tokenizer.files()
         content = json.loads(files["tokenizer.json"])
-        extra = json.loads(files["tokenizer_config.json"])
-        names |= {role: name for role, name in extra.items() if role.endswith("_token")}
+        names = json.loads(files["tokenizer_config.json"])
+        extra = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     elif isinstance(tokenizer, BPETokenizer):
         content = _trained_here(tokenizer)
-        names |= dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+        names |= dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", mask_token="[MASK]")
     elif isinstance(tokenizer, SentencePieceTokenizer):
         content, names = _of_sentence_piece(tokenizer), names | _names(tokenizer)
     elif isinstance(tokenizer, TekkenTokenizer):
         content, names = _of_tekken(tokenizer), names | _names(tokenizer)
     else:
         raise ConfigError(f"a tokenizer of the kind {tokenizer.name} can't be written for transformers.")
-    built = _with_mask(content, names["mask_token"], tokenizer.mask_id)
+    built, names["mask_token"] = _with_mask(content, names.get("mask_token"), tokenizer.mask_id)
     _compare(built, tokenizer)
     config = (
         extra
@@ -72,20 +73,26 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
     """The names of begin, end and padding."""
     specials = tokenizer._specials
     roles = dict(bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id, pad_token=tokenizer.pad_id)
+    if tokenizer.mask_id < tokenizer.num_own_ids:
+        roles["mask_token"] = tokenizer.mask_id
     return {role: specials[index] for role, index in roles.items() if index in specials}
 
 
-def _with_mask(content: Mapping[str, Any], name: str, mask_id: int) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json with [MASK] among its added tokens, if it isn't there."""
-    built = tokenizers.Tokenizer.from_str(json.dumps(content))
-    if built.token_to_id(name) is None:
-        # An id is the next free one: of ids that are left out before [MASK], placeholders take the place.
-        while built.get_vocab_size() < mask_id:
-            built.add_special_tokens([f"<unused_{built.get_vocab_size()}>"])
+def _with_mask(content: Mapping[str, Any], name: str | None, mask_id: int) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer of a tokenizer.json with [MASK] among its added tokens, and its name there.
+
+    Args:
+      content: of the tokenizer.json.
+      name: of the token that it has already; None if [MASK] is to be added.
+      mask_id: of [MASK].
+    """
+    built = tokenizers.Tokenizer.from_str(json.dumps({**content, "truncation": None, "padding": None}))
+    if name is None:
+        name = next(free for free in _MASK_NAMES if built.token_to_id(free) is None)
         built.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     if built.token_to_id(name) != mask_id:
         raise ConfigError(f"the tokenizer can't be written for transformers: {name} would not be id {mask_id} there.")
-    return built
+    return built, name
 
 
 def _compare(built: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
@@ -203,7 +210,8 @@ def open_hub_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
         added = [token["content"] for token in json.loads(serialized)["added_tokens"]]
         reserved = next(filter(_RESERVED.fullmatch, added), None)
         if reserved is not None:
-            tokenizer = HuggingFaceTokenizer(serialized, config | {"mask_token": reserved}, str(folder))
+            config |= {"mask_token": reserved, "chat_template": tokenizer.chat_template}
+            tokenizer = HuggingFaceTokenizer(serialized, config, str(folder))
     beside = folder / "tokenizer_config.json"
     said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     adds_bos = tokenizers.Tokenizer.from_str(serialized).encode("a").ids[:1] == [tokenizer.bos_id]

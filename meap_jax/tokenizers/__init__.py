@@ -16,7 +16,9 @@ from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
 from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from meap_jax.tokenizers.interface import Tokenizer, refusal
 
-__all__ = ["BPETokenizer", "Tokenizer", "load", "make", "train_bpe"]
+__all__ = ["CHAT_TEMPLATE", "BPETokenizer", "Tokenizer", "load", "make", "train_bpe"]
+
+CHAT_TEMPLATE = "chat_template.jinja"  # The file in which transformers writes it since 4.50.
 
 # Where a folder holds several, the first: what others read in a folder of the Hugging Face hub, so that ids are those
 # of the weights beside it.
@@ -81,7 +83,7 @@ def _read(path: Path) -> Tokenizer:
             return BPETokenizer(serialized.decode("utf-8"))
         beside = path.with_name("tokenizer_config.json")
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
-        if (template := path.with_name("chat_template.jinja")).is_file():  # Where transformers writes it since 4.50.
+        if (template := path.with_name(CHAT_TEMPLATE)).is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))
     if "vocab" in content and "config" in content:

@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(PackageTokenizer):
             raise refusal(where, f"is not a tokenizer.json that the package tokenizers can read ({error})") from error
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         self._names = _resolve(config, added, where)
-        self._template = _chat_template(config)
+        self.chat_template = _chat_template(config)
         roles = {role: added[name] for role, name in self._names.items()}
         self.bos_id, self.eos_id = roles["bos_token"], roles["eos_token"]
         free = self.num_own_ids = 1 + max([*added.values(), *_vocab(content["model"]).values()])
@@ -91,14 +91,13 @@ class HuggingFaceTokenizer(PackageTokenizer):
         self._tokenizer = _build(content)
 
     def files(self) -> dict[str, bytes]:
-        """The tokenizer.json as it was, and a tokenizer_config.json of special tokens' names and the chat template."""
-        fields = self._names | ({"chat_template": self._template} if self._template else {})
-        config = json.dumps(fields, ensure_ascii=False, indent=2, sort_keys=True)
+        """The tokenizer.json as it was, and a tokenizer_config.json of the special tokens' names alone."""
+        config = json.dumps(self._names, ensure_ascii=False, indent=2, sort_keys=True)
         return {"tokenizer.json": self._serialized.encode("utf-8"), "tokenizer_config.json": config.encode("utf-8")}
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """As the interface says, by the template of the tokenizer_config.json."""
-        if not self._template:
+        """As the interface says, by the template of the tokenizer_config.json or of the file beside it."""
+        if not self.chat_template:
             return super().encode_chat(messages)
         from meap_jax.tokenizers import chat  # Jinja is imported by those who chat alone.
 
@@ -111,7 +110,7 @@ class HuggingFaceTokenizer(PackageTokenizer):
             return pattern.sub(lambda found: found[0][0] + _GUARD + found[0][1:], text)
 
         said = [{key: guarded(value) for key, value in message.items()} for message in messages]
-        rendered = chat.render(self._template, said, self._names)
+        rendered = chat.render(self.chat_template, said, self._names)
         secret = {name: f"{_SECRET}{index}{_SECRET}" for index, name in self._specials.items()}
         text = pattern.sub(lambda found: secret[found[0]], rendered).replace(_GUARD, "")
         return self._finding_specials.encode(text, add_special_tokens=False).ids

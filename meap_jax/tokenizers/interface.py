@@ -48,6 +48,7 @@ class Tokenizer(abc.ABC):
     mask_id: int  # The [MASK] of MEAP: the tokenizer's own if it has one, else the first free id.
     num_tokens: int  # Ids that have a meaning, specials included.
     num_own_ids: int  # Of these, the ids of its file: without [MASK] and padding that it lacks.
+    chat_template: str = ""  # In Jinja; no part of `files`, since it changes no ids. Empty: there is none.
     _specials: Mapping[int, str]  # The names of special ids, which `_decode` never sees.
 
     @abc.abstractmethod

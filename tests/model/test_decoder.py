@@ -179,7 +179,7 @@ def test_bfloat16_computes_close_logits_from_float32_parameters(tiny, params, lo
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-# ----------------------------------------------------------------------------------------- some positions, options of models
+# ------------------------------------------------------------------------------------ some positions, options of models
 
 
 @pytest.mark.parametrize("mesh", [{}, dict(tensor=2), dict(data=2, tensor=2, context=2)], ids=str)

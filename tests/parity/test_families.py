@@ -14,6 +14,7 @@ import torch
 import transformers
 from etils import epath
 
+from chat_templates import LLAMA3, chatting
 from hub_folders import BASE, NUM_IDS, read_tensors, write_tokenizer
 from meap_jax.convert import export_model, import_model, open_hub_model
 from meap_jax.generate import Generator
@@ -25,12 +26,12 @@ from meap_jax.sampling import Sampling, filtered
 ADDED = ["<|endoftext|>", "[MASK]"]  # transformers gives the first to every Qwen2 tokenizer that lacks it.
 MASK = NUM_IDS + 1
 ODD = MASK + 2 - MASK % 2  # Rows of the vocabulary: at least one of padding, and an odd number in all.
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+LLAMA_31 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=64)
 FAMILIES = {
     "llama 2": ("Llama", {}),
-    "llama 3.1, one kv head": ("Llama", dict(num_key_value_heads=1, rope_parameters=LLAMA3)),
+    "llama 3.1, one kv head": ("Llama", dict(num_key_value_heads=1, rope_parameters=LLAMA_31)),
     "llama, linear, tied": (
         "Llama",
         dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
@@ -191,3 +192,11 @@ def test_top_k_and_top_p_leave_out_what_transformers_leaves_out(top_k, top_p):
     if top_p < 1:
         warped = transformers.TopPLogitsWarper(top_p)(None, warped)
     np.testing.assert_allclose(filtered(jnp.asarray(logits) / 1.5, Sampling(1.5, top_k, top_p)), warped, rtol=1e-6)
+
+
+def test_a_conversation_has_the_ids_that_transformers_gives_it(tmp_path):
+    tokenizer = chatting(tmp_path, LLAMA3)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [dict(role="system", content="Be  brief.\n"), dict(role="user", content="Wo ist 日本? 🙂")]
+    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.encode_chat(talk) == expected
