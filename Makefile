@@ -30,6 +30,7 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 	    echo "Without PyTorch; for the comparison: .venv/bin/python -m pip install -r requirements-parity.txt"
 	}
 	.venv/bin/python -m experiments.benchmarks.train_step $$torch $(BENCH)
+	.venv/bin/python -m experiments.benchmarks.generation $$torch $(BENCH)
 	datasets=
 	.venv/bin/python -c 'import datasets' 2>/dev/null || datasets=--no-datasets
 	.venv/bin/python -m experiments.benchmarks.corpus $$datasets $(BENCH)

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from meap_jax import __version__
 from meap_jax.checkpoint import Checkpointer, newest_meta, restore_params
-from meap_jax.config import changed_on_resume, mixture
+from meap_jax.config import changed_on_resume, flatten, mixture, read_back
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
+from meap_jax.model.config import RopeScaling
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.models import Model, define_model
 from meap_jax.paths import absolute
@@ -27,6 +28,11 @@ from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_par
 
 _log = logging.getLogger(__name__)
 
+# Fields of `model` that shapes of parameters don't show.
+OF_THE_DECODER = (
+    "num_tokens", "rope_base", *(f"rope_scaling.{name}" for name in RopeScaling.__dataclass_fields__), "norm_eps",
+    "window", "window_layers",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -194,7 +200,17 @@ def imported_params(run: Run) -> Params:
             f"{run.prepared.folder} ({run.prepared.tokenizer_hash[:12]}): name a run with the same tokenizer."
         )
     _log.info("starting from the parameters of %s at step %d", run.config.init_from, restored.step)
+    _warn_of_another_decoder(run.config, restored.meta)
     return restored.state
+
+
+def _warn_of_another_decoder(config: ml_collections.ConfigDict, meta: dict[str, Any]) -> None:
+    """Says which fields let the same parameters compute something else; that may be wanted, as in a longer context."""
+    old, new = (flatten(fields["model"]) for fields in (read_back(meta["config"]), config))
+    changed = [name for name in OF_THE_DECODER if old[name] != new[name]]
+    if changed:
+        said = "; ".join(f"model.{name} was {old[name]!r} and is now {new[name]!r}" for name in changed)
+        _log.warning("init_from is a model that computed otherwise: %s", said)
 
 
 def make_folder(name: str, folder: epath.Path) -> None:

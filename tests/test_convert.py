@@ -1,6 +1,8 @@
 """Models of the hub come in and go out as they are, on any mesh, and what can't come in is refused whole."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -12,6 +14,7 @@ from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_mod
 from meap_jax import convert, generate
 from meap_jax.convert import export_model, import_model, open_hub_model
 from meap_jax.errors import ConfigError, DataError
+from tiny_runs import ROOT, environment
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -192,19 +195,26 @@ def test_the_commands_import_continue_and_export_a_model(tmp_path, monkeypatch, 
     assert settings["suppress_tokens"] == [NUM_IDS] and settings["eos_token_id"] == 2
 
 
-# The whole process, so that what other tests left behind counts for nothing; it prints the peak of its memory.
+# In a process of its own, so that what other tests left behind counts for nothing.
 MEASURED = """
-import resource, sys
+import json, resource, sys
 from pathlib import Path
-import jax, numpy as np
-from etils import epath
+import jax
 from meap_jax import convert
-source, ours, out, warm = map(Path, sys.argv[1:])
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert.open_hub_model(warm)  # Compiles, imports and allocates what doesn't grow with the model.
+convert.open_hub_model(Path(sys.argv[1]))  # Imports, compiles and allocates what doesn't grow with the model.
 before = peak()
-opened = convert.open_hub_model(source)
-after = peak()
-size = sum(x.nbytes for x in jax.tree.leaves(opened.params))
-print((after - before - size) / max(x.nbytes for x in [opened.params["embedding"]]))
+params = convert.open_hub_model(Path(sys.argv[2])).params
+print(json.dumps([peak() - before, sum(x.nbytes for x in jax.tree.leaves(params))]))
 """
+
+
+def test_a_model_comes_in_with_little_more_memory_than_its_parameters_take(tmp_path):
+    sizes = dict(hidden_size=768, num_attention_heads=12, intermediate_size=2048, num_hidden_layers=4)
+    write_model(tmp_path / "small", content_of("llama"))
+    given = write_model(tmp_path / "large", content_of("llama", rows=100_000, **sizes))
+    words = [sys.executable, "-c", MEASURED, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, params = json.loads(done.stdout)
+    assert peak - params < 1.3 * max(array.nbytes for array in given.values())

@@ -46,7 +46,7 @@ def test_the_config_says_what_the_paper_does():
     assert sum(DOMAINS.values()) == pytest.approx(100)
 
 
-def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpajama, tmp_path, capsys):
+def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpajama, tmp_path, capsys, caplog):
     words = flags(
         "meap_1b.py", num_steps=1, seq_len=32, global_batch_size=8, grad_accum_steps=1, data__path=slimpajama,
     )  # fmt: skip
@@ -66,6 +66,7 @@ def test_a_short_run_is_taken_to_longer_sequences_of_upsampled_documents(slimpaj
         assert line["splits"]["train"]["documents"] < 0.75 * line["documents"]["train"]
 
     main.command(["main", *words, f"--config.init_from={tmp_path / 'short'}", f"--workdir={tmp_path / 'long'}"])
+    assert "computed otherwise: model.rope_base was 10000.0 and is now 640000.0" in caplog.text
     last = records(tmp_path / "long")[-1]
     assert last["step"] == 2 and last["mask_fraction"] > 0
     assert all(np.isfinite(last[f"validation_{domain}/loss"]) for domain in DOMAINS)

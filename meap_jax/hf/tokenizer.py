@@ -90,6 +90,7 @@ def _with_mask(content: Mapping[str, Any], name: str | None, mask_id: int) -> tu
     if name is None:
         name = next(free for free in _MASK_NAMES if built.token_to_id(free) is None)
         built.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+        built = tokenizers.Tokenizer.from_str(built.to_str())  # Ids that leave places out change on the way.
     if built.token_to_id(name) != mask_id:
         raise ConfigError(f"the tokenizer can't be written for transformers: {name} would not be id {mask_id} there.")
     return built, name

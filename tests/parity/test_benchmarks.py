@@ -5,7 +5,7 @@ import json
 import pytest
 
 import tiny_runs
-from experiments.benchmarks import corpus, train_step
+from experiments.benchmarks import corpus, generation, train_step
 
 
 def run(benchmark, tmp_path, monkeypatch, name):
@@ -22,6 +22,12 @@ def test_quick_train_step_compares_with_torch(tmp_path, monkeypatch):
     ratios = [row[f"ours / {name}"]["median"] for name in ("torch eager", "torch compiled", "faster torch")]
     assert all(ratio > 0 for ratio in ratios)
     assert ratios[2] == pytest.approx(min(ratios[:2]))  # One round: the faster has the smaller ratio.
+
+
+def test_quick_generation_gives_the_tokens_of_transformers(tmp_path, monkeypatch):
+    (row,) = run(generation, tmp_path, monkeypatch, "generation")[0]
+    assert row["tokens that agree"] == 1
+    assert all(row[f"{part}, ours / torch"]["median"] > 0 for part in ("prefill", "decode"))
 
 
 def test_quick_corpus_compares_with_datasets(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from configs import long_context_64k
 from meap_jax import config as config_lib
-from meap_jax.aot.report import compile_for
+from meap_jax.aot.report import compile_for, generation_report
 from meap_jax.aot.targets import find_target
 from meap_jax.errors import ConfigError
 from meap_jax.sharding import make_mesh
@@ -164,3 +165,16 @@ def test_gpus_call_cudnn_with_and_without_segments(gpu_compiler, mixture):
     report = compile_for(config, "h100:4")
     assert all(name.startswith("dot_product_attention") for name in report["attention_kernels"])
     assert sum(report["attention_kernels"].values()) >= 2 * 2 * 2  # Forward and backward, layers, micro-batches.
+
+
+def test_a_prompt_of_64k_tokens_fits_a_v5e_slice_and_memory_grows_no_faster_than_the_prompt(tpu_compiler):
+    config = long_context_64k.get_config()
+    config.mesh.update(dict(data=1, fsdp=1, tensor=2, context=4))
+    target = find_target("v5e:2x4")
+    short, long = (generation_report(config, target, n) for n in (16_000, 65_024))
+    for report in (short, long):
+        assert report["prefill"]["fits"] and report["decode"]["fits"]
+    # The 1.1B decoder in bfloat16 over 2 tensor shards, and the cache: less than 2 GiB of a chip's 16.
+    assert long["prefill"]["hbm_bytes"]["total"] < 2 * 2**30
+    temporaries = [report["prefill"]["hbm_bytes"]["temporaries"] for report in (short, long)]
+    assert temporaries[1] < 4 * temporaries[0]

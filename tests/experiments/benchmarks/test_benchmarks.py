@@ -25,6 +25,8 @@ TABLES = {
                 {"decoder", "*the call, in steps", "*steps after it / steps"}],
     "loss": [{"dtype", "B", "chunk", "plain, temp MiB", "chunked / plain"}, {"chunk", "*chunked / plain"}],
     "corpus": [{"text", "ours, tokens/s", "ours, MB/s"}, {"datasets with", "ours, tokens/s"}, {"after", "resident MB"}],
+    "generation": [{"decoder", "parameters", "T", "prefill, tokens/s", "decode, tokens/s"},
+                   {"decoder", "MB", "import, s/GB", "*import / load_file, time", "*export / save_file, time"}],
     "train_step": [{"decoder", "parameters", "T", "B", "*ours, unrolled / scanned", "*ours, share of the matmul peak"}],
 }  # fmt: skip
 
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
     [
         ("masking", []), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
         ("corpus", ["--repeats=1", "--no-datasets"]), ("train_step", ["--repeats=1", "--no-torch"]),
+        ("generation", ["--repeats=1", "--no-torch"]),
     ],
 )  # fmt: skip
 def test_quick_run_prints_its_tables(name, flags, tmp_path, capsys):
