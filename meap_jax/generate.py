@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Int32, UInt32
 
 from meap_jax import cli, sharding
 from meap_jax.decoding import CHUNK, Rules, State, bucket, decode, decoding_params, prefill
@@ -44,6 +45,16 @@ class Completion(NamedTuple):
     tokens: list[int]  # With the stop token, if one came.
     log_probs: list[float]  # Of each token under the model, in nats; empty if they were not asked for.
     stopped: bool  # By a stop token or a stop string; else by max_new_tokens.
+
+
+class _Settings(NamedTuple):
+    """The arguments of `Generator.generate` that hold for all of its prompts."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    stop_strings: Sequence[str]
+    log_probs: bool
 
 
 class Generator:
@@ -90,6 +101,7 @@ class Generator:
         self._decode = jax.jit(decoding, static_argnames=static, donate_argnums=1)
         everywhere = sharding.replicated(model.mesh)
         self._fetch = jax.jit(lambda s: (s.generated, s.log_probs, s.num_generated), out_shardings=everywhere)
+        self._keys = jax.jit(_row_keys, out_shardings=sharding.batch_sharding(model.mesh))
 
     @classmethod
     def of(cls, opened: OpenModel, **options: Any) -> "Generator":
@@ -133,20 +145,16 @@ class Generator:
         Raises:
           DataError: a prompt is empty, or there is no room after it.
         """
-        self._check(prompts, max_new_tokens)
-        if any(not stop for stop in stop_strings):
-            raise ConfigError("a stop string is empty, but must have at least one character.")
+        settings = _Settings(max_new_tokens, sampling, seed, stop_strings, log_probs)
+        self._check(prompts, settings)
         completions: list[Completion | None] = [None] * len(prompts)
         # Prompts of like length share a batch.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            looks = self._looks(
-                [prompts[i] for i in batch], batch, max_new_tokens, sampling, seed, log_probs,
-                TOKENS_BETWEEN_LOOKS if stop_strings or on_text else max_new_tokens, stop_strings,
-            )  # fmt: skip
+            tokens_a_look = TOKENS_BETWEEN_LOOKS if stop_strings or on_text else max_new_tokens
             shown = 0
-            for found in looks:
+            for found in self._looks([prompts[i] for i in batch], batch, settings, tokens_a_look):
                 if on_text is not None:
                     safe = _safe(found[0], stop_strings)
                     on_text(found[0].text[shown:safe])
@@ -157,9 +165,12 @@ class Generator:
                 completions[i] = completion
         return [completion for completion in completions if completion is not None]
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], settings: _Settings) -> None:
+        max_new_tokens = settings.max_new_tokens
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
+        if any(not stop for stop in settings.stop_strings):
+            raise ConfigError("a stop string is empty, but must have at least one character.")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise DataError(f"prompt {i} is empty, but must have at least one token.")
@@ -172,15 +183,7 @@ class Generator:
                 raise DataError(f"prompt {i} has a token outside the model's vocabulary of {len(self._never)}.")
 
     def _looks(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        log_probs: bool,
-        tokens_a_look: int,
-        stop_strings: Sequence[str],
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], settings: _Settings, tokens_a_look: int
     ) -> Iterator[list[Completion]]:
         """Yields what follows the prompts of a batch so far, until all of it is there."""
         rows = bucket(len(prompts), self._shards, self._batch_size)
@@ -188,73 +191,54 @@ class Generator:
         tokens, lengths = np.full((rows, T), self.tokenizer.pad_id, np.int32), np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-        mesh = self.model.mesh
-        by_row, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        keys = _row_keys(seed, [*numbers, *[0] * (rows - len(prompts))])
-        rules = Rules(
-            sharding.put_whole(by_row, keys),
-            sharding.put_whole(everywhere, self._never),
-            sharding.put_whole(everywhere, self._stops),
-        )
         is_done = np.arange(rows) >= len(prompts)
-        with jax.set_mesh(mesh):
+        by_row, everywhere = sharding.batch_sharding(self.model.mesh), sharding.replicated(self.model.mesh)
+        row_numbers = np.resize(np.array(numbers, np.int32), rows)
+        program: dict[str, Any] = dict(sampling=settings.sampling, with_log_probs=settings.log_probs)
+        with jax.set_mesh(self.model.mesh):
+            seed = sharding.put_whole(everywhere, np.uint32(settings.seed))
+            rules = Rules(
+                self._keys(seed, sharding.put_whole(by_row, row_numbers)),
+                sharding.put_whole(everywhere, self._never),
+                sharding.put_whole(everywhere, self._stops),
+            )
             state: State = self._prefill(
                 self._params,
                 sharding.put_whole(by_row, tokens),
                 sharding.put_whole(by_row, lengths),
                 rules,
-                sampling=sampling,
-                num_new=-(-max_new_tokens // _NEW_TOKENS_MULTIPLE) * _NEW_TOKENS_MULTIPLE,
+                num_new=-(-settings.max_new_tokens // _NEW_TOKENS_MULTIPLE) * _NEW_TOKENS_MULTIPLE,
                 chunk=self._chunk,
-                with_log_probs=log_probs,
+                **program,
             )
             limit = 0
             while True:
-                limit = min(limit + tokens_a_look, max_new_tokens)
-                state = state._replace(is_done=_set(state.is_done, is_done, by_row))
-                state = self._decode(
-                    self._params, state, rules, sharding.put_whole(everywhere, np.int32(limit)),
-                    sampling=sampling, with_log_probs=log_probs,
-                )  # fmt: skip
-                generated, probabilities, count = jax.device_get(self._fetch(state))
-                found = [
-                    self._completion(generated[row], probabilities[row], stop_strings, log_probs)
-                    for row in range(len(prompts))
-                ]
+                limit = min(limit + tokens_a_look, settings.max_new_tokens)
+                # Besides those that the device knows of: rows without a prompt, and texts that came to a stop string.
+                state = state._replace(is_done=state.is_done | sharding.put_whole(by_row, is_done))
+                limit_on_device = sharding.put_whole(everywhere, np.int32(limit))
+                state = self._decode(self._params, state, rules, limit_on_device, **program)
+                generated, log_probs, count = jax.device_get(self._fetch(state))
+                found = [self._completion(generated[row], log_probs[row], settings) for row in range(len(prompts))]
                 is_done[: len(prompts)] = [completion.stopped for completion in found]
                 yield found
-                if is_done.all() or count >= max_new_tokens:
+                if is_done.all() or count >= settings.max_new_tokens:
                     return
 
-    def _completion(
-        self, generated: np.ndarray, probabilities: np.ndarray, stop_strings: Sequence[str], log_probs: bool
-    ) -> Completion:
+    def _completion(self, generated: np.ndarray, log_probs: np.ndarray, settings: _Settings) -> Completion:
         tokens = [int(token) for token in generated if token >= 0]
         stopped = bool(tokens) and tokens[-1] in self._stops
         text = self.tokenizer.decode(tokens[:-1] if stopped else tokens, continues=True)
-        ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+        ends = [place for stop in settings.stop_strings if (place := text.find(stop)) >= 0]
         if ends:
             text, stopped = text[: min(ends)], True
-        return Completion(text, tokens, probabilities[: len(tokens)].tolist() if log_probs else [], stopped)
+        return Completion(text, tokens, log_probs[: len(tokens)].tolist() if settings.log_probs else [], stopped)
 
 
-def _set(old: jax.Array, is_done: np.ndarray, by_row: jax.sharding.NamedSharding) -> jax.Array:
-    """Rows that are done for a reason that the device doesn't know, besides those that it does."""
-    return old | sharding.put_whole(by_row, is_done)
-
-
-@functools.cache
-def _row_key_function() -> Callable[[jax.Array, jax.Array], jax.Array]:
-    fold = jax.vmap(
-        lambda seed, number: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), number)), (None, 0)
-    )
-    return jax.jit(fold)
-
-
-def _row_keys(seed: int, numbers: Sequence[int]) -> np.ndarray:
-    """Key data of each row."""
-    seed_on_device = jax.device_put(np.uint32(seed))
-    return jax.device_get(_row_key_function()(seed_on_device, jax.device_put(np.array(numbers, np.int32))))
+def _row_keys(seed: UInt32[Array, ""], numbers: Int32[Array, " B"]) -> UInt32[Array, "B key"]:
+    """Key data of each row, from the number of its prompt."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda number: jax.random.key_data(jax.random.fold_in(key, number)))(numbers)
 
 
 def _safe(found: Completion, stop_strings: Sequence[str]) -> int:
@@ -303,21 +287,17 @@ def command(argv: list[str]) -> None:
     settings: dict[str, Any] = dict(
         max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed, stop_strings=args.stop
     )
-    is_first = jax.process_index() == 0
 
     def show(text: str) -> None:
-        if is_first:
+        if jax.process_index() == 0:
             print(text, end="", flush=True)
-
-    def messages_to_tokens(messages: list[dict[str, str]]) -> list[int]:
-        return generator.tokenizer.encode_chat(messages)
 
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.chat and not prompts:
         _converse(generator, system, settings, show)
         return
     if args.chat:
-        tokens = [messages_to_tokens([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+        tokens = [generator.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         tokens = [generator.encode(prompt) if prompt else [] for prompt in prompts]
     if args.json:

@@ -172,15 +172,22 @@ def test_another_interpreter_rebuilds_and_is_kept_when_none_is_named(checkout, p
     assert len(installs(checkout)) == 2
 
 
-@pytest.mark.parametrize("name", ["beam", "parity"])
+OLDER = (
+    "install --quiet --disable-pip-version-check --no-deps --target .parity/transformers4 "
+    "-r requirements-transformers4.txt"
+)
+
+
+@pytest.mark.parametrize("name, more", [("beam", []), ("parity", [OLDER])])
 def test_an_environment_in_front_of_venv_has_its_packages_and_is_made_anew_for_other_requirements(
-    checkout, python, name
+    checkout, python, name, more
 ):
     environment, requirements = checkout / f".{name}", checkout / f"requirements-{name}.txt"
     requirements.touch()
+    (checkout / "requirements-transformers4.txt").touch()
     answer = make("-C", checkout, python=python, target=environment.name)
     assert answer.returncode == 0, answer.stderr
-    assert installs(checkout)[1:] == [f"install --quiet --disable-pip-version-check -r {requirements.name}"]
+    assert installs(checkout)[1:] == [f"install --quiet --disable-pip-version-check -r {requirements.name}", *more]
     (packages,) = (checkout / ".venv" / "lib").glob("python3*/site-packages")
     packages.joinpath("of_venv.py").touch()
     subprocess.run([environment / "bin" / "python", "-c", "import of_venv"], check=True)
