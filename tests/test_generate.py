@@ -10,7 +10,7 @@ import pytest
 from meap_jax import decoding
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.generate import Generator, command
-from meap_jax.model import attention_splash
+from meap_jax.model import attention_slots, attention_splash
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
@@ -57,6 +57,7 @@ ROPE = {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 4.0, "mo
 )
 def test_greedy_tokens_and_log_probabilities_are_those_of_the_whole_forward_pass(monkeypatch, mesh, changes, options):
     monkeypatch.setattr(attention_splash, "INTERPRET", True)
+    monkeypatch.setattr(attention_slots, "BLOCK", 24 if options else attention_slots.BLOCK)
     generating, params = generator(mesh, changes, **options)
     found = generating.generate(PROMPTS, max_new_tokens=9, log_probs=True)
     never = [kind("bpe").mask_id, kind("bpe").pad_id, *range(kind("bpe").num_tokens, V)]

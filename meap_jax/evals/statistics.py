@@ -1,7 +1,9 @@
 """Intervals: within a run over its examples, and over seeds between two objectives."""
 
+# scipy.special is imported where it is used: no run should wait a tenth of a second for it before its first step.
+# (scipy.stats would take six.)
+
 import numpy as np
-from scipy import special  # Not scipy.stats, whose import takes most of a second.
 
 from meap_jax.results import Interval
 
@@ -16,6 +18,8 @@ def binomial_interval(successes: int, trials: int, confidence: float = 0.95) -> 
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
+    from scipy import special
+
     share, z2 = successes / trials, float(special.ndtri((1 + confidence) / 2)) ** 2
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = (z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) ** 0.5 / (1 + z2 / trials)
@@ -46,6 +50,8 @@ def ratio_interval(totals: np.ndarray, counts: np.ndarray, confidence: float = 0
         return Interval(ratio, None, None)
     residuals = totals - ratio * counts
     standard_error = float((num / (num - 1) * np.square(residuals).sum()) ** 0.5 / counts.sum())
+    from scipy import special
+
     half = float(special.stdtrit(num - 1, (1 + confidence) / 2)) * standard_error
     return Interval(ratio, ratio - half, ratio + half)
 
