@@ -5,7 +5,7 @@ python -m meap_jax.convert export --workdir=DIR --out=DIR [--step=N] [--dtype=fl
 
 Import reads a folder with config.json, safetensors and a tokenizer, as the hub has it, of a Llama 2 or 3, a Mistral 7B
 or a Qwen2 or 2.5. What it writes is a workdir like that of a run: `--config.init_from=` trains from it, and
-`meap_jax.generate` and `meap_jax.evaluate` open it. Export writes a folder that transformers loads. Either is written
+`meap_jax.generate` continues texts with it. Export writes a folder that transformers loads. Either is written
 beside its place and gets its name when it is complete.
 """
 

@@ -5,6 +5,7 @@ that may follow, so that few programs serve all calls. Of a long prompt the firs
 training, and each other one attends to what the cache holds: what is held at a time does not grow with the prompt.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -51,11 +52,15 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
 
 
 def bucket(length: int, smallest: int, largest: int) -> int:
-    """The length that a prompt is padded to: smallest * 2^n, at most `largest`, beyond it largest * 2^n."""
-    size = smallest if length <= largest else largest
-    while size < length:
-        size *= 2
-    return min(size, largest) if length <= largest else size
+    """The length that a prompt is padded to.
+
+    smallest * 2^n up to `largest`. Beyond it a multiple of `largest` with a quarter of the prompt of padding at most: a
+    cache of so many slots is made, and most of the program's memory is that.
+    """
+    if length <= largest:
+        return min(smallest * 2 ** math.ceil(math.log2(max(length / smallest, 1))), largest)
+    step = max(largest, 2 ** math.floor(math.log2(length / largest)) * largest // 4)
+    return -(-length // step) * step
 
 
 def prefill(

@@ -16,6 +16,7 @@ from etils import epath
 
 from meap_jax import cli
 from meap_jax.data.prepared import Prepared
+from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.models import open_model
 from meap_jax.paths import absolute
@@ -49,6 +50,8 @@ def evaluate(
     config = opened.model.config
 
     def data() -> Prepared:
+        if "imported" in opened.meta:
+            raise ConfigError(f"{workdir} holds an imported model, which has no data: name --tasks that need none.")
         prepared = open_data(config, workdir)
         check_data(prepared, opened.meta, workdir)
         return prepared

@@ -264,7 +264,9 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--prompt", action="append", help="what is continued; several with --json")
     parser.add_argument("--chat", action="store_true", help="puts the prompt into the model's chat template")
     parser.add_argument("--system", help="with --chat: the message of the system")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens that follow at most (default: 128)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="tokens that follow at most; default: 128, or what room is left"
+    )
     parser.add_argument("--temperature", type=float, help="default: 0, greedy; 1 with --top_k or --top_p")
     parser.add_argument("--top_k", type=int, default=0, help="the most likely tokens that are drawn from; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0, help="the probability that those must come to")
@@ -284,9 +286,11 @@ def command(argv: list[str]) -> None:
     temperature = float(args.top_k > 0 or args.top_p < 1) if args.temperature is None else args.temperature
     sampling = Sampling(temperature, args.top_k, args.top_p)
     generator = Generator.of(open_model(absolute(epath.Path(args.workdir)), args.step, cli.parse_mesh(args.mesh)))
-    settings: dict[str, Any] = dict(
-        max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed, stop_strings=args.stop
-    )
+    settings: dict[str, Any] = dict(sampling=sampling, seed=args.seed, stop_strings=args.stop)
+
+    def room(tokens: list[list[int]]) -> int:
+        left = generator.context_len - max(map(len, tokens))
+        return max(1, min(128, left)) if args.max_new_tokens is None else args.max_new_tokens
 
     def show(text: str) -> None:
         if jax.process_index() == 0:
@@ -294,22 +298,28 @@ def command(argv: list[str]) -> None:
 
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.chat and not prompts:
-        _converse(generator, system, settings, show)
+        _converse(generator, system, settings, room, show)
         return
     if args.chat:
         tokens = [generator.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         tokens = [generator.encode(prompt) if prompt else [] for prompt in prompts]
     if args.json:
-        for prompt, found in zip(prompts, generator.generate(tokens, log_probs=True, **settings), strict=True):
+        for prompt, found in zip(
+            prompts, generator.generate(tokens, log_probs=True, max_new_tokens=room(tokens), **settings), strict=True
+        ):
             show(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False) + "\n")
     else:
-        generator.generate(tokens, on_text=show, **settings)
+        generator.generate(tokens, on_text=show, max_new_tokens=room(tokens), **settings)
         show("\n")
 
 
 def _converse(
-    generator: Generator, messages: list[dict[str, str]], settings: dict[str, Any], show: Callable[[str], None]
+    generator: Generator,
+    messages: list[dict[str, str]],
+    settings: dict[str, Any],
+    room: Callable[[list[list[int]]], int],
+    show: Callable[[str], None],
 ) -> None:
     """Takes turns with whoever writes to stdin, until an empty line."""
     while True:
@@ -318,7 +328,8 @@ def _converse(
         if not line:
             return
         messages = [*messages, {"role": "user", "content": line}]
-        [found] = generator.generate([generator.tokenizer.encode_chat(messages)], on_text=show, **settings)
+        tokens = [generator.tokenizer.encode_chat(messages)]
+        [found] = generator.generate(tokens, on_text=show, max_new_tokens=room(tokens), **settings)
         show("\n")
         messages = [*messages, {"role": "assistant", "content": found.text}]
 

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model
-from meap_jax import convert, generate
+from meap_jax import convert, evaluate, generate
 from meap_jax.convert import export_model, import_model, open_hub_model
 from meap_jax.errors import ConfigError, DataError
 from tiny_runs import ROOT, environment
@@ -185,6 +185,8 @@ def test_the_commands_import_continue_and_export_a_model(tmp_path, monkeypatch, 
     generate.command([*words, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert text == found["text"] + "\n" and len(found["tokens"]) == len(found["log_probs"]) <= 20
+    with pytest.raises(ConfigError, match="holds an imported model, which has no data"):
+        evaluate.evaluate(epath.Path(tmp_path / "ours"))
     convert.command(
         ["convert", "export", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'out'}", "--dtype=float32"]
     )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meap_jax import decoding
 from meap_jax.errors import ConfigError, DataError
@@ -130,6 +132,15 @@ def test_many_lengths_share_few_programs():
         generating.generate([[5] * n], max_new_tokens=2)
     assert generating._prefill._cache_size() == 4  # 16, 32, 64 and 128.
     assert generating._decode._cache_size() == 4
+
+
+@given(st.integers(1, 200_000), st.integers(4, 9), st.integers(0, 3))
+def test_a_bucket_has_room_and_little_padding_and_there_are_few(length, smallest, more):
+    smallest, largest = 2**smallest, 2 ** (smallest + more)
+    size = decoding.bucket(length, smallest, largest)
+    assert size >= length and (size % largest == 0 if length > largest else size <= largest)
+    assert size < max(2 * length, smallest + 1) if length <= largest else size <= max(1.25 * length, length + largest)
+    assert decoding.bucket(size, smallest, largest) == size
 
 
 def test_what_is_held_while_a_prompt_is_read_grows_with_its_length_and_not_with_its_square():
