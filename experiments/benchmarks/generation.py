@@ -14,7 +14,6 @@ which restores ours first), beside `safetensors.numpy.load_file` and `save_file`
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from etils import epath
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import interleave, timed
 from experiments.benchmarks.worker import Worker, WorkerError
-from experiments.benchmarks.workload import SIZES, config_of
+from experiments.benchmarks.workload import checked_sizes, config_of
 from meap_jax import checkpoint, convert, models, tokenizers
 from meap_jax.errors import ConfigError
 from meap_jax.hf.tokenizer import open_hub_tokenizer
@@ -40,15 +39,7 @@ BATCH_SIZE, NUM_NEW, LENGTHS = 8, 64, (128, 512)
 
 def measure(args: argparse.Namespace) -> list[harness.Table]:
     """The tables of this benchmark."""
-    sizes = ["tiny"] if args.quick else args.sizes.split(",")
-    for size in sizes:
-        if size not in SIZES:
-            raise ConfigError(f"--sizes is {args.sizes!r}, but must be some of {', '.join(SIZES)}.")
-    if not args.no_torch and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        raise ConfigError(
-            "torch or transformers is not installed here: pip install -r requirements-parity.txt, or give --no-torch "
-            "for our side alone."
-        )
+    sizes = checked_sizes(args)
     lengths, num_new = ((16,), 4) if args.quick else (LENGTHS, NUM_NEW)
     rows, files = [], []
     with tempfile.TemporaryDirectory() as scratch:

@@ -23,7 +23,6 @@ take. Two such programs don't fit one memory together, so that they run one afte
 
 import argparse
 import contextlib
-import importlib.util
 import logging
 import math
 import os
@@ -37,7 +36,7 @@ import numpy as np
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, Timings, interleave
 from experiments.benchmarks.worker import OutOfMemory, Worker, WorkerError
-from experiments.benchmarks.workload import SIZES, config_of
+from experiments.benchmarks.workload import SIZES, checked_sizes, config_of
 from meap_jax.config import paper
 from meap_jax.errors import ConfigError
 
@@ -53,15 +52,7 @@ _log = logging.getLogger("meap_jax.experiments.benchmarks.train_step")  # Not __
 
 def measure(args: argparse.Namespace) -> list[harness.Table]:
     """The tables of this benchmark."""
-    sizes = ["tiny"] if args.quick else args.sizes.split(",")
-    for size in sizes:
-        if size not in SIZES:
-            raise ConfigError(f"--sizes is {args.sizes!r}, but must be some of {', '.join(SIZES)}.")
-    if not args.no_torch and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        raise ConfigError(
-            "torch or transformers is not installed here: pip install -r requirements-parity.txt, or give --no-torch "
-            "for our side alone."
-        )
+    sizes = checked_sizes(args)
     engines = ["ours"] if args.no_torch else list(ENGINES)
     try:
         backend, num_devices = _backend()

@@ -1,5 +1,7 @@
 """The real train step of a config, with its state and a batch of random tokens, ready to be called again and again."""
 
+import argparse
+import importlib.util
 from typing import Any, cast
 
 import jax
@@ -9,6 +11,7 @@ from jax.sharding import Mesh
 
 from meap_jax import config as config_lib
 from meap_jax import sharding, train
+from meap_jax.errors import ConfigError
 from meap_jax.models import define_model
 from meap_jax.rows import Row
 
@@ -19,6 +22,24 @@ SIZES = {
     "10M": dict(num_layers=8, num_heads=8, num_kv_heads=2, head_dim=32, embed_dim=256, mlp_dim=704, vocab_size=8192),
     "50M": dict(num_layers=12, num_heads=8, num_kv_heads=2, head_dim=64, embed_dim=512, mlp_dim=1408, vocab_size=16384),
 }
+
+
+def checked_sizes(args: argparse.Namespace) -> list[str]:
+    """The sizes that --sizes names; with --quick the tiny one.
+
+    Raises:
+      ConfigError: for a size that isn't there, or if torch isn't and --no-torch was not given.
+    """
+    sizes = ["tiny"] if args.quick else args.sizes.split(",")
+    for size in sizes:
+        if size not in SIZES:
+            raise ConfigError(f"--sizes is {args.sizes!r}, but must be some of {', '.join(SIZES)}.")
+    if not args.no_torch and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        raise ConfigError(
+            "torch or transformers is not installed here: pip install -r requirements-parity.txt, or give --no-torch "
+            "for our side alone."
+        )
+    return sizes
 
 
 def config_of(size: str, *, seq_len: int, batch_size: int, **model: Any) -> ml_collections.ConfigDict:

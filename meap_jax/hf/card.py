@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from meap_jax.config import flatten
+from meap_jax.fields import is_path
 
 _SETTINGS = (
     "objective.name", "objective.mask_ratio", "objective.strategy", "num_steps", "global_batch_size", "seq_len",
@@ -65,7 +66,8 @@ def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, 
 def _public(config: ConfigDict) -> dict[str, Any]:
     """The config without paths of this machine."""
     paths = ("path", "prepared", "validation", "init_from")
-    return {name: value for name, value in flatten(config).items() if name.rpartition(".")[2] not in paths}
+    flat = {name: value for name, value in flatten(config).items() if name.rpartition(".")[2] not in paths}
+    return {name: value for name, value in flat.items() if name != "data.tokenizer" or not is_path(value)}
 
 
 def _evaluations(workdir: epath.Path) -> list[str]:
