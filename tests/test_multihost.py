@@ -85,7 +85,7 @@ def test_a_run_goes_from_four_hosts_to_two_and_back_as_if_nothing_had_happened(a
     )
     setting = dict(
         data__mixture="retrieval=0.5,text=0.5", data__path=text, seq_len=120, data__packing="best_fit",
-        data__prepared=tmp_path / "data", checkpoint__every=2, checkpoint__keep=3, eval__every=6, num_steps=6,
+        data__prepared=tmp_path / "data", checkpoint__every=2, checkpoint__keep=3, eval__tasks="", num_steps=6,
         mesh__data=-1,
     )  # fmt: skip
     tiny_runs.run(tmp_path / "alone", **setting)

@@ -13,8 +13,8 @@ STEPS = 240
 
 
 def setting(folder):
-    """Of all runs here: they share their data, in `folder`."""
-    return dict(data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__every=1000)
+    """Of all runs here: they share their data, in `folder`, and nothing is evaluated."""
+    return dict(data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__tasks="")
 
 
 @pytest.fixture(scope="module")
