@@ -114,6 +114,18 @@ def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
     return found and found[1]["meta"]
 
 
+def read_meta(workdir: epath.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Reads the `meta`, and no arrays, of a checkpoint; returns its step and that.
+
+    Raises:
+      ConfigError: if there is none, or it can't be read.
+    """
+    found = _read(workdir, {}, step)
+    if found is None:
+        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
+    return found[0], found[1]["meta"]
+
+
 def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: int = 0) -> None:
     """Writes parameters alone as the checkpoint of a step, and waits for it; `restore_params` reads them.
 
@@ -144,6 +156,25 @@ def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) ->
         raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
     step, read = found
     return Restored(step, read["params"], read["meta"])
+
+
+def restore_some_params(workdir: epath.Path, shapes: Any, step: int) -> Any:
+    """Reads some of the parameters of a checkpoint, and nothing else of it.
+
+    Args:
+      workdir: of the run.
+      shapes: nested dict of ShapeDtypeStructs that carry shardings, with these parameters alone.
+      step: of the checkpoint.
+
+    Raises:
+      ConfigError: if they can't be read.
+    """
+    how = ocp.checkpoint_utils.construct_restore_args(shapes)
+    items = {"params": ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)}
+    found = _read(workdir, items, step)
+    if found is None:
+        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
+    return found[1]["params"]
 
 
 def _read(

@@ -32,7 +32,7 @@ from meap_jax.errors import ConfigError, DataError
 from meap_jax.hf import card, safetensors, weights
 from meap_jax.hf import config as hf_config
 from meap_jax.hf.tokenizer import hub_files, open_hub_tokenizer
-from meap_jax.models import OpenModel, define_model, open_model, save_tokenizer, write_config
+from meap_jax.models import OpenModel, define_model, open_stored_model, save_tokenizer, write_config
 from meap_jax.paths import absolute
 from meap_jax.tokenizers.interface import round_up
 
@@ -141,13 +141,11 @@ def export_model(
       ConfigError: no model is there, transformers can't express it, or `out` exists.
     """
     with _complete(out) as partial:
-        opened = open_model(workdir, step, {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, **mesh})
-        config, tokenizer = opened.model.config, opened.tokenizer
-        if tokenizer is None:
-            raise ConfigError(f"{workdir} has no tokenizer yet: train the model first.")
-        imported = opened.meta.get("imported", {})
+        stored = open_stored_model(workdir, step, {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, **mesh})
+        (config, placed_on, definition), tokenizer = stored.model, stored.tokenizer
+        imported = stored.meta.get("imported", {})
         dtype = dtype or imported.get("dtype", "float32")
-        model = opened.model.definition.config
+        model = definition.config
         rows = model.vocab_size if keep_padding else max(tokenizer.num_own_ids, tokenizer.mask_id + 1)
         files = hub_files(tokenizer, config.seq_len)
         stops = sorted({tokenizer.eos_id, *imported.get("stop_ids", ())})
@@ -155,7 +153,7 @@ def export_model(
         if tokenizer.pad_id < rows:
             ids["pad_token_id"] = tokenizer.pad_id
         content = hf_config.write(model, config.seq_len, rows, dtype, imported.get("family")) | ids
-        tensors = weights.outgoing(opened.params, opened.model.definition, opened.model.mesh, rows, dtype)
+        tensors = weights.outgoing(stored.read, definition, placed_on, rows, dtype)
         if jax.process_index() == 0:
             folder = Path(partial)
             safetensors.write(folder, tensors, dtype, largest_file)
@@ -165,7 +163,7 @@ def export_model(
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             (folder / "README.md").write_text(
-                card.text(workdir, config, opened.step, opened.meta, rows), encoding="utf-8"
+                card.text(workdir, config, stored.step, stored.meta, rows), encoding="utf-8"
             )
         else:
             for tensor in tensors:

@@ -6,18 +6,19 @@ names. An imported one has a checkpoint of parameters alone, at step 0.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from etils import epath
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from meap_jax import config as config_lib
 from meap_jax import partition, sharding, tokenizers
-from meap_jax.checkpoint import restore_params
+from meap_jax.checkpoint import read_meta, restore_params, restore_some_params
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
@@ -92,14 +93,47 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     Raises:
       ConfigError: if the folder holds no such model, or one that doesn't fit the mesh.
     """
-    config = read_config(folder)
-    config.mesh.update(mesh or {})
-    model = define_model(config)
-    shardings = model.definition.shardings(model.mesh)
-    shapes = jax.tree.map(lambda x, s: x.update(sharding=s), model.definition.shapes(), shardings)
-    restored = restore_params(folder, shapes, step)
+    model = _model_of(folder, mesh)
+    restored = restore_params(folder, _placed_shapes(model), step)
     tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
     return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
+
+
+class StoredModel(NamedTuple):
+    """A model whose parameters stay where they are stored, and are read one by one."""
+
+    model: Model
+    tokenizer: tokenizers.Tokenizer
+    step: int
+    meta: dict[str, Any]
+    read: Callable[[tuple[str, ...]], jax.Array]  # (path of a parameter) -> the parameter, on the mesh.
+
+
+def open_stored_model(
+    folder: epath.Path, step: int | None = None, mesh: Mapping[str, int] | None = None
+) -> StoredModel:
+    """Opens a model as `open_model` does, but for its parameters."""
+    model = _model_of(folder, mesh)
+    step, meta = read_meta(folder, step)
+    flat = traverse_util.flatten_dict(_placed_shapes(model))
+
+    def read(path: tuple[str, ...]) -> jax.Array:
+        alone = traverse_util.unflatten_dict({path: flat[path]})
+        return traverse_util.flatten_dict(restore_some_params(folder, alone, step))[path]
+
+    return StoredModel(model, open_tokenizer(folder, meta["tokenizer"]), step, meta, read)
+
+
+def _model_of(folder: epath.Path, mesh: Mapping[str, int] | None) -> Model:
+    config = read_config(folder)
+    config.mesh.update(mesh or {})
+    return define_model(config)
+
+
+def _placed_shapes(model: Model) -> Params:
+    """Parameters as ShapeDtypeStructs that carry shardings."""
+    shardings = model.definition.shardings(model.mesh)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), model.definition.shapes(), shardings)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

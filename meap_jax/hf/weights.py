@@ -259,19 +259,29 @@ class Outgoing(NamedTuple):
     blocks: Callable[[], Iterator[np.ndarray]]  # Of rows, in order; every process gets all.
 
 
-def outgoing(params: Params, definition: Definition, mesh: Any, num_rows: int, dtype: str) -> list[Outgoing]:
-    """All tensors of a decoder as transformers has them.
+def outgoing(
+    read: Callable[[tuple[str, ...]], jax.Array], definition: Definition, mesh: Any, num_rows: int, dtype: str
+) -> list[Outgoing]:
+    """All tensors of a decoder as transformers has them; those of one parameter follow one another.
 
     Args:
-      params: stacked, on the mesh.
+      read: (path of a parameter) -> the parameter, stacked, on the mesh. It is called when the first of the parameter's
+        tensors is fetched, and the parameter is kept until another one is.
       definition: of them.
       mesh: that they are laid out on.
       num_rows: of the vocabulary that are written.
       dtype: of the tensors.
     """
+    kept: dict[tuple[str, ...], jax.Array] = {}
+
+    def parameter_of(tensor: HubTensor) -> jax.Array:
+        if tensor.path not in kept:
+            kept.clear()  # First, so that there are never two.
+            kept[tensor.path] = read(tensor.path)
+        return kept[tensor.path]
 
     def blocks(tensor: HubTensor) -> Iterator[np.ndarray]:
-        parameter = functools.reduce(lambda tree, key: tree[key], tensor.path, params)
+        parameter = parameter_of(tensor)
         everywhere = sharding.replicated(mesh)
         rows = tensor.shape[0]
         block = max(1, min(rows, _BLOCK_BYTES // (4 * math.prod(tensor.shape[1:]))))
@@ -282,10 +292,10 @@ def outgoing(params: Params, definition: Definition, mesh: Any, num_rows: int, d
             found = take(parameter, layer, sharding.put_whole(everywhere, np.int32(start)))
             yield jax.device_get(found)[first - start :]
 
-    return [
-        Outgoing(tensor.name, tensor.shape, functools.partial(blocks, tensor))
-        for tensor in hub_tensors(definition.config, num_rows)
-    ]
+    tensors = hub_tensors(definition.config, num_rows)
+    order = list(dict.fromkeys(tensor.path for tensor in tensors))
+    tensors = sorted(tensors, key=lambda tensor: order.index(tensor.path))
+    return [Outgoing(tensor.name, tensor.shape, functools.partial(blocks, tensor)) for tensor in tensors]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from etils import epath
+from flax import traverse_util
 
 from chat_templates import LLAMA3, chatting
 from hub_folders import BASE, NUM_IDS, read_tensors, write_tokenizer
@@ -89,7 +90,8 @@ def test_logits_and_gradients_are_those_of_transformers(family):
         value, gradients = jax.jit(jax.value_and_grad(loss))(opened.params)
         assert relative(ours[..., :ODD], logits.detach()) < 1e-4
         assert abs(float(value) - expected.item()) < 1e-4 * expected.item()
-        tensors = outgoing(gradients, definition, opened.model.mesh, ODD, "float32")
+        gradient_of = traverse_util.flatten_dict(gradients).__getitem__
+        tensors = outgoing(gradient_of, definition, opened.model.mesh, ODD, "float32")
         found = {tensor.name: np.concatenate([*tensor.blocks()]) for tensor in tensors}
     assert found.keys() == dict(theirs.named_parameters()).keys()
     for name, parameter in theirs.named_parameters():
