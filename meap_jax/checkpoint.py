@@ -135,8 +135,12 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
       meta: what `Checkpointer.save` is given; at least the hash of the `tokenizer`.
       step: that they are of.
     """
-    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
-        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
+    # One array at a time is copied to the host, or a little more than the largest; by default it would be all of them.
+    limit = max(x.nbytes for x in jax.tree.leaves(params)) + 2**20
+    one_by_one = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit)
+    handlers = {"params": ocp.PyTreeCheckpointHandler(handler_impl=one_by_one), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(workdir / FOLDER, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
         manager.save(step, args=ocp.args.Composite(**items))
 
 
