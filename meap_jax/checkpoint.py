@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 LAYOUT = 2  # Raise when the tree of a checkpoint changes.
 FOLDER = "checkpoints"
 ITEMS = ("params", "rest", "meta")
+PARAMS_CHUNK_BYTES = 2**22  # Of parameters saved alone: a chunk is compressed as a whole, in memory.
 SECONDS_BETWEEN_READS = 2.0  # A network that drops one read is no damaged checkpoint.
 
 
@@ -139,8 +140,9 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
     limit = max(x.nbytes for x in jax.tree.leaves(params)) + 2**20
     one_by_one = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit)
     handlers = {"params": ocp.PyTreeCheckpointHandler(handler_impl=one_by_one), "meta": ocp.JsonCheckpointHandler()}
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PARAMS_CHUNK_BYTES), params)
     with ocp.CheckpointManager(workdir / FOLDER, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
+        items = {"params": ocp.args.PyTreeSave(params, chunks), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
         manager.save(step, args=ocp.args.Composite(**items))
 
 

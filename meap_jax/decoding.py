@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from meap_jax import sharding
-from meap_jax.model.cache import SlotCache
+from meap_jax.model.cache import SLOT_AXES, SlotCache
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, context_shards, unstack
 from meap_jax.model.visibility import Visibility
@@ -54,13 +54,18 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
 def bucket(length: int, smallest: int, largest: int) -> int:
     """The length that a prompt is padded to.
 
-    smallest * 2^n up to `largest`. Beyond it a multiple of `largest` with a quarter of the prompt of padding at most: a
-    cache of so many slots is made, and most of the program's memory is that.
+    smallest * 2^n up to `largest`. Beyond it a multiple of `largest`, with no more padding than that or a quarter of
+    the prompt: a cache of so many slots is made, and most of the program's memory is that.
     """
     if length <= largest:
         return min(smallest * 2 ** math.ceil(math.log2(max(length / smallest, 1))), largest)
     step = max(largest, 2 ** math.floor(math.log2(length / largest)) * largest // 4)
     return -(-length // step) * step
+
+
+def smallest_bucket(config: ModelConfig, context: int) -> int:
+    """The shortest length that prompts are padded to, over so many devices of `context`: splash wants 128 on each."""
+    return (128 if config.attention == "splash" else 16) * context
 
 
 def prefill(
@@ -90,7 +95,7 @@ def prefill(
     num_slots = T + num_new * context
     slots = Visibility(jnp.full((B, num_slots), EMPTY, jnp.int32), jnp.zeros((B, num_slots), jnp.int32))
     empty = jnp.zeros((B, c.num_kv_heads, num_slots, c.head_dim), c.dtype)
-    empty = constrain(empty, "batch", "kv_heads", "sequence", None)
+    empty = constrain(empty, *SLOT_AXES)
     cache = tuple((empty, empty) for _ in range(c.num_layers))
     own, positions = tokens[:, :first], jnp.broadcast_to(jnp.arange(first, dtype=jnp.int32), (B, first))
     own, positions = (sharding.zigzag(x, context) for x in (own, positions))

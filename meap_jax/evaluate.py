@@ -51,7 +51,10 @@ def evaluate(
 
     def data() -> Prepared:
         if "imported" in opened.meta:
-            raise ConfigError(f"{workdir} holds an imported model, which has no data: name --tasks that need none.")
+            raise ConfigError(
+                f"{workdir} holds an imported model, which has no data to be evaluated on: evaluate a run that started "
+                "from it (init_from)."
+            )
         prepared = open_data(config, workdir)
         check_data(prepared, opened.meta, workdir)
         return prepared

@@ -12,7 +12,6 @@ into the model's chat template; without a prompt it asks for one after another, 
 import argparse
 import functools
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +22,13 @@ from etils import epath
 from jaxtyping import Array, Int32, UInt32
 
 from meap_jax import cli, sharding
-from meap_jax.decoding import CHUNK, Rules, State, bucket, decode, decoding_params, prefill
+from meap_jax.decoding import CHUNK, Rules, State, bucket, decode, decoding_params, prefill, smallest_bucket
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.model.decoder import Params, define
 from meap_jax.models import Model, OpenModel, open_model
 from meap_jax.paths import absolute
 from meap_jax.sampling import Sampling
 from meap_jax.tokenizers import Tokenizer
-
-_log = logging.getLogger("meap_jax.generate")
 
 GREEDY = Sampling()
 TOKENS_BETWEEN_LOOKS = 16  # Where stop strings or a terminal wait for text, it is looked at after so many tokens.
@@ -89,7 +86,7 @@ class Generator:
         self._params = jax.jit(convert, out_shardings=self._definition.shardings(model.mesh))(params)
         shape = model.mesh.shape
         self._shards, context = shape["data"] * shape["fsdp"], shape["context"]
-        self._smallest = 128 * context if self._definition.config.attention == "splash" else 16 * context
+        self._smallest = smallest_bucket(self._definition.config, context)
         self._chunk = bucket(max(chunk, self._smallest), self._smallest, 2**30)
         self._batch_size = -(-batch_size // self._shards) * self._shards
         self._stops = np.array(sorted({tokenizer.eos_id, *stops}), np.int32)

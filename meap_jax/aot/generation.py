@@ -1,15 +1,16 @@
 """The programs of generation with abstract arguments, to be compiled for devices that are not here."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from meap_jax import sharding
-from meap_jax.decoding import CHUNK, Rules, bucket, decode, decoding_params, prefill
+from meap_jax.decoding import CHUNK, Rules, bucket, decode, decoding_params, prefill, smallest_bucket
 from meap_jax.errors import ConfigError
+from meap_jax.model.cache import SLOT_AXES
 from meap_jax.model.decoder import define
 from meap_jax.models import Model
 from meap_jax.sampling import Sampling
@@ -17,8 +18,8 @@ from meap_jax.sampling import Sampling
 NUM_NEW = 512
 
 
-def compile_generation(model: Model, prompt_len: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields the name of each program, and a function that lowers it: prefill, then decoding after it.
+def lowered_programs(model: Model, prompt_len: int) -> Iterator[tuple[str, Any]]:
+    """Yields the name of each program and its lowering, which is to be compiled: prefill, then decoding after it.
 
     Args:
       model: on a mesh of abstract devices; a row of a batch is on each of data x fsdp.
@@ -42,7 +43,7 @@ def compile_generation(model: Model, prompt_len: int) -> Iterator[tuple[str, Cal
 
     shapes = jax.eval_shape(functools.partial(decoding_params, config=definition.config), model.definition.shapes())
     params = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, definition.shardings(mesh))
-    T = bucket(prompt_len, 128 * context, CHUNK)
+    T = bucket(prompt_len, smallest_bucket(definition.config, context), CHUNK)
     key_size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape[0]
     rules = Rules(
         array((rows, key_size), jnp.uint32, by_row),
@@ -54,13 +55,12 @@ def compile_generation(model: Model, prompt_len: int) -> Iterator[tuple[str, Cal
     decoding = functools.partial(decode, definition=definition, sampling=Sampling())
     with jax.set_mesh(mesh):
         first: Any = jax.jit(reading).lower(params, tokens, lengths, rules)
-        yield "prefill", lambda: first
         state_shapes = jax.eval_shape(reading, params, tokens, lengths, rules)
-        cache = jax.sharding.NamedSharding(mesh, sharding.spec(mesh, state_shapes.cache[0][0].shape, CACHE_AXES))
-        state = jax.tree.map(lambda x: x.update(sharding=by_row if x.ndim else everywhere), state_shapes)
-        state = state._replace(cache=jax.tree.map(lambda x: x.update(sharding=cache), state.cache))
-        then: Any = jax.jit(decoding, donate_argnums=1)
-        yield "decode", lambda: then.lower(params, state, rules, array((), jnp.int32, everywhere))
-
-
-CACHE_AXES = ("batch", "kv_heads", "sequence", None)
+    yield "prefill", first
+    cache = jax.sharding.NamedSharding(mesh, sharding.spec(mesh, state_shapes.cache[0][0].shape, SLOT_AXES))
+    state = jax.tree.map(lambda x: x.update(sharding=by_row if x.ndim else everywhere), state_shapes)
+    state = state._replace(cache=jax.tree.map(lambda x: x.update(sharding=cache), state.cache))
+    then: Any = jax.jit(decoding, donate_argnums=1)
+    with jax.set_mesh(mesh):
+        lowered = then.lower(params, state, rules, array((), jnp.int32, everywhere))
+    yield "decode", lowered

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from meap_jax.aot import hlo
-from meap_jax.aot.generation import NUM_NEW, compile_generation
+from meap_jax.aot.generation import NUM_NEW, lowered_programs
 from meap_jax.aot.targets import Target, find_target, usable_bytes
 from meap_jax.metrics import model_flops
 from meap_jax.models import define_model
@@ -126,8 +126,8 @@ def generation_report(config: ml_collections.ConfigDict, target: Target, prompt_
         "hbm_capacity": usable_bytes(target),
     }
     begin = time.monotonic()
-    for name, lowered in compile_generation(model, prompt_len):
-        compiled, memory = compile_or_size(lowered())
+    for name, lowered in lowered_programs(model, prompt_len):
+        compiled, memory = compile_or_size(lowered)
         report[name] = {"hbm_bytes": memory, "fits": compiled is not None and memory["total"] <= report["hbm_capacity"]}
     return report | {"compile_seconds": time.monotonic() - begin, "versions": all_versions()}
 

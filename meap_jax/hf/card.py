@@ -14,6 +14,7 @@ _SETTINGS = (
     "objective.name", "objective.mask_ratio", "objective.strategy", "num_steps", "global_batch_size", "seq_len",
     "optimizer.learning_rate", "optimizer.weight_decay", "seed",
 )  # fmt: skip
+_OF_MASKS = ("objective.mask_ratio", "objective.strategy")  # NTP ignores them.
 
 
 def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, Any], num_rows: int) -> str:
@@ -42,7 +43,8 @@ def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, 
     if not imported:
         flat = flatten(config)
         lines += ["## Training", "", "| setting | value |", "| --- | --- |"]
-        lines += [f"| {name} | {flat[name]} |" for name in _SETTINGS]
+        masks = config.objective.name != "ntp"
+        lines += [f"| {name} | {flat[name]} |" for name in _SETTINGS if masks or name not in _OF_MASKS]
         lines += [
             f"| tokens | {step * config.global_batch_size * config.seq_len} |",
             f"| data.mixture | {config.data.mixture} |",

@@ -20,7 +20,7 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Their name in files, and ours.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-_MOST_BYTES_A_READ = 1 << 25
+_MOST_BYTES_A_READ = 1 << 22
 LARGEST_FILE = 5 * 10**9  # Bytes; what the hub recommends at most.
 
 
@@ -59,9 +59,9 @@ class Tensors:
         return set(self._where)
 
     def dtype(self) -> str:
-        """That most tensors have, as ours: float32, float16 or bfloat16."""
-        found = [where.dtype for where in self._where.values()]
-        return DTYPES.get(max(set(found), key=found.count), "float32")
+        """The one that holds all tensors exactly: theirs if they have the same, else float32."""
+        found = {DTYPES.get(where.dtype, "float32") for where in self._where.values()}
+        return found.pop() if len(found) == 1 else "float32"
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Compares a tensor with what it must be.

@@ -6,7 +6,8 @@ devices alone.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ _TOP = {
     ("head",): "lm_head.weight",
 }
 _TABLES = (("embedding",), ("head",))
-_BLOCK_BYTES = 1 << 25  # Of float32: what is on its way at a time.
+_BLOCK_BYTES = 1 << 23  # Of float32: what is on its way at a time.
 # Tensors that old checkpoints hold and nothing reads: RoPE's frequencies, which config.json gives.
 _IGNORED = ".rotary_emb.inv_freq"
 
@@ -100,7 +101,9 @@ def hub_tensors(model: ModelConfig, num_rows: int) -> list[HubTensor]:
 # -------------------------------------------------------------------------------------------------------------- import
 
 
-def load(tensors: Tensors, definition: Definition, mesh: jax.sharding.Mesh, num_rows: int) -> Params:
+def load(
+    tensors: Tensors, definition: Definition, mesh: jax.sharding.Mesh, num_rows: int, dtype: str = "float32"
+) -> Params:
     """Reads all parameters; those of ours that the checkpoint lacks, rows of the vocabulary from `num_rows` on, are 0.
 
     Args:
@@ -108,9 +111,7 @@ def load(tensors: Tensors, definition: Definition, mesh: jax.sharding.Mesh, num_
       definition: whose parameters are stacked.
       mesh: that they are laid out on.
       num_rows: of the checkpoint's embedding and head.
-
-    Returns:
-      float32 parameters.
+      dtype: of the parameters.
 
     Raises:
       DataError: a tensor is missing, unknown, of another shape or dtype, or holds a number that is not finite.
@@ -119,7 +120,7 @@ def load(tensors: Tensors, definition: Definition, mesh: jax.sharding.Mesh, num_
     _check(tensors, wanted, definition.config)
     shardings = definition.shardings(mesh)
     zeros = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), definition.shapes()), out_shardings=shardings
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), definition.shapes()), out_shardings=shardings
     )
     params = zeros()
     for tensor in wanted:
@@ -143,8 +144,22 @@ def _check(tensors: Tensors, wanted: list[HubTensor], model: ModelConfig) -> Non
         tensors.check(tensor.name, tensor.shape)
 
 
-def _put(tensors: Tensors, tensor: HubTensor, parameter: jax.Array, own_sharding: NamedSharding) -> jax.Array:
-    """The parameter with a tensor in it, rows of every device in blocks; the parameter that was given is donated."""
+def _put(
+    tensors: Tensors,
+    tensor: HubTensor,
+    parameter: jax.Array,
+    own_sharding: NamedSharding,
+    new_rows: Mapping[int, np.ndarray] = MappingProxyType({}),
+) -> jax.Array:
+    """The parameter with a tensor in it, rows of every device in blocks; the parameter that was given is donated.
+
+    Args:
+      tensors: of the checkpoint.
+      tensor: one of them.
+      parameter: of `own_sharding`.
+      own_sharding: of the whole parameter.
+      new_rows: take the place of the tensor's; if there are any, only blocks that hold one are put.
+    """
     mesh: Any = own_sharding.mesh
     spec = _spec_there(tensor, own_sharding)
     # A vocabulary that is padded here has rows of zeros that aren't there.
@@ -157,13 +172,22 @@ def _put(tensors: Tensors, tensor: HubTensor, parameter: jax.Array, own_sharding
     layer = sharding.put_whole(everywhere, np.int32(tensor.layer or 0))
     for first in range(0, own_rows, block):
         first = min(first, own_rows - block)  # The last one begins early enough to be of the same shape.
+        if new_rows and not any(first <= row % own_rows < first + block for row in new_rows):
+            continue
 
         def part(index: tuple[slice, ...], first: int = first) -> np.ndarray:
             start = (index[0].start or 0) // block * own_rows + first
             columns = [slice(*s.indices(size)) for s, size in zip(index[1:], tensor.shape[1:], strict=True)]
             there = min(max(tensor.shape[0] - start, 0), block)
             found = tensors.read(tensor.name, slice(start, start + there), *columns)
-            return np.pad(found, ((0, block - there), *[(0, 0)] * len(columns))) if there < block else found
+            if there < block:
+                found = np.pad(found, ((0, block - there), *[(0, 0)] * len(columns)))
+            if new_rows:
+                found = found.astype(np.float32)
+            for row in range(start, start + block):
+                if row in new_rows:
+                    found[row - start] = new_rows[row][columns[0]]
+            return found
 
         array = sharding.put(NamedSharding(mesh, spec), (shards * block, *tensor.shape[1:]), part)
         parameter, is_finite = update(parameter, array, layer, sharding.put_whole(everywhere, np.int32(first)))
@@ -215,37 +239,43 @@ def _split(shape: tuple[int, ...], tensor: HubTensor) -> tuple[tuple[int, ...], 
     return own[:n], own[n:]
 
 
-def fill_rows(params: Params, definition: Definition, mesh: jax.sharding.Mesh, num_rows: int, **options: Any) -> Params:
-    """Gives the rows of the vocabulary that the checkpoint lacks their first values.
+def fill_rows(
+    params: Params,
+    tensors: Tensors,
+    definition: Definition,
+    mesh: jax.sharding.Mesh,
+    num_rows: int,
+    *,
+    own_rows: Sequence[int] = (),
+    init: str = "mean",
+    seed: int = 0,
+) -> None:
+    """Gives the rows of the vocabulary that the checkpoint lacks their first values, in place.
 
     Args:
-      params: of `load`; donated.
-      definition, mesh: as there.
-      num_rows: that the checkpoint has.
-      options: `own_rows`, ids below `num_rows` that are filled too; `init`: "mean", the mean of the checkpoint's rows,
-        or "random", N(0, 0.02^2), as transformers' `resize_token_embeddings` (and so the official code) draws them;
-        `seed` of the latter.
+      params, tensors, definition, mesh, num_rows: what `load` returned and was given.
+      own_rows: ids below `num_rows` that are filled too.
+      init: "mean", the mean of all other rows, or "random", N(0, 0.02^2), as transformers' `resize_token_embeddings`
+        (and so the official code) draws them.
+      seed: of what is drawn.
     """
+    rows = [*own_rows, *range(num_rows, definition.config.vocab_size)]
     shardings = definition.shardings(mesh)
-    for name in ("embedding", "head"):
-        if name in params:
-            axis = 0 if name == "embedding" else 1
-            fill = functools.partial(_filled, num_rows=num_rows, axis=axis, **options)
-            params[name] = jax.jit(fill, donate_argnums=0, out_shardings=shardings[name])(params[name])
-    return params
-
-
-def _filled(table: jax.Array, num_rows: int, own_rows: tuple[int, ...], init: str, seed: int, axis: int) -> jax.Array:
-    """The table with values in its new rows, which are 0 from `num_rows` on; nothing of its size is made besides."""
-    rows = np.array([*own_rows, *range(num_rows, table.shape[axis])])
-    if not len(rows):
-        return table
-    place = (rows,) if axis == 0 else (slice(None), rows)
-    if init == "random":
-        key = jax.random.fold_in(jax.random.key(seed), axis)
-        return table.at[place].set(0.02 * jax.random.normal(key, table.at[place].get().shape))
-    old = table.sum(axis=axis, keepdims=True) - table.at[place].get().sum(axis=axis, keepdims=True)
-    return table.at[place].set(old / (table.shape[axis] - len(rows)))
+    for tensor in hub_tensors(definition.config, num_rows):
+        if tensor.path not in _TABLES or not rows:
+            continue
+        [name], axis = tensor.path, 1 if tensor.num_inputs else 0
+        width = tensor.shape[1]
+        if init == "random":
+            key = jax.random.fold_in(jax.random.key(seed), axis)
+            values = 0.02 * np.asarray(jax.random.normal(key, (len(rows), width)))
+        else:
+            summed = functools.partial(jnp.sum, axis=axis, dtype=jnp.float32)
+            total = np.array(jax.jit(summed, out_shardings=sharding.replicated(mesh))(params[name]))
+            for row in own_rows:
+                total -= tensors.read(tensor.name, slice(row, row + 1), slice(0, width))[0].astype(np.float32)
+            values = np.broadcast_to(total / (definition.config.vocab_size - len(rows)), (len(rows), width))
+        params[name] = _put(tensors, tensor, params[name], shardings[name], dict(zip(rows, values, strict=True)))
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -18,6 +18,8 @@ from meap_jax.model.attention import attention, own_kv_heads
 from meap_jax.model.attention_slots import attend_to_slots, combine
 from meap_jax.model.visibility import Visibility
 
+SLOT_AXES = ("batch", "kv_heads", "sequence", None)  # Logical axes of the arrays of a `SlotCache`.
+
 
 @runtime_checkable
 class Cache(Protocol):
