@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meap_jax.evals.statistics import binomial_interval, paired_t_interval
+from meap_jax.statistics import binomial_interval, paired_t_interval
 from meap_jax.results import Interval
 
 matplotlib.use("Agg")

@@ -15,11 +15,11 @@ from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches, on_mesh
 from meap_jax.evals.setting import Setting
-from meap_jax.evals.statistics import binomial_interval
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import clean_inputs
 from meap_jax.results import Result
 from meap_jax.rows import Row
+from meap_jax.statistics import binomial_interval
 
 QUESTION_DTYPE = np.dtype([
     ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")

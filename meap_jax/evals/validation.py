@@ -10,11 +10,11 @@ from meap_jax import sharding
 from meap_jax.data.prepared import Blocks
 from meap_jax.evals.batching import batches
 from meap_jax.evals.setting import Setting
-from meap_jax.evals.statistics import ratio_interval
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Inputs, Objective, clean_inputs, make_inputs, named_keys
 from meap_jax.results import Result
 from meap_jax.rows import Row
+from meap_jax.statistics import ratio_interval
 
 
 def make(setting: Setting) -> dict[str, "Validation"]:

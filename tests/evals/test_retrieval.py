@@ -12,7 +12,6 @@ from meap_jax import sharding
 from meap_jax.data.store import TokenSpan
 from meap_jax.evals import Setting
 from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, _hits, answer_positions, exact_matches, questions
-from meap_jax.evals.statistics import binomial_interval
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
@@ -20,6 +19,7 @@ from meap_jax.model.visibility import causal
 from meap_jax.models import Model
 from meap_jax.objective import clean_inputs
 from meap_jax.rows import Row, stacked
+from meap_jax.statistics import binomial_interval
 from tiny_runs import tiny_config
 
 V, T = 40, 24  # No other dimension of the decoder is 40.
