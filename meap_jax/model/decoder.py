@@ -18,11 +18,13 @@ from meap_jax import sharding
 from meap_jax.losses import linear_cross_entropy, token_losses
 from meap_jax.model.cache import Cache
 from meap_jax.model.config import ModelConfig
-from meap_jax.model.layers import Block, RMSNorm, input_std, linear, normal
+from meap_jax.model.layers import Block, HasWindow, RMSNorm, input_std, linear, normal
 from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
 
 Params = dict[str, Any]
+# (a layer, its input [B, T, D], whether it has the window) -> what is to be known of it, a pytree of arrays.
+Look = Callable[[Block, jax.Array, HasWindow], Any]
 
 
 class Decoder(nnx.Module):
@@ -107,6 +109,24 @@ class Decoder(nnx.Module):
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head reads, in the order in which the devices of `context` hold the sequence."""
+        x_BTD, _ = self._run_layers(tokens_BT, visibility, keep_embedding_BT, look=None)
+        return self.final_norm(x_BTD)
+
+    def observe(self, tokens_BT: Int[Array, "B T"], visibility: Visibility, look: Look) -> Any:
+        """What `look` finds in each layer, stacked [num_layers, ...]; one layer is looked at at a time.
+
+        On a mesh whose `context` is 1: a look sees whole sequences.
+        """
+        return self._run_layers(tokens_BT, visibility, None, look)[1]
+
+    def _run_layers(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        visibility: Visibility,
+        keep_embedding_BT: Bool[Array, "B T"] | None,
+        look: Look | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The residual stream behind the last layer, and what `look` found in each."""
         c, shards = self.config, context_shards()
         tokens_BT = sharding.zigzag(tokens_BT, shards)
         positions_BT = sharding.zigzag(visibility.positions, shards)
@@ -119,15 +139,16 @@ class Decoder(nnx.Module):
         is_mixed = len(set(c.has_window)) > 1
         windows = jnp.array(c.has_window) if is_mixed else None
 
-        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], None]:
+        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
             weights, has_window = own
             has_window = has_window if is_mixed else c.has_window[0]
-            x_BTD, _ = nnx.merge(block, weights)(x_BTD, positions_BT, visibility, has_window)
-            return constrain(x_BTD, "batch", "sequence", None), None
+            merged = nnx.merge(block, weights)
+            found = None if look is None else look(merged, x_BTD, has_window)
+            x_BTD, _ = merged(x_BTD, positions_BT, visibility, has_window)
+            return constrain(x_BTD, "batch", "sequence", None), found
 
         unroll = min(c.unroll, c.num_layers)
-        x_BTD, _ = jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, windows), unroll=unroll)
-        return self.final_norm(x_BTD)
+        return jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, windows), unroll=unroll)
 
     def extend(
         self,

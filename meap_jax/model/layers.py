@@ -109,13 +109,8 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
-        q_BTHd, k_BTKd, v_BTKd = (linear(x_BTD, w) for w in (self.q_proj, self.k_proj, self.v_proj))
-        if c.qkv_bias:
-            q_BTHd, k_BTKd, v_BTKd = (
-                x + bias[...].astype(x.dtype)
-                for x, bias in ((q_BTHd, self.q_bias), (k_BTKd, self.k_bias), (v_BTKd, self.v_bias))
-            )
-        q_BTHd, k_BTKd = (rope(x, positions_BT, c.rope_base, c.rope_scaling) for x in (q_BTHd, k_BTKd))
+        q_BTHd, k_BTKd = self.queries_and_keys(x_BTD, positions_BT)
+        v_BTKd = self._project(x_BTD, "v")
 
         def attend(visibility: Visibility) -> Float[Array, "B T H d"]:
             return attention(q_BTHd, k_BTKd, v_BTKd, visibility, implementation=c.attention)
@@ -129,6 +124,21 @@ class Attention(nnx.Module):
         else:
             out_BTHd = jax.lax.cond(has_window, lambda: attend(near), lambda: attend(visibility))
         return linear(out_BTHd, self.o_proj, num_inputs=2), cache
+
+    def queries_and_keys(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"]]:
+        """Queries and keys as attention compares them: with bias and RoPE, not yet divided by sqrt(head_dim)."""
+        c = self.config
+        q_BTHd, k_BTKd = (
+            rope(self._project(x_BTD, name), positions_BT, c.rope_base, c.rope_scaling) for name in ("q", "k")
+        )
+        return q_BTHd, k_BTKd
+
+    def _project(self, x_BTD: Float[Array, "B T D"], name: str) -> Float[Array, "B T N d"]:
+        """Queries ("q"), keys ("k") or values ("v") with their bias."""
+        x_BTNd = linear(x_BTD, getattr(self, f"{name}_proj"))
+        return x_BTNd + getattr(self, f"{name}_bias")[...].astype(x_BTD.dtype) if self.config.qkv_bias else x_BTNd
 
 
 class MLP(nnx.Module):
