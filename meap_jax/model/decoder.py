@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
         def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
             weights, has_window = own
             has_window = has_window if is_mixed else c.has_window[0]
-            merged = nnx.merge(block, weights)
+            merged: Any = nnx.merge(block, weights)
             found = None if look is None else look(merged, x_BTD, has_window)
             x_BTD, _ = merged(x_BTD, positions_BT, visibility, has_window)
             return constrain(x_BTD, "batch", "sequence", None), found

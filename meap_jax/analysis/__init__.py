@@ -1,0 +1,1 @@
+"""What attention weights say of models: attention at masked keys, and its shares by segment."""
