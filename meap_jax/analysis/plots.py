@@ -106,27 +106,20 @@ def plot_heads(file: Path, results: dict[str, Any]) -> Figure:
 
 
 def plot_shares(file: Path, results: dict[str, Any]) -> Figure:
-    """Figure 6 for these models: bars of the five segments, a panel an example, or their mean where there are many."""
+    """Figure 6 for these models: bars of the five segments, a column an example, or their mean where there are many."""
     names = [example["name"] for example in results["examples"]]
-    is_few = len(names) <= MOST_PANELS
-    panels = [[name] for name in names] if is_few else [names]
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
+    groups = [[name] for name in names] if len(names) <= MOST_PANELS else [names]
     figure, axes = plt.subplots(
-        rows * len(FIRST_TOKEN), columns, figsize=(5.5 * columns, 2.6 * rows * len(FIRST_TOKEN)), sharey=True,
-        squeeze=False, layout="constrained",
+        len(FIRST_TOKEN), len(groups), figsize=(max(3.6 * len(groups), 6), 6), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    for case, first_token in enumerate(FIRST_TOKEN):
-        own = axes[case * rows : (case + 1) * rows].ravel()
-        for panel, group in zip(own, panels, strict=False):
+    for panels, first_token in zip(axes, FIRST_TOKEN, strict=True):
+        for panel, group in zip(panels, groups, strict=True):
             _bars(panel, results, group, first_token)
-            title = group[0] if len(group) == 1 else f"mean of {len(group)} examples"
-            panel.set_title(f"{title}, {first_token} the first token", fontsize=10)
-        for panel in own[len(panels) :]:
-            panel.set_axis_off()
-    for panel in axes[:, 0]:
-        panel.set_ylabel("share of attention")
-    axes[0][0].legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel(f"share of attention,\n{first_token} the first token")
+    for panel, group in zip(axes[0], groups, strict=True):
+        panel.set_title(group[0] if len(group) == 1 else f"mean of {len(group)} examples", fontsize=11)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return _save(figure, file, is_arranged=True)
 
 
@@ -141,6 +134,7 @@ def _bars(panel: Axes, results: dict[str, Any], examples: list[str], first_token
         )
         panel.bar_label(bars, fmt="%.2f", fontsize=7)
     panel.set_xticks(np.arange(len(SEGMENTS)), SEGMENTS, fontsize=9)
+    panel.margins(y=0.1)
     panel.grid(axis="y", alpha=0.3)
     panel.set_axisbelow(True)
 

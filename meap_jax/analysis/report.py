@@ -237,7 +237,7 @@ def _difference_table(records: list[dict[str, Any]], num_examples: int) -> list[
     lines = [
         "## Differences",
         "",
-        f"Of shares (mean a token), over {num_examples} examples; p values corrected for the five segments (Holm).",
+        f"Of shares (mean a token), over {num_examples} examples; p values corrected for the rows of the table (Holm).",
         "",
         "| model less model | first token | segment | difference [95 %] | t | p | p, Holm |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -30,9 +30,12 @@ def texts_of(path: str | None) -> Iterator[str]:
     if path is None:
         yield from read_stdlib()
         return
-    corpus, skips = open_corpus(path), Skips(_MAX_SKIPPED)
-    for part in corpus.parts():
-        yield from corpus.read(part, skips)
+    try:
+        corpus, skips = open_corpus(path), Skips(_MAX_SKIPPED)
+        for part in corpus.parts():
+            yield from corpus.read(part, skips)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"--text: {error}") from error
 
 
 def cut_sequences(
@@ -95,7 +98,8 @@ def in_batches(program: Callable[..., Any], mesh: Mesh, *arrays: np.ndarray) -> 
       The pytree with numpy arrays [N, L, ...].
     """
     num, length = arrays[0].shape
-    size = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, TOKENS_A_DEVICE // length)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = shards * min(max(1, TOKENS_A_DEVICE // length), -(-num // shards))
     found = []
     for start in range(0, num, size):
         own = [array[start : start + size] for array in arrays]

@@ -1,6 +1,7 @@
 """Shows models texts of five segments, and measures how attention is shared out among the segments."""
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -141,28 +142,20 @@ def analyse(
 def differences(shares: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each model's shares less the first model's over examples, seen from the end: a record a segment and reading.
 
-    p values are corrected for the five segments of a reading.
+    p values are corrected for the records of a score, which one table shows.
     """
     first, *others = shares
     found = []
-    for other in others:
-        for score in SCORES:
-            for first_token in FIRST_TOKEN:
-                of_both = [
-                    np.array([own[score][first_token]["eos"]["all"] for own in shares[model].values()])
-                    for model in (other, first)
-                ]
-                readings = [
-                    {
-                        "workdir": other,
-                        "less": first,
-                        "score": score,
-                        "first_token": first_token,
-                        "segment": segment,
-                        "difference": mean_interval(column)._asdict(),
-                        **t_test(column)._asdict(),
-                    }
-                    for segment, column in zip(SEGMENTS, (of_both[0] - of_both[1]).T, strict=True)
-                ]
-                found += with_holm(readings)
+    for score in SCORES:
+        of_score = []
+        for other, first_token in itertools.product(others, FIRST_TOKEN):
+            less, of_other = (
+                np.array([own[score][first_token]["eos"]["all"] for own in shares[model].values()])
+                for model in (first, other)
+            )
+            for segment, column in zip(SEGMENTS, (of_other - less).T, strict=True):
+                reading = {"workdir": other, "less": first, "score": score, "first_token": first_token}
+                tested = {"difference": mean_interval(column)._asdict(), **t_test(column)._asdict()}
+                of_score.append(reading | {"segment": segment} | tested)
+        found += with_holm(of_score)
     return found
