@@ -23,7 +23,7 @@ SHOWN = (
 COLORS = ("#000000", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#999999")  # Of contrasts.
 MARKS = {"with": "o", "without": "D"}
 MODEL_COLORS = ("#1f77b4", "#d95f02", "#7570b3", "#1b9e77")
-MOST_PANELS = 4
+MOST_PANELS = 5
 
 
 def plot_contrasts(file: Path, results: dict[str, Any], paper: dict[str, float] | None) -> Figure:

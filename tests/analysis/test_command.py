@@ -102,10 +102,10 @@ def test_segments_end_to_end(made, tmp_path):
 
 def test_a_users_examples_are_used_in_place_of_ours(made, tmp_path):
     line = dict(name="own", before="a b c d.", answer=" e f g.", after=" h i.", query=" j k?", eos=" l.")
-    lines = [line | dict(name=f"own {number}") for number in range(5)]
+    lines = [line | dict(name=f"own {number}") for number in range(6)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found, page = run(made, "segments", f"--examples={tmp_path}/mine.jsonl", out=tmp_path / "out")
-    assert [example["name"] for example in found["examples"]] == [f"own {number}" for number in range(5)]
+    assert [example["name"] for example in found["examples"]] == [f"own {number}" for number in range(6)]
     assert found["paper"] == {} and "the paper's NTP" not in page
     assert all(record["difference"]["estimate"] is not None for record in found["differences"])
 
