@@ -9,6 +9,7 @@ from meap_jax.analysis.attention import QUANTITIES, masked_key_statistics
 from meap_jax.analysis.segments import VIEWS, segment_statistics
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
+from meap_jax.model.rope import rope
 from meap_jax.model.visibility import causal
 from tiny_models import mesh_of, numbers
 from tiny_runs import tiny_config
@@ -31,12 +32,16 @@ def decoder(**changes):
 
 
 def whole_weights(definition, params, tokens):
-    """[B, L, H, T, T], by plain NumPy from the queries and keys of each layer, in float64."""
+    """[B, L, H, T, T], from the projections of each layer by NumPy in float64."""
     c, found = definition.config, []
 
     def look(layer, x_BTD, has_window):
-        q_and_k = layer.attn.queries_and_keys(layer.attn_norm(x_BTD), causal(tokens).positions)
-        return *q_and_k, jnp.asarray(has_window)
+        normed_BTD, of = layer.attn_norm(x_BTD), {}
+        for name in ("q", "k"):
+            x_BTNd = jnp.einsum("BTD,DNd->BTNd", normed_BTD, getattr(layer.attn, f"{name}_proj")[...])
+            bias = getattr(layer.attn, f"{name}_bias")[...] if c.qkv_bias else 0
+            of[name] = rope(x_BTNd + bias, causal(tokens).positions, c.rope_base, c.rope_scaling)
+        return of["q"], of["k"], jnp.asarray(has_window)
 
     q_LBTHd, k_LBTKd, windows = definition.decoder(params).observe(tokens, causal(tokens), look)
     distance = np.arange(T)[:, None] - np.arange(T)

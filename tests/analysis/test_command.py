@@ -9,12 +9,13 @@ from etils import epath
 
 from meap_jax.analysis import masked, sequences
 from meap_jax.analysis.__main__ import command
+from meap_jax.analysis.attention import masked_key_statistics
 from meap_jax.analysis.contrasts import CELLS
 from meap_jax.checkpoint import save_params
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
-from meap_jax.models import save_tokenizer, write_config
+from meap_jax.models import open_model, save_tokenizer, write_config
 from tiny_models import numbers
 from tiny_runs import tiny_config
 from tokenizer_kinds import TEXTS, kind
@@ -87,6 +88,18 @@ def test_one_model_in_both_places_differs_by_the_input_alone(made):
     assert others["contrasts"] != found["contrasts"]  # Other gaps.
 
 
+def test_each_input_is_measured_with_the_same_gaps(made):
+    opened = open_model(epath.Path(made / "meap"), mesh=dict(data=8))
+    clean = np.random.default_rng(0).integers(4, 600, (8, 40)).astype(np.int32)
+    given, gaps = sequences.draw_masks(clean, 0.15, kind("bpe").mask_id, seed=0)
+    found = masked.measure(opened, clean, given, gaps)
+    for name, tokens in (("clean", clean), ("masked", given)):
+        with jax.set_mesh(opened.model.mesh):
+            expected = masked_key_statistics(opened.params, tokens, gaps, definition=opened.model.definition)
+        for quantity, values in expected.items():
+            np.testing.assert_allclose(found[name][quantity], np.moveaxis(values, 1, 0), rtol=1e-4, atol=1e-7)
+
+
 def test_segments_end_to_end(made, tmp_path):
     found, page = run(made, "segments", out=tmp_path / "out")
     assert is_png(tmp_path / "out" / "segments.png")
@@ -95,6 +108,9 @@ def test_segments_end_to_end(made, tmp_path):
         for view in ("eos", "query", "all"):
             own = shares[score]["without"][view]
             assert sum(own["all"]) == pytest.approx(1) and np.sum(own["layers"]) == pytest.approx(2)
+    # Seen from one query the sums of a layer are its weights, and their mean over layers sums to 1 as it is.
+    own = shares["sum"]["with"]["eos"]
+    np.testing.assert_allclose(own["all"], np.mean(own["layers"], axis=0), rtol=1e-5)
     assert shares["sum"]["with"]["query"]["all"][4] == 0 < shares["sum"]["with"]["eos"]["all"][4]
     assert "| the paper's NTP, 1.1B | not stated | 0.731 | 0.108 | 0.080 |" in page and "copy error" in page
     assert f"{shares['mean']['with']['eos']['all'][1]:.3f}" in page and "## Differences" in page

@@ -16,7 +16,8 @@ EXAMPLE = Example("rivers", before="The sky is wide.", answer=" It is blue.", af
 @pytest.mark.parametrize("name", ["bpe", "mistral", "llama"])
 def test_tokens_are_of_the_segment_that_holds_their_last_character(name):
     tokenizer = kind(name)
-    for example in (EXAMPLE, *EXAMPLES, EXAMPLE._replace(eos=" End.")):
+    behind = Example("spaces behind", before="The sky is wide. ", answer="It is blue. ", after="So. ", query="What?")
+    for example in (EXAMPLE, *EXAMPLES, EXAMPLE._replace(eos=" End."), behind):
         ids, of = encode(example, tokenizer)
         assert len(ids) == len(of) and of == sorted(of) and set(of) == set(range(5))
         assert ids[0] == tokenizer.bos_id and of[0] == 0
