@@ -41,7 +41,7 @@ QUANTITIES = {
     "first_token": "the first token's attention; 0 without it",
 }
 
-# Which of a row's queries see each of the first `T` keys: (first query, number of queries) -> [B, q, T].
+# Which keys each query of a block sees: (the first query, their number) -> [B, q, T].
 Sees = Callable[[Any, int], Bool[Array, "B q T"]]
 
 
@@ -68,9 +68,7 @@ def attention_weights(
     return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1)  # A sum is 0, or 1 (of the largest) and more.
 
 
-def look_of(
-    visibility: Visibility, window: int, reduce: Callable[[jax.Array, jax.Array, Sees], Any]
-) -> Callable[[Block, jax.Array, HasWindow], Any]:
+def look_of(visibility: Visibility, window: int, reduce: Callable[[jax.Array, jax.Array, Sees], Any]) -> Look:
     """What `Decoder.observe` takes: calls `reduce` with a layer's queries, keys and who sees whom.
 
     Args:
