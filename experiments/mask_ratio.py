@@ -23,9 +23,9 @@ from experiments import population
 from meap_jax import cli, sharding
 from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
-from meap_jax.statistics import paired_t_interval
 from meap_jax.model.decoder import Params
 from meap_jax.run import Run, make_folder, open_run, versions
+from meap_jax.statistics import paired_t_interval
 
 
 def evaluation_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh:

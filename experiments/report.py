@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meap_jax.statistics import binomial_interval, paired_t_interval
 from meap_jax.results import Interval
+from meap_jax.statistics import binomial_interval, paired_t_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  After the backend is chosen.

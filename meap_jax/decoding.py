@@ -79,8 +79,13 @@ def prefill(
     num_new: int,
     chunk: int = CHUNK,
     with_log_probs: bool = False,
+    before: State | None = None,
+    start: Int32[Array, ""] | None = None,
 ) -> State:
     """Reads prompts and chooses the first token after each.
+
+    Where prompts begin as others did that were read before, only the rest is read: keys and values of what comes first
+    don't depend on what comes later.
 
     Args:
       params: of `decoding_params`.
@@ -89,16 +94,10 @@ def prefill(
       rules: as in `decode`.
       definition, sampling, num_new, chunk, with_log_probs: static; `num_new` tokens may be generated. `chunk` is a
         multiple of twice the devices of `context`.
+      before: what this function returned for prompts of the same shapes and sizes; it stays as it is.
+      start: so many tokens of each row are the same as in `before`; a multiple of `chunk`, and less than each length.
     """
     c, (B, T), context = definition.config, tokens.shape, context_shards()
-    first = min(T, chunk)
-    num_slots = T + num_new * context
-    slots = Visibility(jnp.full((B, num_slots), EMPTY, jnp.int32), jnp.zeros((B, num_slots), jnp.int32))
-    empty = jnp.zeros((B, c.num_kv_heads, num_slots, c.head_dim), c.dtype)
-    empty = constrain(empty, *SLOT_AXES)
-    cache = tuple((empty, empty) for _ in range(c.num_layers))
-    own, positions = tokens[:, :first], jnp.broadcast_to(jnp.arange(first, dtype=jnp.int32), (B, first))
-    own, positions = (sharding.zigzag(x, context) for x in (own, positions))
     last_BD = jnp.zeros((B, c.embed_dim), c.dtype)
 
     def read(
@@ -111,15 +110,26 @@ def prefill(
         last_BD += jnp.einsum("BTD,BT->BD", x_BTD, is_last.astype(x_BTD.dtype))
         return cache, slots, filled + own.shape[1] // context, last_BD
 
-    done = read((cache, slots, jnp.int32(0), last_BD), own, positions, "first")
+    def next_chunk(i: jax.Array, done: tuple) -> tuple:
+        own = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+        positions = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (B, chunk))
+        return read(done, own, positions, "chunk")
+
+    first_chunk: int | jax.Array = 1
+    if before is not None and start is not None:
+        is_shared = (before.slots.positions < start) & (before.slots.segment_ids == 1)
+        slots = Visibility(jnp.where(is_shared, 1, EMPTY), before.slots.positions)
+        done, first_chunk = (before.cache, slots, start // context, last_BD), start // chunk
+    else:
+        num_slots, first = T + num_new * context, min(T, chunk)
+        slots = Visibility(jnp.full((B, num_slots), EMPTY, jnp.int32), jnp.zeros((B, num_slots), jnp.int32))
+        empty = constrain(jnp.zeros((B, c.num_kv_heads, num_slots, c.head_dim), c.dtype), *SLOT_AXES)
+        cache = tuple((empty, empty) for _ in range(c.num_layers))
+        own, positions = tokens[:, :first], jnp.broadcast_to(jnp.arange(first, dtype=jnp.int32), (B, first))
+        own, positions = (sharding.zigzag(x, context) for x in (own, positions))
+        done = read((cache, slots, jnp.int32(0), last_BD), own, positions, "first")
     if T > chunk:
-
-        def next_chunk(i: jax.Array, done: tuple) -> tuple:
-            own = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
-            positions = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (B, chunk))
-            return read(done, own, positions, "chunk")
-
-        done = jax.lax.fori_loop(1, -(-lengths.max() // chunk), next_chunk, done)
+        done = jax.lax.fori_loop(first_chunk, -(-lengths.max() // chunk), next_chunk, done)
     cache, slots, filled, last_BD = done
     state = State(
         cache, slots, filled, lengths, jnp.zeros(B, jnp.int32), jnp.int32(0), jnp.zeros(B, bool),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from meap_jax import decoding
 from meap_jax.errors import ConfigError, DataError
-from meap_jax.generate import Generator, command
+from meap_jax.generate import command
+from meap_jax.generator import Generator
 from meap_jax.model import attention_slots, attention_splash
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
@@ -72,6 +73,19 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_the_whole_forward_pass
         every[:, never] = -np.inf
         assert (chosen >= every.max(axis=1) - 1e-4).all()
         assert len(completion.tokens) == 9 or completion.tokens[-1] == kind("bpe").eos_id
+
+
+@pytest.mark.parametrize("mesh, changes", [({}, {}), (dict(data=2, context=2), {"model.window": 20})], ids=str)
+def test_prompts_that_begin_alike_give_what_each_gives_alone(mesh, changes):
+    generating, _ = generator(mesh, changes, chunk=16, batch_size=2)
+    rng = np.random.default_rng(0)
+    trunks = [rng.integers(4, 600, n).tolist() for n in (90, 85)]
+    # What rows share with the first batch: 85 and more, 50, 3 (less than a chunk), and 20 of much shorter prompts.
+    batches = [[[*trunk[:n], *rng.integers(4, 600, m).tolist()] for trunk in trunks]
+               for n, m in ((85, 6), (50, 40), (3, 80), (20, 2))]  # fmt: skip
+    shared = list(generating.generate_sharing(batches, max_new_tokens=9))
+    for prompts, found in zip(batches, shared, strict=True):
+        assert found == generating.generate(prompts, max_new_tokens=9)
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing

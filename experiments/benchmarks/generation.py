@@ -3,7 +3,7 @@
 python -m experiments.benchmarks.generation [--no-torch] [--sizes=1M,10M,50M] [--repeats=N] [--quick] [--json=FILE]
 pip install -r requirements-parity.txt   # torch and transformers, before the first comparison
 
-Generation: 8 prompts of 128 and of 512 tokens, 64 greedy tokens after each, float32, by `meap_jax.generate.Generator`
+Generation: 8 prompts of 128 and of 512 tokens, 64 greedy tokens after each, float32, by `meap_jax.generator.Generator`
 and by transformers' `generate` (torch eager, SDPA, its own cache). Both read the same exported folder. Prefill is a
 call for one token, decoding the difference between a call for 65 and that. Engines take turns, as in
 `train_step`.

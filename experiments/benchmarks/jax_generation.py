@@ -12,7 +12,7 @@ import numpy as np
 from experiments.benchmarks import worker
 from experiments.benchmarks.workload import devices
 from meap_jax import convert
-from meap_jax.generate import Generator
+from meap_jax.generator import Generator
 
 
 def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:

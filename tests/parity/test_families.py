@@ -18,7 +18,7 @@ from flax import traverse_util
 from chat_templates import LLAMA3, chatting
 from hub_folders import BASE, NUM_IDS, read_tensors, write_tokenizer
 from meap_jax.convert import export_model, import_model, open_hub_model
-from meap_jax.generate import Generator
+from meap_jax.generator import Generator
 from meap_jax.hf.weights import outgoing
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.models import open_model
