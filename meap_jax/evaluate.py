@@ -1,26 +1,37 @@
-"""Evaluates a model.
+"""Evaluates a model, or compares two evaluations.
 
-python -m meap_jax.evaluate --workdir=DIR [--step=N] [--tasks=validation,retrieval] [--split=test] [--mesh=data=-1]
+python -m meap_jax.evaluate --workdir=DIR [--tasks=niah,mdqa] [--out=FILE.json] [--config.eval.niah.trials=3 ...]
+    [--step=N] [--split=test] [--mesh=data=-1] [--config.seq_len=N]
+python -m meap_jax.evaluate --hf=DIR --tasks=... --out=FILE.json
+python -m meap_jax.evaluate compare A.json B.json [--out=DIR]
 
-Prints every metric with its interval as JSON, and writes them with a record for each example to
-DIR/evaluation_SPLIT.json.
+Tasks: validation, retrieval (both on the data of a run), niah, ruler, mdqa, kv, mneedle, commonsense, summaries; their
+options are the fields eval.* of a config. Prints every metric with its interval as JSON, and writes them with a record
+for each example to FILE.json, by default DIR/evaluation_SPLIT.json. The predictions of tasks that ask a model are
+written to the folder FILE/ while they are made, a file of JSON lines for each task; the same command goes on from them.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
 from meap_jax import cli
+from meap_jax import config as config_lib
 from meap_jax.data.prepared import Prepared
 from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
-from meap_jax.models import open_model
+from meap_jax.hub import open_hub_model
+from meap_jax.models import OpenModel, fingerprint, open_model
 from meap_jax.paths import absolute
 from meap_jax.run import check_data, open_data
+
+MAY_BE_SET = r"(eval\..+|seq_len)"  # Fields of the model's config that an evaluation may give other values.
 
 
 def evaluate(
@@ -30,6 +41,8 @@ def evaluate(
     tasks: str | None = None,
     step: int | None = None,
     mesh: Mapping[str, int] | None = None,
+    options: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Runs evaluators on a checkpoint of a run.
 
@@ -39,9 +52,11 @@ def evaluate(
       tasks: names of evaluators, "validation,retrieval"; default: `eval.tasks` of the run's config.
       step: of the checkpoint; default: the newest.
       mesh: sizes of its axes, in place of the config's.
+      options: fields of the config that get other values, as text: {"eval.niah.trials": "3"}.
+      folder: takes predictions, and holds those of an evaluation that was interrupted; None: there are none.
 
     Returns:
-      {"step": of the checkpoint, "metrics": {evaluator/metric: interval}, "examples": {evaluator: [records]}}.
+      See `evaluate_model`.
 
     Raises:
       ConfigError, DataError: if the model or its data cannot be read.
@@ -59,29 +74,107 @@ def evaluate(
         check_data(prepared, opened.meta, workdir)
         return prepared
 
-    evaluators = make_evaluators(Setting(opened.model, split, data), config.eval.tasks if tasks is None else tasks)
-    report: dict[str, Any] = {"step": opened.step, "metrics": {}, "examples": {}}
-    with jax.set_mesh(opened.model.mesh):
+    set_options(opened, options or {})
+    setting = Setting.of_model(opened, split, data, folder, fingerprint(opened.params))
+    return evaluate_model(opened, setting, config.eval.tasks if tasks is None else tasks)
+
+
+def evaluate_hub_model(
+    source: Path, tasks: str, *, mesh: Mapping[str, int], options: Mapping[str, str], folder: Path | None
+) -> dict[str, Any]:
+    """Runs evaluators on a folder of the Hugging Face hub; see `evaluate`."""
+    opened = open_hub_model(source, mesh=mesh)
+
+    def no_data() -> Prepared:
+        raise ConfigError(f"--hf is {source}, a model without data: the tasks validation and retrieval need a run's.")
+
+    set_options(opened, options)
+    return evaluate_model(opened, Setting.of_model(opened, "test", no_data, folder, fingerprint(opened.params)), tasks)
+
+
+def evaluate_model(opened: OpenModel, setting: Setting, tasks: str) -> dict[str, Any]:
+    """Runs evaluators on a model.
+
+    Returns:
+      {"step": of the checkpoint, "metrics": {evaluator/metric: interval}, "examples": {evaluator: [records]}, "model":
+      its fingerprint, "options": the fields eval.* that are not the default}.
+    """
+    config = setting.config
+    evaluators = make_evaluators(setting, tasks)
+    defaults = config_lib.flatten(config_lib.base().eval)
+    changed = {name: value for name, value in config_lib.flatten(config.eval).items() if value != defaults[name]}
+    report: dict[str, Any] = {
+        "step": opened.step, "model": setting.fingerprint, "options": changed, "metrics": {}, "examples": {},
+    }  # fmt: skip
+    with jax.set_mesh(setting.model.mesh):
         for name, evaluator in evaluators.items():
             metrics, report["examples"][name] = evaluator.run(opened.params)
             report["metrics"] |= {f"{name}/{key}": interval._asdict() for key, interval in metrics.items()}
     return report
 
 
+def set_options(opened: OpenModel, options: Mapping[str, str]) -> None:
+    """Gives fields of a model's config other values, and checks them.
+
+    Raises:
+      ConfigError: one is no such field, or has a value that it can't have.
+    """
+    config = opened.model.config
+    known = config_lib.flatten(config)
+    for name, text in options.items():
+        if name not in known or not re.fullmatch(MAY_BE_SET, name):
+            raise ConfigError(f"--config.{name} is not a field that an evaluation can set: eval.* and seq_len are.")
+        config.update_from_flattened_dict({name: _parsed(name, text, type(known[name]))})
+    config_lib.check(config, needs_data=False)
+
+
+def _parsed(name: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return text if kind is type(None) else kind(text)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"--config.{name} is {text!r}, but must be a {kind.__name__}.") from error
+
+
 def command(argv: list[str]) -> None:
-    """Evaluates the run that the command line names, prints its metrics and writes its JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meap_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="of a run that has saved a checkpoint")
+    """Evaluates the model that the command line names, prints its metrics and writes its JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m meap_jax.evaluate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--workdir", help="of a run that has saved a checkpoint, or of an imported model")
+    parser.add_argument("--hf", help="a folder of the Hugging Face hub, in place of --workdir")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--tasks", help="names of evaluators; default: eval.tasks of the run's config")
+    parser.add_argument("--out", help="the JSON file; default: evaluation_SPLIT.json in the workdir")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     parser.add_argument("--mesh", default="", help="axis=size,...: in place of those axes of the config's mesh")
-    args = parser.parse_args(argv[1:])
-    workdir = absolute(epath.Path(args.workdir))
+    args, rest = parser.parse_known_args(argv[1:])
+    options = {}
+    for word in rest:
+        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", word, re.DOTALL)
+        if not match:
+            raise ConfigError(f"{word!r} is not a flag: options of tasks are given as --config.eval.FIELD=VALUE.")
+        options[match[1]] = match[2]
+    if (args.workdir is None) == (args.hf is None):
+        raise ConfigError("give one of --workdir, of a run or an imported model, and --hf, a folder of the hub.")
+    if args.hf is not None and (args.out is None or args.tasks is None):
+        raise ConfigError("--hf needs --tasks and --out, such as --tasks=niah --out=results.json.")
     mesh = cli.parse_mesh(args.mesh)
-    results = evaluate(workdir, args.split, tasks=args.tasks, step=args.step, mesh=mesh)
+    workdir = absolute(epath.Path(args.workdir or args.hf))
+    out = absolute(epath.Path(args.out)) if args.out else workdir / f"evaluation_{args.split}.json"
+    if out.suffix != ".json":
+        raise ConfigError(f"--out is {out}, but must be the name of a .json file.")
+    folder = Path(out.with_suffix(""))
+    if args.hf is not None:
+        results = evaluate_hub_model(Path(workdir), args.tasks, mesh=mesh, options=options, folder=folder)
+    else:
+        kwargs: dict[str, Any] = dict(tasks=args.tasks, step=args.step, mesh=mesh, options=options, folder=folder)
+        results = evaluate(workdir, args.split, **kwargs)
     if jax.process_index() == 0:
-        (workdir / f"evaluation_{args.split}.json").write_text(json.dumps(results))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results))
         print(json.dumps({name: value for name, value in results.items() if name != "examples"}, indent=2))
 
 

@@ -5,6 +5,7 @@ older runs are read with it.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -71,6 +72,11 @@ def divides(other: str) -> Check:
     return Check(lambda value, of: of[other] % value == 0, lambda of: f"a divisor of {other} ({of[other]})", wrong=(3,))
 
 
+def numbers(text: str) -> list[int]:
+    """Reads a field such as eval.niah.lengths, "4000,8000"."""
+    return [int(number) for number in text.split(",")]
+
+
 def is_path(tokenizer: str) -> bool:
     """Whether `data.tokenizer` is the path of a tokenizer and not a word; ./NAME is one, NAME isn't."""
     return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
@@ -127,6 +133,10 @@ LAYERS = Check(
     lambda of: f"all, or layers from 0 to {of['model.num_layers'] - 1} such as 0,2-3",
     wrong=("", "some", "0,99", "1-"),
 )
+NUMBERS = rule(lambda v: bool(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", v)), "whole numbers from 1 on, such as 1,5,10", "",
+               "0,1", "1-3")  # fmt: skip
+PERCENTS = rule(lambda v: bool(re.fullmatch(r"(\d\d?|100)(,(\d\d?|100))*", v)), "whole numbers from 0 to 100, such as "
+                "0,50,100", "", "101", "-1")  # fmt: skip
 ENDS_BY_NUM_STEPS = Check(
     lambda value, of: not of["profile.num_steps"] or value <= _last_start(of),
     lambda of: f"at most {_last_start(of)}, so that profile.num_steps ({of['profile.num_steps']}) end by num_steps",
@@ -264,6 +274,66 @@ FIELDS: dict[str, Field] = {
     "eval.every": Field(1_000, "Steps between evaluations.", at_least(1)),
     "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),
     "eval.tasks": Field("validation,retrieval", "Evaluators that are run, by their names in evals.EVALUATORS."),
+    "eval.batch_size": Field(8, "Prompts at a time, for tasks that generate or score.", at_least(1)),
+    "eval.chat": Field(False, "Puts each prompt into the model's chat template, as the message of a user."),
+    "eval.seed": Field(0, "Of the questions that a task generates or draws.", SEED),
+    "eval.niah.haystack": Field(str, "Text that needles are put into, as in data.path; unset: Python's documentation."),
+    "eval.niah.needles": Field(str, "A .jsonl with needle, question and answer in each line; unset: built-in ones."),
+    "eval.niah.prompt": Field(str, "A file with {context} and {question} in it; unset: a built-in prompt."),
+    "eval.niah.lengths": Field("4000,8000,12000,16000,20000,24000,28000,32000", "Tokens of a prompt and of the room "
+        "for its answer. Paper, Figure 3.", NUMBERS),
+    "eval.niah.depths": Field("0,10,20,30,40,50,60,70,80,90,100", "Where the needle is, in % of the context.",
+        PERCENTS),
+    "eval.niah.trials": Field(5, "Needles, each at another place of the haystack, in each cell.", at_least(1)),
+    "eval.ruler.tasks": Field("niah_single_1,niah_multikey_2,niah_multikey_3,vt,cwe,fwe", "Tasks of RULER; these need "
+        "no text. Over eval.niah.haystack: niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue, "
+        "niah_multiquery."),
+    "eval.ruler.prompts": Field(str, "A .json with the prompt of tasks, as docs/evals.md says; unset: built-in ones."),
+    "eval.ruler.lengths": Field("4096,8192,16384,32768", "As eval.niah.lengths; the first is the base of the effective "
+        "length.", NUMBERS),
+    "eval.ruler.trials": Field(100, "Prompts of each task and length. RULER: 500.", at_least(1)),
+    "eval.mdqa.path": Field(str, "A .jsonl or .jsonl.gz of lost-in-the-middle: with k documents, or its oracle file."),
+    "eval.mdqa.mode": Field("documents", "documents: the gold one among others; oracle: it alone; closed_book: none.",
+        one_of("documents", "oracle", "closed_book")),
+    "eval.mdqa.num_documents": Field(20, "Documents of a context that is built from the oracle file.", at_least(2)),
+    "eval.mdqa.positions": Field("1,5,10,15,20", "Of the gold document, from 1; built from the oracle file.", NUMBERS),
+    "eval.mdqa.prompt": Field(str, "A file with {search_results} and {question} in it, as lost-in-the-middle's; unset: "
+        "built-in ones."),
+    "eval.mdqa.max_questions": Field(0, "The first so many; 0: all.", at_least(0)),
+    "eval.kv.path": Field(str, "A .jsonl or .jsonl.gz of lost-in-the-middle's key-value retrieval; unset: generated."),
+    "eval.kv.num_keys": Field(75, "Pairs of a generated context.", at_least(1)),
+    "eval.kv.positions": Field("1,25,50,75", "Of the pair that is asked for, from 1.", NUMBERS),
+    "eval.kv.prompt": Field(str, "A file with {formatted_kv_records} and {key} in it; unset: a built-in one."),
+    "eval.kv.max_questions": Field(500, "The first so many of the file, or generated.", at_least(1)),
+    "eval.mneedle.needles": Field(str, "A .json of NeedleBench's form; unset: built-in chains."),
+    "eval.mneedle.prompt": Field(str, "A file with {context} and {question} in it; unset: a built-in prompt."),
+    "eval.mneedle.lengths": Field("8000,12000,16000,20000,24000,28000,32000", "As eval.niah.lengths. Paper, Figure 4.",
+        NUMBERS),
+    "eval.mneedle.depths": Field("0,10,21,31,42,52,63,73,84,94,100", "Of the first needle, in % of the context.",
+        PERCENTS),
+    "eval.mneedle.counts": Field("2,3,4,5", "Needles that answer a question together.", NUMBERS),
+    "eval.mneedle.spacing": Field(10.0, "% of the context between a needle and the next one.", POSITIVE),
+    "eval.mneedle.buffer": Field(600, "Tokens of a prompt that are left free for its answer and for needles.",
+        at_least(1)),
+    "eval.mneedle.trials": Field(5, "Chains of needles for each cell and number of needles.", at_least(1)),
+    "eval.commonsense.tasks": Field("arc_challenge,arc_easy,boolq,piqa,hellaswag,winogrande,openbookqa", "Tasks of "
+        "lm-eval. These are the paper's."),
+    "eval.commonsense.include_path": Field(str, "Folder with more task files of lm-eval, for data on this machine."),
+    "eval.commonsense.bos": Field("auto", "Whether a request begins with the begin of a document: auto: as the model's "
+        "other prompts do.", one_of("auto", "yes", "no")),
+    "eval.commonsense.too_long": Field("truncate", "What becomes of a request longer than seq_len: truncate: its left "
+        "end is cut off; skip: it is not scored.", one_of("truncate", "skip")),
+    "eval.commonsense.limit": Field(0, "The first so many documents of each task; 0: all.", at_least(0)),
+    "eval.summaries.path": Field(str, "name=FILE,...: .jsonl files of documents with summaries, such as "
+        "xsum=/data/xsum.jsonl."),
+    "eval.summaries.document": Field("document", "Field of a record that is summarized."),
+    "eval.summaries.summary": Field("summary", "Field of a record that is the reference."),
+    "eval.summaries.num_documents": Field(100, "Drawn from each file, by eval.seed. Paper: 100.", at_least(1)),
+    "eval.summaries.max_new_tokens": Field(128, "Of a summary.", at_least(1)),
+    "eval.summaries.judge_url": Field(str, "Of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; unset: "
+        "no judge. The key comes from the environment, OPENAI_API_KEY."),
+    "eval.summaries.judge_model": Field("", "Name of the judge at that endpoint."),
+    "eval.summaries.judge_budget": Field(1_000, "Requests to the judge at most, retries included.", at_least(0)),
     "profile.num_steps": Field(0, "Steps of a trace for xprof; 0: no trace.", at_least(0)),
     "profile.start": Field(10, "First step of the trace.", at_least(1), ENDS_BY_NUM_STEPS),
 }

@@ -54,7 +54,7 @@ class Generator:
     def __init__(
         self,
         model: Model,
-        params: Params,
+        params: Params | None,
         tokenizer: Tokenizer,
         *,
         stops: Sequence[int] = (),
@@ -66,7 +66,7 @@ class Generator:
 
         Args:
           model: with `seq_len` of its config as the longest text.
-          params: as `OpenModel.params`; not needed after this.
+          params: as `OpenModel.params`, not needed after this; None: `load` brings them.
           tokenizer: of the model.
           stops: tokens that end a text, besides the tokenizer's end of a document.
           adds_bos: whether `encode` begins a prompt with the tokenizer's begin of a document.

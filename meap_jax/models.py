@@ -4,6 +4,7 @@ Such a folder holds `config.json`, `checkpoints/` and `tokenizer/`, the tokenize
 names. An imported one has a checkpoint of parameters alone, at step 0.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -97,6 +99,24 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     restored = restore_params(folder, _placed_shapes(model), step)
     tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
     return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
+
+
+def fingerprint(params: Params) -> str:
+    """The SHA-256 of a corner of every parameter: two models that were trained apart differ in it, on any mesh.
+
+    Args:
+      params: of a model, whose values are the same on every mesh.
+    """
+
+    def corners(params: Params) -> list[jax.Array]:
+        """The first layers, rows and columns: 4 of each axis."""
+        return [x[tuple(slice(0, 4) for _ in x.shape)] for x in jax.tree.leaves(params)]
+
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    digest = hashlib.sha256()
+    for corner in jax.device_get(jax.jit(corners, out_shardings=sharding.replicated(mesh))(params)):
+        digest.update(np.ascontiguousarray(corner).tobytes())
+    return digest.hexdigest()
 
 
 class StoredModel(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model
-from meap_jax import convert, evaluate, generate
+from meap_jax import convert, evaluate, generate, hub
 from meap_jax.convert import export_model, import_model, open_hub_model
 from meap_jax.errors import ConfigError, DataError
 from tiny_runs import ROOT, environment
@@ -204,9 +204,9 @@ from pathlib import Path
 import jax
 from meap_jax import convert
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert.open_hub_model(Path(sys.argv[1]))  # Imports, compiles and allocates what doesn't grow with the model.
+hub.open_hub_model(Path(sys.argv[1]))  # Imports, compiles and allocates what doesn't grow with the model.
 before = peak()
-params = convert.open_hub_model(Path(sys.argv[2])).params
+params = hub.open_hub_model(Path(sys.argv[2])).params
 print(json.dumps([peak() - before, sum(x.nbytes for x in jax.tree.leaves(params))]))
 """
 

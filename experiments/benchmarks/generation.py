@@ -8,7 +8,7 @@ and by transformers' `generate` (torch eager, SDPA, its own cache). Both read th
 call for one token, decoding the difference between a call for 65 and that. Engines take turns, as in
 `train_step`.
 
-Files: a bfloat16 checkpoint is read into parameters (`convert.open_hub_model`), and written (`convert.export_model`,
+Files: a bfloat16 checkpoint is read into parameters (`hub.open_hub_model`), and written (`convert.export_model`,
 which restores ours first), beside `safetensors.numpy.load_file` and `save_file` of the same tensors.
 """
 
@@ -29,7 +29,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.timing import interleave, timed
 from experiments.benchmarks.worker import Worker, WorkerError
 from experiments.benchmarks.workload import checked_sizes, config_of
-from meap_jax import checkpoint, convert, models, tokenizers
+from meap_jax import checkpoint, convert, hub, models, tokenizers
 from meap_jax.errors import ConfigError
 from meap_jax.hf.tokenizer import open_hub_tokenizer
 
@@ -123,7 +123,7 @@ def _files(size: str, workdir: Path, scratch: Path, repeats: int) -> dict[str, A
 
     timings = interleave(
         {
-            "read": timed(lambda: convert.open_hub_model(folder).params),
+            "read": timed(lambda: hub.open_hub_model(folder).params),
             "load": timed(lambda: list(safetensors.numpy.load_file(file)) and None),
             "write": timed(write),
             "save": timed(save),

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.benchmarks import worker
 from experiments.benchmarks.workload import devices
-from meap_jax import convert
+from meap_jax import hub
 from meap_jax.generator import Generator
 
 
@@ -26,7 +26,7 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
       after each, `decode()` those of `num_new` more.
     """
     mesh = dict(data=len(devices()), fsdp=1)
-    opened = convert.open_hub_model(Path(spec["folder"]), mesh=mesh)
+    opened = hub.open_hub_model(Path(spec["folder"]), mesh=mesh)
     generator = Generator.of(opened, batch_size=len(spec["prompts"]), stops=())
     generator._stops = np.array([-2], np.int32)  # No token ends a text: every row has as much to do as theirs.
     prompts, num_new = spec["prompts"], spec["num_new"]

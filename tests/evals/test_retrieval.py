@@ -48,7 +48,7 @@ def setup(tmp_path_factory):
 
 def setting(config, definition, num_devices):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
-    return Setting(Model(config, mesh, definition), "validation", lambda: pytest.fail("the blocks are given"))
+    return Setting(Model(config, mesh, definition), "validation", *2 * [lambda: pytest.fail("the blocks are given")])
 
 
 def test_teacher_forced_matches_equal_greedy_exact_match(setup):
