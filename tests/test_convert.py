@@ -11,9 +11,10 @@ import pytest
 from etils import epath
 
 from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model
-from meap_jax import convert, evaluate, generate, hub
-from meap_jax.convert import export_model, import_model, open_hub_model
+from meap_jax import convert, evaluate, generate
+from meap_jax.convert import export_model, import_model
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.hub import open_hub_model
 from tiny_runs import ROOT, environment
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -202,7 +203,7 @@ MEASURED = """
 import json, resource, sys
 from pathlib import Path
 import jax
-from meap_jax import convert
+from meap_jax import hub
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 hub.open_hub_model(Path(sys.argv[1]))  # Imports, compiles and allocates what doesn't grow with the model.
 before = peak()
