@@ -42,7 +42,7 @@ def binomial_interval(successes: float, trials: float, confidence: float = 0.95)
     return Interval(share, max(middle - half, 0.0), min(middle + half, 1.0))
 
 
-def clustered_interval(scores: np.ndarray, clusters: Sequence, confidence: float = 0.95) -> Interval:
+def clustered_interval(scores: Sequence[float] | np.ndarray, clusters: Sequence, confidence: float = 0.95) -> Interval:
     """An interval for the mean of scores between 0 and 1 whose clusters, not the scores, are independent.
 
     Wilson's interval for the number of independent trials that would give the standard error of the cluster means

@@ -7,7 +7,7 @@ An evaluator has `run(params) -> Result`. Under each name is a function that mak
 from collections.abc import Callable, Mapping
 
 from meap_jax.errors import ConfigError
-from meap_jax.evals import retrieval, validation
+from meap_jax.evals import kv, mdqa, mneedle, niah, retrieval, ruler, validation
 from meap_jax.evals.setting import Setting
 from meap_jax.train import Evaluator
 
@@ -16,6 +16,11 @@ __all__ = ["EVALUATORS", "Setting", "check_tasks", "make_evaluators"]
 EVALUATORS: dict[str, Callable[[Setting], Mapping[str, Evaluator]]] = {
     "validation": validation.make,
     "retrieval": retrieval.make,
+    "niah": niah.make,
+    "ruler": ruler.make,
+    "mdqa": mdqa.make,
+    "kv": kv.make,
+    "mneedle": mneedle.make,
 }
 
 
