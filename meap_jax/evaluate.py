@@ -25,7 +25,7 @@ from meap_jax import cli
 from meap_jax import config as config_lib
 from meap_jax.data.prepared import Prepared
 from meap_jax.errors import ConfigError
-from meap_jax.evals import Setting, make_evaluators
+from meap_jax.evals import Setting, compare, make_evaluators
 from meap_jax.hub import open_hub_model
 from meap_jax.models import OpenModel, fingerprint, open_model
 from meap_jax.paths import absolute
@@ -138,7 +138,10 @@ def _parsed(name: str, text: str, kind: type) -> Any:
 
 
 def command(argv: list[str]) -> None:
-    """Evaluates the model that the command line names, prints its metrics and writes its JSON."""
+    """Evaluates the model that the command line names, prints its metrics and writes its JSON and pictures."""
+    if argv[1:2] == ["compare"]:
+        _compare(argv[2:])
+        return
     parser = argparse.ArgumentParser(
         prog="python -m meap_jax.evaluate", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -173,9 +176,50 @@ def command(argv: list[str]) -> None:
         kwargs: dict[str, Any] = dict(tasks=args.tasks, step=args.step, mesh=mesh, options=options, folder=folder)
         results = evaluate(workdir, args.split, **kwargs)
     if jax.process_index() == 0:
+        from meap_jax.evals import plots  # Half a second of matplotlib, for which no evaluation should wait.
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results))
+        _write(out, json.dumps(results))
+        plots.write(folder, {out.stem: results["metrics"]})
         print(json.dumps({name: value for name, value in results.items() if name != "examples"}, indent=2))
+
+
+def _write(file: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = file.parent / f".{file.name}.partial"
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def _compare(words: list[str]) -> None:
+    """Compares evaluations: prints a page, and writes it with pictures where --out says."""
+    from meap_jax.evals import plots
+
+    parser = argparse.ArgumentParser(prog="python -m meap_jax.evaluate compare", description=_compare.__doc__)
+    parser.add_argument("a", help="JSON of an evaluation; several, of runs of different seeds: A1.json,A2.json,...")
+    parser.add_argument("b", help="the same of what is compared with it, in the same order")
+    parser.add_argument("--out", help="folder for comparison.md and pictures; default: B-against-A beside B")
+    args = parser.parse_args(words)
+    files = [[Path(name) for name in side.split(",")] for side in (args.a, args.b)]
+    if len(files[0]) != len(files[1]):
+        raise ConfigError(
+            f"{len(files[0])} evaluations against {len(files[1])}: give as many on both sides, in the order of seeds."
+        )
+    runs = [[compare.read_results(file) for file in side] for side in files]
+    is_of_runs = len(runs[0]) > 1
+    tables = compare.compare_runs(*runs) if is_of_runs else compare.compare(runs[0][0], runs[1][0])
+    if not tables:
+        raise ConfigError(
+            f"{args.a} and {args.b} have no task with the same examples: evaluate both with equal --tasks."
+        )
+    names = plots.names_of([side[0] for side in files])
+    out = Path(args.out or files[1][0].with_name(f"{files[1][0].stem}-against-{files[0][0].stem}"))
+    out.mkdir(parents=True, exist_ok=True)
+    page = compare.markdown(tables, names, is_of_runs)
+    pictures = plots.write(out, dict(zip(names, (side[0]["metrics"] for side in runs), strict=True)))
+    page += "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+    (out / "comparison.md").write_text(page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def ratio_interval(totals: np.ndarray, counts: np.ndarray, confidence: float = 0
     return Interval(ratio, ratio - half, ratio + half)
 
 
-def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
     """Student's interval for the mean of [N] independent values; without ends if there is one."""
-    return ratio_interval(values, np.ones(np.size(values)), confidence)
+    return ratio_interval(np.asarray(values), np.ones(np.size(values)), confidence)
 
 
 def paired_t_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:

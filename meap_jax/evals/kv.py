@@ -67,7 +67,7 @@ class KeyValue:
 
     def metrics(self, records: Sequence[Record]) -> dict[str, Interval]:
         """Accuracy over all, whose objects are the independent units, and at each position."""
-        return by_position(records, "accuracy", prefix="pairs")
+        return by_position(records, "accuracy")
 
 
 def shown(pairs: Sequence[tuple[str, str]]) -> str:

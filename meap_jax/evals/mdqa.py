@@ -48,7 +48,16 @@ class Asked(NamedTuple):
 
 
 def make(setting: Setting) -> dict[str, Prompting]:
-    """Makes the evaluator that `eval.mdqa.*` describes."""
+    """Makes the evaluator that `eval.mdqa.*` describes.
+
+    Raises:
+      ConfigError: no file is named.
+    """
+    if setting.config.eval.mdqa.path is None:
+        raise ConfigError(
+            "eval.mdqa.path is not set: name a .jsonl or .jsonl.gz of lost-in-the-middle, such as "
+            "nq-open-oracle.jsonl.gz."
+        )
     return {"mdqa": Prompting(setting, MultiDocumentQA())}
 
 
@@ -61,11 +70,6 @@ class MultiDocumentQA:
     def questions(self, setting: Setting) -> list[Question]:
         """One for each question of the file and position."""
         options = setting.config.eval.mdqa
-        if options.path is None:
-            raise ConfigError(
-                "eval.mdqa.path is not set: name a .jsonl or .jsonl.gz of lost-in-the-middle, such as "
-                "nq-open-oracle.jsonl.gz."
-            )
         names = ("question",) if options.mode == "closed_book" else ("search_results", "question")
         prompt = read_prompt(
             options.prompt, CLOSED_BOOK_PROMPT if len(names) == 1 else PROMPT, names, "eval.mdqa.prompt"
@@ -89,13 +93,12 @@ class MultiDocumentQA:
         """Of each question the contexts in which it is asked, each with what its records say of it."""
         options = setting.config.eval.mdqa
         if options.mode == "closed_book":
-            return [[({"context": "closed_book"}, ())] for _ in asked]
+            return [[({"kind": "closed_book"}, ())] for _ in asked]
         if options.mode == "oracle":
-            return [[({"context": "oracle"}, [gold_of(q)])] for q in asked]
+            return [[({"kind": "oracle"}, [gold_of(q)])] for q in asked]
         if any(len(q.documents) > 1 for q in asked):
             return [
-                [({"context": "file", "documents": len(q.documents), "position": 1 + gold_position(q)}, q.documents)]
-                for q in asked
+                [({"kind": f"file_{len(q.documents)}", "position": 1 + gold_position(q)}, q.documents)] for q in asked
             ]
         k, positions = options.num_documents, sorted(numbers(options.positions))
         if positions[-1] > k:
@@ -110,7 +113,7 @@ class MultiDocumentQA:
             contexts.append(
                 [
                     (
-                        {"context": "drawn", "documents": k, "position": p},
+                        {"kind": f"drawn_{k}", "position": p},
                         [*others[: p - 1], gold_of(q), *others[p - 1 :]],
                     )
                     for p in positions
@@ -124,16 +127,16 @@ class MultiDocumentQA:
 
     def metrics(self, records: Sequence[Record]) -> dict[str, Interval]:
         """Accuracy over all, whose questions are the independent units, and at each position of the gold document."""
-        return by_position(records, "best_subspan_em", prefix=records[0]["context"])
+        return by_position(records, "best_subspan_em", prefix=f"{records[0]['kind']}/")
 
 
-def by_position(records: Sequence[Record], score: str, prefix: str) -> dict[str, Interval]:
-    """The mean of a score, over all records and of each `position`; their names begin with a prefix."""
+def by_position(records: Sequence[Record], score: str, prefix: str = "") -> dict[str, Interval]:
+    """The mean of a score, over all records and of each `position`; names begin with a prefix."""
     values = [record["scores"][score] for record in records]
-    found = {f"{prefix}/{score}": clustered_interval(values, [record["question"] for record in records])}
+    found = {f"{prefix}{score}": clustered_interval(values, [record["question"] for record in records])}
     for position in sorted({record["position"] for record in records if "position" in record}):
         own = [record["scores"][score] for record in records if record["position"] == position]
-        found[f"{prefix}/{score}/position_{position}"] = binomial_interval(sum(own), len(own))
+        found[f"{prefix}{score}/position_{position}"] = binomial_interval(sum(own), len(own))
     return found
 
 

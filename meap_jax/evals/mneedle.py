@@ -39,7 +39,12 @@ class Chain(NamedTuple):
 
 
 def make(setting: Setting) -> dict[str, Prompting]:
-    """Makes the evaluator of the grid that `eval.mneedle.*` describes."""
+    """Makes the evaluator of the grid that `eval.mneedle.*` describes.
+
+    Raises:
+      ConfigError: the model doesn't read such lengths.
+    """
+    check_lengths("eval.mneedle.lengths", setting.config.eval.mneedle.lengths, setting)
     return {"mneedle": Prompting(setting, MultiNeedle())}
 
 
@@ -54,7 +59,6 @@ class MultiNeedle:
         options = setting.config.eval.mneedle
         lengths, counts = sorted(numbers(options.lengths)), sorted(numbers(options.counts))
         depths = sorted(numbers(options.depths), reverse=True)
-        check_lengths("eval.mneedle.lengths", lengths, setting)
         if options.buffer < self.max_new_tokens:
             raise ConfigError(
                 f"eval.mneedle.buffer is {options.buffer}, but must be at least {self.max_new_tokens}, the room for an "

@@ -50,7 +50,12 @@ NEEDLES = (
 
 
 def make(setting: Setting) -> dict[str, Prompting]:
-    """Makes the evaluator of the grid that `eval.niah.*` describes."""
+    """Makes the evaluator of the grid that `eval.niah.*` describes.
+
+    Raises:
+      ConfigError: the model doesn't read such lengths.
+    """
+    check_lengths("eval.niah.lengths", setting.config.eval.niah.lengths, setting)
     return {"niah": Prompting(setting, NeedleInAHaystack())}
 
 
@@ -64,7 +69,6 @@ class NeedleInAHaystack:
         """One for each length, trial and depth, the deepest first: it shares most with the others."""
         options = setting.config.eval.niah
         lengths, depths = sorted(numbers(options.lengths)), sorted(numbers(options.depths), reverse=True)
-        check_lengths("eval.niah.lengths", lengths, setting)
         needles = NEEDLES if options.needles is None else read_needles(Path(options.needles))
         prompt = read_prompt(options.prompt, PROMPT, ("context", "question"), "eval.niah.prompt")
         haystack = open_haystack(setting, lengths[-1], options.trials)
@@ -128,15 +132,16 @@ def grid_metrics(records: Sequence[Record], names: Sequence[str]) -> dict[str, I
     return found
 
 
-def check_lengths(field: str, lengths: Sequence[int], setting: Setting) -> None:
+def check_lengths(field: str, lengths: str, setting: Setting) -> None:
     """Checks that the model can read prompts of these lengths.
 
     Raises:
       ConfigError: one is longer than `seq_len`.
     """
-    if lengths[-1] > setting.config.seq_len:
+    longest = max(numbers(lengths))
+    if longest > setting.config.seq_len:
         raise ConfigError(
-            f"{field} has {lengths[-1]}, but the model reads seq_len = {setting.config.seq_len} tokens: choose shorter "
+            f"{field} has {longest}, but the model reads seq_len = {setting.config.seq_len} tokens: choose shorter "
             "ones, or set --config.seq_len to ask it for more than it was trained on."
         )
 

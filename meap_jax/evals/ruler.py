@@ -69,7 +69,12 @@ EFFECTIVE_SHARE = 0.85  # NoLiMa's: of the score at the base length.
 
 
 def make(setting: Setting) -> dict[str, Prompting]:
-    """Makes an evaluator for each of `eval.ruler.tasks`."""
+    """Makes an evaluator for each of `eval.ruler.tasks`.
+
+    Raises:
+      ConfigError: one is none, or the model doesn't read such lengths.
+    """
+    check_lengths("eval.ruler.lengths", setting.config.eval.ruler.lengths, setting)
     names = [name.strip() for name in setting.config.eval.ruler.tasks.split(",")]
     for name in names:
         if name not in MAX_NEW_TOKENS:
@@ -91,7 +96,6 @@ class Ruler:
         """`eval.ruler.trials` for each length, each with as much of its haystack as fits."""
         options = setting.config.eval.ruler
         lengths = sorted(numbers(options.lengths))
-        check_lengths("eval.ruler.lengths", lengths, setting)
         size = NIAH.get(self._task)
         needs_text = size is not None and size.haystack == "text"
         haystack = open_haystack(setting, lengths[-1], options.trials) if needs_text else None
