@@ -275,6 +275,8 @@ FIELDS: dict[str, Field] = {
     "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),
     "eval.tasks": Field("validation,retrieval", "Evaluators that are run, by their names in evals.EVALUATORS."),
     "eval.batch_size": Field(8, "Prompts at a time, for tasks that generate or score.", at_least(1)),
+    "eval.seq_len": Field(0, "Tokens of a prompt and its answer at most, for tasks that generate or score; above "
+        "seq_len a model is asked for more than it was trained on. 0: seq_len.", at_least(0)),
     "eval.chat": Field(False, "Puts each prompt into the model's chat template, as the message of a user."),
     "eval.seed": Field(0, "Of the questions that a task generates or draws.", SEED),
     "eval.niah.haystack": Field(str, "Text that needles are put into, as in data.path; unset: Python's documentation."),

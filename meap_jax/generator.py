@@ -60,21 +60,23 @@ class Generator:
         stops: Sequence[int] = (),
         adds_bos: bool = True,
         batch_size: int = 8,
+        seq_len: int | None = None,
         chunk: int = CHUNK,
     ):
         """Copies the parameters into the form that decoding reads.
 
         Args:
-          model: with `seq_len` of its config as the longest text.
+          model: what it computes, and its mesh.
           params: as `OpenModel.params`, not needed after this; None: `load` brings them.
           tokenizer: of the model.
           stops: tokens that end a text, besides the tokenizer's end of a document.
           adds_bos: whether `encode` begins a prompt with the tokenizer's begin of a document.
           batch_size: prompts at a time, at most.
+          seq_len: tokens of a prompt and of what follows, at most; default: that of the config.
           chunk: tokens of a prompt that are computed at a time, rounded up to what the mesh divides.
         """
         self.model, self.tokenizer, self.adds_bos = model, tokenizer, adds_bos
-        self.context_len: int = model.config.seq_len
+        self.context_len: int = seq_len or model.config.seq_len
         self._definition = define(model.definition.config, is_stacked=False)
         convert = functools.partial(decoding_params, config=self._definition.config)
         self._convert = jax.jit(convert, out_shardings=self._definition.shardings(model.mesh))

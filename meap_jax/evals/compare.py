@@ -96,6 +96,7 @@ def _rows(task: str, score: str, keys: Sequence[tuple], of_a: Mapping, of_b: Map
         if "task" in fields:
             groups[f"{task}/{fields['task']}/{score}"].append(key)
     rows = [_row(name, [(key, of_a[key][score], of_b[key][score]) for key in own]) for name, own in groups.items()]
+    rows.sort(key=lambda row: row.name.count("/"))  # The score over all, its groups, then cells.
     return _with_holm(rows, is_over_all=lambda row: row is rows[0])
 
 

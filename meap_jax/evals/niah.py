@@ -136,13 +136,13 @@ def check_lengths(field: str, lengths: str, setting: Setting) -> None:
     """Checks that the model can read prompts of these lengths.
 
     Raises:
-      ConfigError: one is longer than `seq_len`.
+      ConfigError: one is longer than it reads.
     """
     longest = max(numbers(lengths))
-    if longest > setting.config.seq_len:
+    if longest > setting.seq_len:
         raise ConfigError(
-            f"{field} has {longest}, but the model reads seq_len = {setting.config.seq_len} tokens: choose shorter "
-            "ones, or set --config.seq_len to ask it for more than it was trained on."
+            f"{field} has {longest}, but the model reads {setting.seq_len} tokens: choose shorter ones, or "
+            "set eval.seq_len to ask it for more than it was trained on."
         )
 
 

@@ -72,7 +72,7 @@ class Prompting:
         file = setting.folder / f"{task.name}.jsonl" if setting.folder is not None and is_first else None
         predictions = Predictions(file, task.name, setting.fingerprint)
         is_known = _everywhere(np.array([key in predictions.records for key in keys], bool))
-        room = setting.config.seq_len - task.max_new_tokens
+        room = setting.seq_len - task.max_new_tokens
         fits = np.array([len(q.tokens) <= room for q in self._questions], bool)
         asked = np.flatnonzero(~is_known & fits)
         if is_known.any():
@@ -91,7 +91,7 @@ class Prompting:
         metrics = task.metrics(scored) if scored else {}
         if num_long := int((~fits).sum()):
             _log.warning("%s: %d of %d prompts are too long for %d tokens and were not asked", task.name, num_long,
-                         len(keys), setting.config.seq_len)  # fmt: skip
+                         len(keys), setting.seq_len)  # fmt: skip
         return Result(metrics | {"too_long": Interval(float(num_long), None, None)}, records)
 
     def _record(self, key: str, question: Question, output: str | None) -> Record:

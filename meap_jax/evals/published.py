@@ -21,6 +21,7 @@ _LENGTHS_F4 = range(8_000, 33_000, 4_000)
 _NTP_F4, _MEAP_F4 = (58.0, 43.4, 43.1, 37.6, 35.0, 28.1, 31.1), (65.4, 54.3, 47.8, 46.2, 34.6, 38.2, 36.0)
 _POSITIONS = (1, 5, 10, 15, 20)
 _NTP_T8, _MEAP_T8 = (24.29, 22.82, 24.11, 25.46, 31.11), (33.22, 34.16, 36.01, 36.91, 46.33)
+_GRID_F3 = [(length, depth) for length in range(4_000, 33_000, 4_000) for depth in range(0, 101, 10)]
 _ALL = (1.0, 1.0)  # NTP and MEAP, in all cells of Figure 3 but these: {(length, depth): (NTP, MEAP)}.
 _CELLS_F3 = {
     **{(24_000, depth): (0.09, 1.0) for depth in (10, 20, 30, 40)},
@@ -38,9 +39,8 @@ def _percent(where: str, ntp: float, meap: float) -> Published:
 PUBLISHED: dict[str, Published] = {
     "niah/rouge1_recall": _percent("Table 2, 1.1B, 200B tokens", 87.1, 98.2),
     **{
-        f"niah/rouge1_recall/length_{tokens}/depth_{depth}": Published("Figure 3", *_CELLS_F3.get((tokens, depth), _ALL))
-        for tokens in range(4_000, 33_000, 4_000)
-        for depth in range(0, 101, 10)
+        f"niah/rouge1_recall/length_{cell[0]}/depth_{cell[1]}": Published("Figure 3", *_CELLS_F3.get(cell, _ALL))
+        for cell in _GRID_F3
     },
     **{
         f"mneedle/word_share/length_{length}": _percent("Figure 4, 1.1B", ntp, meap)

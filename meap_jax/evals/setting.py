@@ -54,6 +54,11 @@ class Setting:
         """Of the model; `eval.*` are the options of tasks."""
         return self.model.config
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a prompt and its answer at most."""
+        return self.config.eval.seq_len or self.config.seq_len
+
     @functools.cached_property
     def prepared(self) -> Prepared:
         """The prepared data of the config."""
@@ -87,7 +92,7 @@ class Setting:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        options = dict(stops=self.imported.get("stop_ids", ()), adds_bos=self.adds_bos)
+        options = dict(stops=self.imported.get("stop_ids", ()), adds_bos=self.adds_bos, seq_len=self.seq_len)
         return Generator(self.model, None, self.tokenizer, batch_size=self.config.eval.batch_size, **options)
 
     def held_out(self) -> dict[str, Blocks]:
