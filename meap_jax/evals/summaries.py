@@ -181,7 +181,7 @@ def with_verdict(record: Record, verdict: Verdict | None) -> Record:
     if verdict is None:
         return record
     scores: Mapping[str, float] = {} if verdict.score is None else {"judged": float(verdict.score)}
-    return record | {"scores": record["scores"] | scores, "judge": verdict.reply}
+    return record | {"scores": record["scores"] | scores, "judge": verdict._asdict()}
 
 
 def judged_metrics(verdicts: Sequence[Verdict]) -> dict[str, Interval]:

@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import re
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from etils import epath
 
@@ -12,10 +15,12 @@ from judge_server import completion, serving
 from meap_jax import evaluate
 from meap_jax.convert import import_model
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.evals.compare import compare
 from meap_jax.evals.judge import Verdict
 from meap_jax.evals.summaries import Article, Summarizing, draw, files_of, judged_metrics, with_verdict
 from meap_jax.results import Interval
 from meap_jax.statistics import binomial_interval, mean_interval
+from tiny_runs import ROOT
 
 ARTICLES = [
     {
@@ -57,6 +62,17 @@ def test_files_are_named_once_each():
     for path in (None, "", "/a/x.jsonl", "a=", "a=x,a=y", "a/b=x", "a=x,"):
         with pytest.raises(ConfigError, match="eval.summaries.path is .* must be name=FILE"):
             files_of(path)
+
+
+def test_the_page_makes_files_of_parquet(tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "summaries.md").read_text(), re.DOTALL)
+    (tmp_path / "xsum" / "default" / "test").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist([*ARTICLES, {"id": 8, "document": "", "summary": "Nothing."}])
+    pyarrow.parquet.write_table(table, tmp_path / "xsum" / "default" / "test" / "0000.parquet")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/summaries.md", "exec"), {})
+    found = draw(tmp_path / "xsum.jsonl", "document", "summary", 99, 0)
+    assert [article.summary for article in found] == [article["summary"] for article in ARTICLES]
 
 
 @pytest.mark.parametrize(
@@ -103,8 +119,21 @@ def test_outputs_without_a_score_of_the_judge_are_counted_and_are_no_zeros():
     assert found == {"judged": binomial_interval(2, 3), "not_judged": Interval(1.0, None, None)}
     assert judged_metrics([Verdict(None, "")]) == {"not_judged": Interval(1.0, None, None)}
     record = {"scores": {"rouge1": 1.0}}
-    assert with_verdict(record, Verdict(1, "Yes.")) == {"scores": {"rouge1": 1.0, "judged": 1.0}, "judge": "Yes."}
-    assert with_verdict(record, Verdict(None, "Well.")) == {"scores": {"rouge1": 1.0}, "judge": "Well."}
+    yes, well = with_verdict(record, Verdict(1, "Yes.")), with_verdict(record, Verdict(None, "Well."))
+    assert yes == {"scores": {"rouge1": 1.0, "judged": 1.0}, "judge": {"score": 1, "reply": "Yes."}}
+    assert well == {"scores": {"rouge1": 1.0}, "judge": {"score": None, "reply": "Well."}}
+
+
+def test_two_models_are_compared_on_the_articles_on_which_both_have_a_score():
+    def evaluation(*verdicts):
+        records = [{"prompt": str(n), "record": n, "output": "", "scores": {"rouge1": 0.5}} for n in range(3)]
+        return {"examples": {"summaries_x": [with_verdict(r, v) for r, v in zip(records, verdicts, strict=True)]}}
+
+    a = evaluation(Verdict(1, "Yes."), Verdict(0, "No."), Verdict(None, "Well."))
+    b = evaluation(Verdict(1, "Indeed."), Verdict(1, "Yes."), Verdict(0, "No."))
+    rows = {row.name: row for row in compare(a, b)["summaries_x"]}
+    assert rows["summaries_x/judged"].num_units == 2 and rows["summaries_x/judged"].difference.estimate == 0.5
+    assert rows["summaries_x/rouge1"].num_units == 3
 
 
 # -------------------------------------------------------------------------------------------------------- the command
