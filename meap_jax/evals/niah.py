@@ -4,6 +4,7 @@ A grid of lengths and depths. Each trial of a cell has its own needle and begins
 depths of a length and trial are one text with the needle at another place, so that they begin alike.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -112,23 +113,30 @@ class NeedleInAHaystack:
         }
 
     def metrics(self, records: Sequence[Record]) -> dict[str, Interval]:
-        """Means over the grid, whose trials are the independent units, and of each cell, length and depth."""
+        """Means over the grid, whose trials are the independent units, of each length and of each cell."""
         return grid_metrics(records, SCORES)
 
 
 def grid_metrics(records: Sequence[Record], names: Sequence[str]) -> dict[str, Interval]:
-    """Metrics of records with `length`, `depth` and `trial`: over all of them, and of each cell.
+    """Metrics of records with `length`, `depth` and `trial`: over all, of each length, and of each cell.
 
     A trial is one needle and one place of the haystack in every cell, so that its cells are not independent.
     """
+    groups = defaultdict(list)
+    for record in records:
+        length = f"length_{record['length']}"
+        for group in ("", f"/{length}", f"/{length}/depth_{record['depth']}"):
+            groups[group].append(record)
     found = {}
-    cells = sorted({(record["length"], record["depth"]) for record in records})
     for name in names:
-        values = [record["scores"][name] for record in records]
-        found[name] = clustered_interval(values, [record["trial"] for record in records])
-        for length, depth in cells:
-            own = [r["scores"][name] for r in records if (r["length"], r["depth"]) == (length, depth)]
-            found[f"{name}/length_{length}/depth_{depth}"] = binomial_interval(sum(own), len(own))
+        for group, own in groups.items():
+            values, trials = [r["scores"][name] for r in own], [r["trial"] for r in own]
+            is_cell = len(set(trials)) == len(trials)
+            found[name + group] = (
+                binomial_interval(sum(values), len(values)) if is_cell else clustered_interval(values, trials)
+            )
+        means = {n: found[f"{name}/length_{n}"].estimate for n in {r["length"] for r in records}}
+        found[f"{name}/effective_length"] = Interval(float(scores.effective_length(means)), None, None)
     return found
 
 

@@ -59,7 +59,9 @@ def _heat_map(file: Path, name: str, models: Mapping[str, Mapping[tuple[int, int
         low, cmap = (-1, "PuOr") if is_difference else (0, "RdYlGn")
         image = axis.imshow(grid, aspect="auto", cmap=cmap, vmin=low, vmax=1)
         for (row, column), value in np.ndenumerate(grid):
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            is_dark = abs(value) > 0.7 if is_difference else not 0.15 < value < 0.85
+            color = "white" if is_dark else "black"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
         axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
         axis.set(xlabel="tokens", ylabel="depth, %")

@@ -65,7 +65,6 @@ MAX_NEW_TOKENS = dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50}
 NUM_HOPS = 4  # Of vt: five variables have the value.
 NUM_COMMON, COMMON_TIMES, UNCOMMON_TIMES = 10, 30, 3  # Of cwe.
 ZETA, CODED_LENGTH = 2.0, 6  # Of fwe: the word of rank k comes about k^-ZETA as often as the first.
-EFFECTIVE_SHARE = 0.85  # NoLiMa's: of the score at the base length.
 
 
 def make(setting: Setting) -> dict[str, Prompting]:
@@ -145,20 +144,7 @@ class Ruler:
             own = [record["scores"]["string_match_all"] for record in records if record["length"] == length]
             found[f"string_match_all/length_{length}"] = binomial_interval(sum(own), len(own))
             means[length] = sum(own) / len(own)
-        return found | {"effective_length": Interval(float(effective_length(means)), None, None)}
-
-
-def effective_length(means: dict[int, float], share: float = EFFECTIVE_SHARE) -> int:
-    """The longest length up to which every length keeps this share of the score at the shortest; NoLiMa's measure.
-
-    0 where the score at the shortest is 0: nothing can be kept.
-    """
-    base, effective = means[min(means)], 0
-    for length in sorted(means):
-        if base <= 0 or means[length] < share * base:
-            break
-        effective = length
-    return effective
+        return found | {"effective_length": Interval(float(scores.effective_length(means)), None, None)}
 
 
 def read_prompts(path: str | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ All are in [0, 1]. Where a rule has a source, it gives what the source's code gi
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,3 +83,16 @@ def word_share(output: str, gold: str) -> float:
     """
     words = gold.lower().split()
     return sum(word in output.lower() for word in words) / len(words)
+
+
+def effective_length(means: Mapping[int, float], share: float = 0.85) -> int:
+    """The longest length up to which every length keeps this share of the score at the shortest; NoLiMa's measure.
+
+    0 where the score at the shortest is 0: nothing can be kept.
+    """
+    base, effective = means[min(means)], 0
+    for length in sorted(means):
+        if base <= 0 or means[length] < share * base:
+            break
+        effective = length
+    return effective
