@@ -9,6 +9,7 @@ import pytest
 
 from judge_server import completion, serving
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.evals import endpoint
 from meap_jax.evals.endpoint import Endpoint, TransientError, completion_of, seconds_of
 from meap_jax.evals.judge import Judge, request_hash, request_of, score_of
 from meap_jax.evals.request_log import RequestLog
@@ -213,6 +214,29 @@ def test_a_setting_that_is_wrong_stops_at_once_and_shows_no_key(tmp_path, status
             judge_at(server.url, tmp_path).verdicts(PAIRS)
     assert len(server.requests) <= 4 and said in str(caught.value)  # Those that were under way.
     assert KEY not in str(caught.value) + (tmp_path / "judge.jsonl").read_text()
+    assert ("no money" in str(caught.value)) == (status != 401)  # Servers repeat the ends of a key that is wrong.
+
+
+def test_a_failure_ends_the_waits_of_the_others(tmp_path):
+    def answer(_, body):
+        if "output 0" in body["messages"][0]["content"]:
+            return (429, {"Retry-After": "10"}, "")
+        time.sleep(0.1)
+        return (401, {}, "")
+
+    with serving(answer) as server:
+        judge = Judge(Endpoint(server.url, KEY), "tester", 100, RequestLog(tmp_path / "judge.jsonl"))
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match="status 401"):
+            judge.verdicts(PAIRS[:2])
+    assert time.monotonic() - start < 5 and len(server.requests) == 2
+
+
+def test_an_answer_without_end_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(endpoint, "_MOST_BYTES", 500)
+    with serving(lambda number, _: completion("Score: 1" + " " * 600 * (number == 0))) as server:
+        assert judge_at(server.url, tmp_path).verdicts(PAIRS[:1])[0].score == 1
+    assert "more than 500 bytes" in lines(tmp_path)[0]["error"]
 
 
 def test_a_redirect_does_not_take_the_key_elsewhere(tmp_path):
@@ -235,14 +259,17 @@ def test_nonsense_is_asked_for_once_more_and_then_counted_and_remembered(tmp_pat
         assert judge_at(server.url, tmp_path, budget=0).verdicts(PAIRS[:2]) == first
 
 
-def test_a_text_that_a_filter_refuses_is_left_without_a_score(tmp_path):
+def test_texts_that_a_filter_refuses_are_left_without_a_score(tmp_path):
     def answer(_, body):
-        return (400, {}, "content risk") if "output 5" in body["messages"][0]["content"] else GOOD
+        return (400, {}, "content risk") if "politics" in body["messages"][0]["content"] else GOOD
 
+    pairs = [(f"output {i} {'politics' * (i >= 8)}", "reference") for i in range(12)]
     with serving(answer) as server:
-        found = judge_at(server.url, tmp_path).verdicts(PAIRS)
-    assert [verdict.score for verdict in found] == [1] * 5 + [None] and "status 400: content risk" in found[5].reply
-    assert len(server.requests) == 6
+        found = judge_at(server.url, tmp_path).verdicts(pairs)
+        assert [verdict.score for verdict in found] == [1] * 8 + [None] * 4 and len(server.requests) == 12
+        assert "status 400: content risk" in found[8].reply
+        # They are asked for again, as filters change; the replies to others show that the setting is right.
+        assert judge_at(server.url, tmp_path).verdicts(pairs[7:]) == found[7:] and len(server.requests) == 16
 
 
 def test_an_endpoint_that_refuses_everything_stops(tmp_path):

@@ -12,12 +12,13 @@ from etils import epath
 
 from hub_folders import content_of, write_model
 from judge_server import completion, serving
+from meap_jax import config as config_lib
 from meap_jax import evaluate
 from meap_jax.convert import import_model
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals.compare import compare
 from meap_jax.evals.judge import Verdict
-from meap_jax.evals.summaries import Article, Summarizing, draw, files_of, judged_metrics, with_verdict
+from meap_jax.evals.summaries import Article, Summarizing, draw, files_of, judged_metrics, open_judge, with_verdict
 from meap_jax.results import Interval
 from meap_jax.statistics import binomial_interval, mean_interval
 from tiny_runs import ROOT
@@ -186,6 +187,13 @@ def test_the_command_summarizes_judges_and_goes_on_where_the_budget_stopped_it(m
     assert results["options"]["summaries.judge_model"] == "tester"
     written = capsys.readouterr().out + "".join(file.read_text() for file in tmp_path.rglob("*.json*"))
     assert "summaries_xsum/judged" in written and "sk-secret" not in written
+
+
+def test_no_judge_is_asked_where_no_predictions_are_kept_as_during_training(tmp_path):
+    config = config_lib.base()
+    config.eval.summaries.update(judge_url="http://127.0.0.1:9/v1", judge_model="tester")
+    assert open_judge(SimpleNamespace(config=config, folder=None)) is None
+    assert open_judge(SimpleNamespace(config=config, folder=tmp_path)) is not None
 
 
 def test_bad_settings_stop_before_anything_is_made(model, tmp_path):
