@@ -113,12 +113,52 @@ def test_evaluate_reads_a_run_and_writes_what_it_found(trained, capsys):
     assert np.average(loss, weights=tokens) == pytest.approx(metrics["test_retrieval/loss"]["estimate"])
 
 
+ASKED = [
+    "--config.eval.seq_len=2000", "--config.eval.niah.lengths=300,600", "--config.eval.niah.depths=0,100",
+    "--config.eval.niah.trials=2", "--config.eval.ruler.lengths=700", "--config.eval.ruler.trials=1",
+    "--config.eval.ruler.tasks=niah_single_1,vt,fwe", "--config.eval.kv.num_keys=3", "--config.eval.kv.positions=1,3",
+    "--config.eval.kv.max_questions=2", "--config.eval.mneedle.lengths=900", "--config.eval.mneedle.depths=0",
+    "--config.eval.mneedle.counts=2", "--config.eval.mneedle.trials=1", "--config.eval.mneedle.buffer=150",
+    "--config.eval.mdqa.num_documents=2", "--config.eval.mdqa.positions=1,2",
+]  # fmt: skip
+
+
+def test_evaluate_asks_a_run_the_questions_of_every_task_and_draws_them(trained, tmp_path, capsys):
+    questions = [
+        dict(question=f"what is {w}", answers=[w], ctxs=[dict(title=w, text=f"A {w}.", isgold=True)])
+        for w in ("cat", "dog")
+    ]
+    (tmp_path / "oracle.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    words = [f"--workdir={trained}", "--tasks=niah,ruler,mdqa,kv,mneedle", f"--out={tmp_path / 'found.json'}"]
+    words += [*ASKED, f"--config.eval.mdqa.path={tmp_path / 'oracle.jsonl'}"]
+    evaluate.command(["evaluate", *words])
+    printed = json.loads(capsys.readouterr().out)
+    found = {name.partition("/")[0] for name in printed["metrics"]}
+    assert found == {"niah", "ruler_niah_single_1", "ruler_vt", "ruler_fwe", "mdqa", "kv", "mneedle"}
+    assert printed["options"]["niah.trials"] == 2 and len(printed["model"]) == 64
+    assert {f"{name}.jsonl" for name in found} == {file.name for file in (tmp_path / "found").glob("*.jsonl")}
+    assert (tmp_path / "found" / "niah_rouge1_recall.png").exists()
+    before = (tmp_path / "found.json").read_text()
+    evaluate.command(["evaluate", *words])  # All is there already.
+    assert (tmp_path / "found.json").read_text() == before
+    with pytest.raises(ConfigError, match="--config.seq_len is not a field that an evaluation can set"):
+        evaluate.command(["evaluate", f"--workdir={trained}", "--config.seq_len=9"])
+    with pytest.raises(ConfigError, match="--config.eval.kv.num_keys is 'x', but must be a int"):
+        evaluate.command(["evaluate", f"--workdir={trained}", "--config.eval.kv.num_keys=x"])
+
+
+def test_questions_are_asked_while_a_run_trains(data, tmp_path):
+    asked = dict(eval__tasks="kv", eval__seq_len=600, eval__kv__num_keys=2, eval__kv__positions="1")
+    train(tmp_path, data__prepared=data, num_steps=4, eval__kv__max_questions=2, **asked)
+    assert [r["step"] for r in records(tmp_path) if "kv/accuracy" in r] == [4]
+
+
 def test_evaluate_runs_the_named_tasks_on_the_named_step_and_mesh(trained, capsys):
     evaluate.command(["evaluate", f"--workdir={trained}", "--tasks=validation", "--step=6", "--mesh=data=1,fsdp=-1"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["step"] == 6 and set(printed["metrics"]) == {"test_retrieval/loss", "test_retrieval/masked_loss"}
-    with pytest.raises(ConfigError, match="eval.tasks is 'niah', but 'niah' is not one of validation, retrieval"):
-        evaluate.command(["evaluate", f"--workdir={trained}", "--tasks=niah"])
+    with pytest.raises(ConfigError, match="eval.tasks is 'nihah', but 'nihah' is not one of validation, retrieval"):
+        evaluate.command(["evaluate", f"--workdir={trained}", "--tasks=nihah"])
     with pytest.raises(ConfigError, match="--mesh is 'rows=2', but must be axis=size"):
         evaluate.command(["evaluate", f"--workdir={trained}", "--mesh=rows=2"])
 
@@ -164,7 +204,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
         ({"data.path": "/books"}, "data.path is '/books', but data.mixture is 'retrieval=1', which does not read it"),
         ({"profile.start": 7, "profile.num_steps": 3}, "profile.start is 7, but must be at most 6"),
         ({"profile.num_steps": -1}, "profile.num_steps is -1, but must be 0 or more"),
-        ({"eval.tasks": "validation,niah"}, "'niah' is not one of validation, retrieval"),
+        ({"eval.tasks": "validation,nihah"}, "'nihah' is not one of validation, retrieval"),
         ({"init_from": "/nowhere/at/all"}, "/nowhere/at/all/checkpoints holds no checkpoint"),
     ],
     ids=lambda x: str(x)[:40],

@@ -20,6 +20,7 @@ from meap_jax.statistics import holm, mcnemar, paired_bootstrap, paired_t_interv
 _BY = ("length", "depth", "position", "needles")  # Fields by whose values examples are grouped.
 _OF_THE_OUTPUT = {"prompt", "golds", "output", "scores", "tokens", "version", "too_long"}
 _SCORES_BESIDE = ("acc", "acc_norm", "correct", "loss", "masked_loss")  # Of records that have no field `scores`.
+_COUNTS = ("/too_long", "/not_judged")  # Metrics that are no scores.
 _UNITS = ("trial", "question", "doc_id", "row", "document")  # What makes examples depend on each other.
 
 
@@ -62,7 +63,7 @@ def compare_runs(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]])
     """
     tables = defaultdict(list)
     for name in a[0]["metrics"]:
-        if not all(name in run["metrics"] for run in (*a, *b)) or name.endswith("too_long"):
+        if not all(name in run["metrics"] for run in (*a, *b)) or name.endswith(_COUNTS):
             continue
         of_a, of_b = ([run["metrics"][name]["estimate"] for run in runs] for runs in (a, b))
         differences = np.subtract(of_b, of_a)

@@ -1,5 +1,6 @@
 """Long contexts: text in sentences, cut to a number of tokens, with sentences of one's own put into it."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def open_haystack(setting: Setting, longest: int, num_trials: int) -> Haystack:
       DataError: the files hold no text.
     """
     path, most = setting.config.eval.niah.haystack, _CHARACTERS_A_TOKEN * longest * num_trials
-    texts = read_stdlib() if path is None else []
+    texts = [_documentation()] if path is None else []
     if path is not None:
         corpus, skips, size = open_corpus(path), Skips(1_000), 0
         for part in corpus.parts():
@@ -84,6 +85,12 @@ def open_haystack(setting: Setting, longest: int, num_trials: int) -> Haystack:
                     break
     text = "\n\n".join(text.strip() for text in texts)[:most]
     return make_haystack(text, setting.tokenizer, longest, str(path))
+
+
+@functools.cache
+def _documentation() -> str:
+    """Python's documentation in one text; to find it takes seconds."""
+    return "\n\n".join(read_stdlib())
 
 
 def make_haystack(text: str, tokenizer: Tokenizer, longest: int, name: str = "the text") -> Haystack:
