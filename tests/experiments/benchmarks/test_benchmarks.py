@@ -27,6 +27,7 @@ TABLES = {
     "corpus": [{"text", "ours, tokens/s", "ours, MB/s"}, {"datasets with", "ours, tokens/s"}, {"after", "resident MB"}],
     "generation": [{"decoder", "parameters", "T", "prefill, tokens/s", "decode, tokens/s"},
                    {"decoder", "MB", "import, s/GB", "*import / load_file, time", "*export / save_file, time"}],
+    "needles": [{"decoder", "T", "*shared / one by one, time", "texts that agree", "shared, s"}],
     "train_step": [{"decoder", "parameters", "T", "B", "*ours, unrolled / scanned", "*ours, share of the matmul peak"}],
 }  # fmt: skip
 
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
     ("name", "flags"),
     [
         ("masking", []), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
+        ("needles", ["--repeats=1"]),
         ("corpus", ["--repeats=1", "--no-datasets"]), ("train_step", ["--repeats=1", "--no-torch"]),
         ("generation", ["--repeats=1", "--no-torch"]),
     ],
@@ -60,6 +62,8 @@ def test_quick_run_prints_its_tables(name, flags, tmp_path, capsys):
     if name == "loss":
         # Half the positions at a time: half the logits, whatever the compiler does with the rest.
         assert all(row["chunked / plain"] < 1 for row in rows)
+    if name == "needles":
+        assert first["texts that agree"] == 1
     if name == "corpus":
         assert first["ours / datasets, tokens/s"] is None
     if name == "train_step":
