@@ -11,12 +11,13 @@ and of 0.70 for attention, whose later tokens cost more.
 import argparse
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import interleave, timed
 from experiments.benchmarks.workload import checked_sizes, config_of
-from meap_jax import tokenizers
+from meap_jax import sharding, tokenizers
 from meap_jax.generator import Generator
 from meap_jax.models import fresh_model
 
@@ -35,7 +36,8 @@ def _row(size: str, T: int, args: argparse.Namespace) -> dict[str, Any]:
     config = config_of(size, seq_len=T + NUM_NEW, batch_size=args.trials)
     tokenizer = tokenizers.train_bpe(["a text of few words"], max(config.model.vocab_size, 300))
     config.model.vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
-    opened = fresh_model(config)
+    one_device = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    opened = fresh_model(config, one_device)
     chunk, num_new = (32, 4) if args.quick else (CHUNK, NUM_NEW)
     generator = Generator(opened.model, opened.params, tokenizer, batch_size=args.trials, chunk=chunk)
     rng = np.random.default_rng(0)
