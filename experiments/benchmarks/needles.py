@@ -46,7 +46,7 @@ def _row(size: str, T: int, args: argparse.Namespace) -> dict[str, Any]:
     for depth in reversed(range(DEPTHS)):
         place = (T - 16) * depth // (DEPTHS - 1)
         batches.append([[*text[:place].tolist(), *needle.tolist(), *text[place:].tolist()] for text in texts])
-    ends = dict(max_new_tokens=num_new)
+    ends: dict[str, Any] = dict(max_new_tokens=num_new)
     outputs = {
         "shared": lambda: list(generator.generate_sharing(batches, **ends)),
         "one by one": lambda: [generator.generate(batch, **ends) for batch in batches],

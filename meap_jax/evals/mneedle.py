@@ -69,8 +69,8 @@ class MultiNeedle:
             version = "generated"
             chains = {n: generated(n, options.trials, setting.config.eval.seed) for n in counts}
         else:
-            version = hashlib.sha256(Path(options.needles).read_bytes()).hexdigest()[:12]
             chains = {n: read_chains(Path(options.needles), n) for n in counts}
+            version = hashlib.sha256(Path(options.needles).read_bytes()).hexdigest()[:12]
         haystack = open_haystack(setting, lengths[-1], options.trials)
         cells = [(length, n, trial) for length in lengths for n in counts for trial in range(options.trials)]
         return [
