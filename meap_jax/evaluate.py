@@ -12,6 +12,7 @@ written to the folder FILE/ while they are made, a file of JSON lines for each t
 """
 
 import argparse
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from meap_jax.hub import open_hub_model
 from meap_jax.models import OpenModel, fingerprint, open_model
 from meap_jax.paths import absolute
 from meap_jax.run import check_data, open_data
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def evaluate(
@@ -121,7 +124,9 @@ def set_options(opened: OpenModel, options: Mapping[str, str]) -> None:
     known = config_lib.flatten(config)
     for name, text in options.items():
         if name not in known or not name.startswith("eval."):
-            raise ConfigError(f"--config.{name} is not a field that an evaluation can set: those of eval.* are.")
+            near = difflib.get_close_matches(name, [field for field in known if field.startswith("eval.")], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"--config.{name} is not a field that an evaluation can set, those of eval.* are{hint}")
         config.update_from_flattened_dict({name: _parsed(name, text, type(known[name]))})
     config_lib.check(config, needs_data=False)
 
@@ -132,7 +137,7 @@ def _parsed(name: str, text: str, kind: type) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return text if kind is type(None) else kind(text)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"--config.{name} is {text!r}, but must be a {kind.__name__}.") from error
+        raise ConfigError(f"--config.{name} is {text!r}, but must be {KINDS[kind]}.") from error
 
 
 def command(argv: list[str]) -> None:

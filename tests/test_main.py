@@ -143,7 +143,7 @@ def test_evaluate_asks_a_run_the_questions_of_every_task_and_draws_them(trained,
     assert (tmp_path / "found.json").read_text() == before
     with pytest.raises(ConfigError, match="--config.seq_len is not a field that an evaluation can set"):
         evaluate.command(["evaluate", f"--workdir={trained}", "--config.seq_len=9"])
-    with pytest.raises(ConfigError, match="--config.eval.kv.num_keys is 'x', but must be a int"):
+    with pytest.raises(ConfigError, match="--config.eval.kv.num_keys is 'x', but must be a whole number"):
         evaluate.command(["evaluate", f"--workdir={trained}", "--config.eval.kv.num_keys=x"])
 
 

@@ -36,7 +36,8 @@ def read_lines(file: Path, texts: Collection[str] = (), field: str = "") -> Iter
                     raise DataError(f"{place} is no object, but {type(record).__name__}.")
                 yield place, {key: text_of(record, key, place) for key in texts} if texts else record
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{name} can't be read after line {number} ({error}).") from error
+        place = f" after line {number}" if number else ""
+        raise DataError(f"{name} can't be read{place} ({getattr(error, 'strerror', None) or error}).") from error
     if not number:
         raise DataError(f"{name} holds nothing.")
 
