@@ -1,4 +1,4 @@
-"""The benchmarks run torch's engines and the package datasets beside ours."""
+"""The benchmarks run torch's engines, lm-eval's and the package datasets beside ours."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 import tiny_runs
-from experiments.benchmarks import corpus, generation, train_step
+from experiments.benchmarks import corpus, generation, lm_eval, train_step
 
 
 def run(benchmark, tmp_path, monkeypatch, name):
@@ -30,6 +30,13 @@ def test_quick_generation_gives_the_tokens_of_transformers(tmp_path, monkeypatch
     assert row["tokens that agree"] == 1
     # Decoding is a difference of two times, so that the noise of a busy machine can make it negative at this size.
     assert all(math.isfinite(row[f"{part}, ours / torch"]["median"]) for part in ("prefill", "decode"))
+
+
+def test_quick_lm_eval_gives_the_log_probabilities_of_its_hugging_face_backend(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    [[row]] = run(lm_eval, tmp_path, monkeypatch, "lm_eval")
+    assert row["largest difference, nats"] < 1e-3 < row["ours / hf"]["median"]
+    assert row["tokens a request"] > 50
 
 
 def test_quick_corpus_compares_with_datasets(tmp_path, monkeypatch):

@@ -1,0 +1,34 @@
+"""The harness' Hugging Face backend as a worker of `lm_eval`: python -m experiments.benchmarks.torch_lm_eval SPEC."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from experiments.benchmarks import worker
+
+
+def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:
+    """As `jax_lm_eval.build`, with the batch size that the harness finds, once and before anything is timed."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model: Any = HFLM(spec["folder"], batch_size="auto", device="cpu", dtype="float32", add_bos_token=True)
+    requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(spec["requests"])]
+
+    def score() -> tuple[float, list]:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            found = model.loglikelihood(requests, disable_tqdm=True)
+        return time.perf_counter() - began, found
+
+    _, found = score()
+    model.batch_size_per_gpu = batch_size = model.batch_sizes[0]
+    about = {"batch_size": batch_size, "log_probs": [log_prob for log_prob, _ in found]}
+    return about, {"score": lambda: score()[0]}
+
+
+if __name__ == "__main__":
+    worker.serve(build)
