@@ -31,6 +31,9 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 	}
 	.venv/bin/python -m experiments.benchmarks.train_step $$torch $(BENCH)
 	.venv/bin/python -m experiments.benchmarks.generation $$torch $(BENCH)
+	if .venv/bin/python -c 'import lm_eval' 2>/dev/null; then
+	    .venv/bin/python -m experiments.benchmarks.lm_eval $$torch $(BENCH)
+	fi
 	datasets=
 	.venv/bin/python -c 'import datasets' 2>/dev/null || datasets=--no-datasets
 	.venv/bin/python -m experiments.benchmarks.corpus $$datasets $(BENCH)
@@ -49,9 +52,9 @@ test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	    tests/readers/test_tfds.py tests/tokenizers/test_tokenizers.py
 
 # The first line fails where tests would be skipped for want of what they compare with.
-test-parity: .parity ## compare decoders, generation, the optimizer and a training step with PyTorch's
+test-parity: .parity ## compare decoders, generation, lm-eval, the optimizer and a training step with PyTorch's
 	@cd "$(ROOT)"
-	.parity/bin/python -c 'import datasets, safetensors, torch, transformers'
+	.parity/bin/python -c 'import datasets, lm_eval, safetensors, torch, transformers'
 	JAX_PLATFORMS=cpu .parity/bin/python -m pytest -q -rs -n 2 tests/parity
 
 # The compilers are beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written
