@@ -7,7 +7,7 @@ An evaluator has `run(params) -> Result`. Under each name is a function that mak
 from collections.abc import Callable, Mapping
 
 from meap_jax.errors import ConfigError
-from meap_jax.evals import kv, mdqa, mneedle, niah, retrieval, ruler, summaries, validation
+from meap_jax.evals import commonsense, kv, mdqa, mneedle, niah, retrieval, ruler, summaries, validation
 from meap_jax.evals.setting import Setting
 from meap_jax.train import Evaluator
 
@@ -21,6 +21,7 @@ EVALUATORS: dict[str, Callable[[Setting], Mapping[str, Evaluator]]] = {
     "mdqa": mdqa.make,
     "kv": kv.make,
     "mneedle": mneedle.make,
+    "commonsense": commonsense.make,
     "summaries": summaries.make,
 }
 
