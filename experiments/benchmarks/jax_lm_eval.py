@@ -1,5 +1,6 @@
 """Our model class as a worker of `lm_eval`: python -m experiments.benchmarks.jax_lm_eval SPEC."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
     """Opens a folder of the hub and answers requests.
 
     Args:
-      spec: `folder`, of the hub; `requests`, [N] of context and continuation; `batch_size`, rows at a time.
+      spec: `folder`, of the hub; `requests`, a file of JSON, [N] of context and continuation; `batch_size`, rows at a
+        time.
 
     Returns:
       What `about` says, and the command `score()`, which returns the seconds of answering all requests anew.
@@ -33,7 +35,8 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         raise ConfigError("requests need no data of a run.")
 
     setting = Setting.of_model(opened, "test", no_data, None, "")
-    requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(spec["requests"])]
+    texts = json.loads(Path(spec["requests"]).read_text())
+    requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(texts)]
     predictions = Predictions(None, "commonsense", "")
     model = HarnessModel(setting, opened.params, predictions)
 
@@ -44,7 +47,7 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         return time.perf_counter() - began, found
 
     _, found = score()
-    tokens = sum(len(model.tok_encode(a + b)) for a, b in spec["requests"])
+    tokens = sum(len(model.tok_encode(a + b)) for a, b in texts)
     about = {
         "parameters": opened.model.definition.config.num_parameters,
         "log_probs": [log_prob for log_prob, _ in found],

@@ -12,6 +12,7 @@ in a process of its own.
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import random
 import tempfile
@@ -78,7 +79,9 @@ def _requests(num_documents: int) -> list[tuple[str, str]]:
 
 def _row(size: str, folder: Path, requests: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, Any]:
     """One row: engines in turns on one model."""
-    spec = {"folder": str(folder), "requests": requests, "batch_size": args.batch_size}
+    file = folder.with_suffix(".json")  # Too much for a command line.
+    file.write_text(json.dumps(requests))
+    spec = {"folder": str(folder), "requests": str(file), "batch_size": args.batch_size}
     engines = {"ours": OURS} if args.no_torch else {"ours": OURS, "hf": THEIRS}
     try:
         with contextlib.ExitStack() as stack:

@@ -1,8 +1,10 @@
 """The harness' Hugging Face backend as a worker of `lm_eval`: python -m experiments.benchmarks.torch_lm_eval SPEC."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
     """As `jax_lm_eval.build`, with the batch size that the harness finds, once and before anything is timed."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model: Any = HFLM(spec["folder"], batch_size="auto", device="cpu", dtype="float32", add_bos_token=True)
-    requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(spec["requests"])]
+    texts = json.loads(Path(spec["requests"]).read_text())
+    requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(texts)]
 
     def score() -> tuple[float, list]:
         began = time.perf_counter()
