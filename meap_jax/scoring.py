@@ -35,6 +35,17 @@ class Score(NamedTuple):
     is_greedy: bool  # Whether each of its tokens is the most likely one.
 
 
+def fitted(request: Request, seq_len: int) -> Request | None:
+    """A request whose tokens but the last fit into `seq_len`: the left end of a longer one's context is cut off.
+
+    Returns:
+      None where no token of the context would be left.
+    """
+    context, continuation = request
+    extra = max(len(context) + len(continuation) - (seq_len + 1), 0)
+    return (context[extra:], continuation) if extra < len(context) else None
+
+
 class _Group(NamedTuple):
     """A context, and the numbers of the requests that continue it."""
 

@@ -127,6 +127,19 @@ def test_a_context_is_read_once_for_all_its_continuations():
     assert (packed.visibility.segment_ids > 0).sum() == 45 + 10 * 2
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_a_long_request_loses_the_left_end_of_its_context_and_no_more(n, m, seq_len):
+    context, continuation = list(range(n)), list(range(100, 100 + m))
+    found = scoring.fitted((context, continuation), seq_len)
+    if m > seq_len:
+        assert found is None
+        return
+    assert found is not None
+    own, same = found
+    assert same == continuation and own == context[n - len(own) :]
+    assert len(own) == n if n + m <= seq_len + 1 else len(own) + m == seq_len + 1
+
+
 def test_requests_that_do_not_fit_are_refused():
     model, params = opened()
     for request in ((tokens(90), tokens(8)), ([], tokens(2)), (tokens(2), [])):

@@ -5,11 +5,12 @@ Any task of the harness works, and one's own task files. The package is optional
 
 import importlib.metadata
 import importlib.util
-import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals.predictions import Predictions
@@ -18,8 +19,8 @@ from meap_jax.model.decoder import Params
 from meap_jax.results import Interval, Result
 from meap_jax.statistics import binomial_interval, mean_interval
 
-_log = logging.getLogger(__name__)
-SCORES = ("acc", "acc_norm", "exact_match", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_BOOTSTRAP_DRAWS = 1_000  # For standard errors of what is no mean.
+_MEANS = ("acc", "acc_norm", "exact_match")  # Metrics that are means over documents, whatever their scores.
 
 
 def make(setting: Setting) -> dict[str, "Commonsense"]:
@@ -40,6 +41,7 @@ class Commonsense:
 
     def __init__(self, setting: Setting):
         self._setting = setting
+        self._scorer: Any = None
 
     def run(self, params: Params) -> Result:
         """Runs the tasks; metrics are TASK/SCORE, with the harness' standard errors beside them as TASK/SCORE_stderr.
@@ -48,91 +50,133 @@ class Commonsense:
           ConfigError: a task is not known to the harness.
           DataError: its data can't be read.
         """
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
+        from lm_eval import evaluate
 
-        from meap_jax.evals.harness_model import HarnessModel
+        from meap_jax.evals.harness_model import HarnessModel, make_scorer
 
         setting, options = self._setting, self._setting.config.eval.commonsense
-        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-        manager = TaskManager(include_path=options.include_path)
-        unknown = [name for name in names if not manager.match_tasks([name])]
-        if unknown:
-            raise ConfigError(
-                f"eval.commonsense.tasks names {', '.join(unknown)}, which lm-eval {_version()} does not know; task "
-                "files of your own are looked for in eval.commonsense.include_path."
-            )
+        loaded = _load(options.tasks, options.include_path)
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
         is_first = jax.process_index() == 0
         file = setting.folder / "commonsense.jsonl" if setting.folder is not None and is_first else None
-        model = HarnessModel(setting, params, Predictions(file, "commonsense", setting.fingerprint))
-        try:
-            found = simple_evaluate(
-                model=model, tasks=names, num_fewshot=0, limit=options.limit or None, task_manager=manager,
-                bootstrap_iters=1_000, log_samples=True,
-            )  # fmt: skip
-        except (OSError, ConnectionError) as error:
-            raise DataError(f"data of eval.commonsense.tasks ({options.tasks}) can't be read: {error}") from error
+        self._scorer = self._scorer or make_scorer(setting)
+        predictions = Predictions(file, "commonsense", setting.fingerprint)
+        model = HarnessModel(setting, params, predictions, self._scorer)
+        found = evaluate(model, loaded, limit=options.limit or None, bootstrap_iters=_BOOTSTRAP_DRAWS, log_samples=True)
         assert found is not None  # It is for ranks other than 0 of the harness' own kind of processes.
-        examples = examples_of(found["samples"], model.skipped)
+        bos = "with" if model.adds_bos else "without"
+        versions = {task: f"{version}, lm-eval {_version()}, {bos} bos" for task, version in found["versions"].items()}
+        examples = examples_of(found["samples"], model.skipped, versions)
         metrics = metrics_of(found["results"], examples)
         metrics |= {name: Interval(float(count), None, None) for name, count in model.counts.items()}
-        metrics["begins_with_bos"] = Interval(float(model.adds_bos), None, None)
-        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        _log.info("lm-eval %s; versions of tasks: %s; begin of a document: %s", _version(), versions, model.adds_bos)
-        return Result(metrics, examples)
+        return Result(metrics | {"begins_with_bos": Interval(float(model.adds_bos), None, None)}, examples)
 
 
-def examples_of(samples: Mapping[str, Sequence[dict]], skipped: set[tuple[str, str]]) -> list[dict[str, Any]]:
-    """A record for each document: its task, its number, and what it scored; none where a request was skipped."""
+def _load(tasks: str, include_path: str | None) -> dict[str, Any]:
+    """The tasks of a list of names as `lm_eval.evaluate` takes them; a name can be a group, or a pattern as arc_*."""
+    from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    matched = {name: manager.match_tasks([name]) for name in (part.strip() for part in tasks.split(",")) if name}
+    unknown = [name for name, found in matched.items() if not found]
+    if unknown or not matched:
+        what = ", ".join(unknown) or "nothing"
+        raise ConfigError(
+            f"eval.commonsense.tasks names {what}, which lm-eval {_version()} does not know: task files of "
+            "your own are looked for in eval.commonsense.include_path."
+        )
+    try:
+        return manager.load([name for found in matched.values() for name in found])
+    except (OSError, DatasetsError) as error:
+        reason = error.__cause__ or error
+        raise DataError(f"data of eval.commonsense.tasks ({tasks}) can't be read: {reason}") from error
+
+
+def examples_of(
+    samples: Mapping[str, Sequence[dict]], skipped: set[tuple[str, str]], versions: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A record for each document of a task, and for each filter of answers where a task has several.
+
+    Args:
+      samples: {task: what the harness says of each document}.
+      skipped: texts of requests that were not scored; a document with one of them has `skipped` and no scores.
+      versions: {task: what decides its scores besides the model}.
+    """
     records = []
     for task, of_task in samples.items():
         for sample in of_task:
-            record = {"task": task, "doc_id": sample["doc_id"]}
-            if any(tuple(map(str, arguments[:2])) in skipped for arguments in _arguments(sample)):
+            record = {"task": task, "doc_id": sample["doc_id"], "version": versions[task]}
+            if sample["filter"] != "none":
+                record["filter"] = sample["filter"]
+            if _texts(sample) & skipped:
                 record["skipped"] = True
             else:
-                record |= {name: float(sample[name]) for name in SCORES if isinstance(sample.get(name), int | float)}
+                scores = {name: sample[name] for name in sample["metrics"]}
+                record |= {name: float(score) for name, score in scores.items() if isinstance(score, int | float)}
             records.append(record)
     return records
 
 
-def _arguments(sample: dict[str, Any]) -> list[tuple]:
-    """The texts of a sample's requests, which the harness hands back as lists or as dicts of numbered arguments."""
-    found = sample["arguments"]
-    values = found.values() if isinstance(found, dict) else found
-    return [tuple(value.values()) if isinstance(value, dict) else tuple(value) for value in values]
+def _texts(sample: dict[str, Any]) -> set[tuple[str, str]]:
+    """Context and continuation of each request of a document that is scored, and not continued."""
+    pairs = (tuple(arguments[:2]) for arguments in sample["arguments"])
+    return {pair for pair in pairs if len(pair) == 2 and isinstance(pair[1], str)}
 
 
 def metrics_of(results: Mapping[str, Mapping[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, Interval]:
-    """Metrics of all tasks, and the mean of each accuracy over them.
+    """Metrics of all tasks, and the means of accuracies over them.
 
-    A share has Wilson's interval over the documents that were scored; other metrics have the harness' value and 1.96 of
-    its standard errors on either side.
+    A share has Wilson's interval over the documents that were scored, a mean Student's; other metrics have the harness'
+    value and 1.96 of its standard errors on either side. `mean/acc_norm` takes `acc` of a task without `acc_norm`.
+
+    Args:
+      results: {task or group: {"METRIC,FILTER": value}}, of the harness.
+      examples: of `examples_of`.
     """
     found: dict[str, Interval] = {}
     for task, values in results.items():
         own = [record for record in examples if record["task"] == task]
+        has_skipped = any("skipped" in record for record in own)
         for key, value in values.items():
-            name, _, kind = key.partition(",")
-            if name.endswith("_stderr") or not isinstance(value, int | float) or name in ("alias", "sample_len"):
+            name, _, chosen = key.partition(",")
+            if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{name}_stderr,{kind}")
-            error = float(error) if isinstance(error, int | float) else None
-            scored = [record[name] for record in own if name in record]
+            label = f"{task}/{name}" if chosen == "none" else f"{task}/{name}_{chosen}"
+            scored = [record[name] for record in own if name in record and record.get("filter", "none") == chosen]
+            error = values.get(f"{name}_stderr,{chosen}")
             if scored and set(scored) <= {0.0, 1.0}:
-                found[f"{task}/{name}"] = binomial_interval(sum(scored), len(scored))
-            elif scored and name in ("acc", "acc_norm", "exact_match"):
-                found[f"{task}/{name}"] = mean_interval(scored)
+                found[label] = binomial_interval(sum(scored), len(scored))
+            elif scored and name in _MEANS:
+                found[label] = mean_interval(scored)
+            elif has_skipped:
+                continue  # The harness counts what was not scored.
             else:
-                ends = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-                found[f"{task}/{name}"] = Interval(float(value), *ends)
-            if error is not None:
-                found[f"{task}/{name}_stderr"] = Interval(error, None, None)
+                ends = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else (None, None)
+                found[label] = Interval(float(value), *ends)
+            if isinstance(error, float) and not has_skipped:
+                found[f"{label}_stderr"] = Interval(error, None, None)
     for name in ("acc", "acc_norm"):
-        of_tasks = [interval.estimate for key, interval in found.items() if key.endswith(f"/{name}")]
-        if of_tasks:
-            found[f"mean/{name}"] = Interval(sum(of_tasks) / len(of_tasks), None, None)
+        if mean := _mean_over_tasks(name, examples):
+            found[f"mean/{name}"] = mean
     return found
+
+
+def _mean_over_tasks(name: str, examples: Sequence[dict[str, Any]]) -> Interval | None:
+    """The mean of the tasks' means, with a normal interval: tasks are fixed, and documents drawn in each of them."""
+    scores = defaultdict(list)
+    for record in examples:
+        score = record.get(name, record.get("acc"))
+        if score is not None:
+            scores[record["task"]].append(score)
+    if not scores:
+        return None
+    mean = float(np.mean([np.mean(own) for own in scores.values()]))
+    if min(map(len, scores.values())) < 2:
+        return Interval(mean, None, None)
+    half = 1.96 * sum(np.var(own, ddof=1) / len(own) for own in scores.values()) ** 0.5 / len(scores)
+    return Interval(mean, float(mean - half), float(mean + half))
 
 
 def _version() -> str:

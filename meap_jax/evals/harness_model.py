@@ -1,36 +1,51 @@
 """Our decoder as a model of lm-evaluation-harness. Imports lm_eval, which is an optional package."""
 
+import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from meap_jax.evals.predictions import Predictions, prompt_hash
+from meap_jax.evals.prompting import BATCHES_A_SAVE, everywhere
 from meap_jax.evals.setting import Setting
 from meap_jax.model.decoder import Params
 from meap_jax.sampling import Sampling
-from meap_jax.scoring import Request, Scorer
+from meap_jax.scoring import Request, Scorer, fitted
 
 _NOT_SCORED = -1e9  # In the place of a log-probability, since the harness takes no request back; see `skipped`.
 _MAX_GEN_TOKS = 256  # Where a task says nothing; the harness' own.
+_CONTEXTS_KEPT = 4_096  # Requests of one document follow each other, and each has its context tokenized.
 
 
 class HarnessModel(TemplateLM):
     """Answers requests from the file of predictions, or from the model.
 
     Attributes:
-      counts: requests that were asked, truncated and skipped.
+      adds_bos: whether a text begins with the begin of a document.
+      counts: requests that were asked, truncated and skipped; of whole texts each window is one.
       skipped: pairs of context and continuation that were not scored.
     """
 
-    def __init__(self, setting: Setting, params: Params, predictions: Predictions):
-        """Takes the options of `eval.commonsense`; `params` are held until the object goes away."""
+    def __init__(self, setting: Setting, params: Params, predictions: Predictions, scorer: Scorer | None = None):
+        """Takes the options of `eval.commonsense`; `params` are held until the object goes away.
+
+        Args:
+          setting: the model, its tokenizer and options.
+          params: as `OpenModel.params`.
+          predictions: what was answered before, which grows.
+          scorer: of `make_scorer`, whose programs are then compiled once for several models.
+        """
         super().__init__()
         options = setting.config.eval.commonsense
         self._setting, self._params, self._predictions = setting, params, predictions
-        self._scorer = Scorer(setting.model, batch_size=setting.config.eval.batch_size, seq_len=setting.seq_len)
+        self._scorer = scorer or make_scorer(setting)
+        self._encode = functools.lru_cache(_CONTEXTS_KEPT)(setting.tokenizer.encode)
         self.adds_bos = {"auto": setting.adds_bos, "yes": True, "no": False}[options.bos]
         self._skips = options.too_long == "skip"
         self._bos_text = setting.tokenizer.decode([setting.tokenizer.bos_id])
@@ -54,38 +69,45 @@ class HarnessModel(TemplateLM):
         tokenizers never give a special id for text.
         """
         spells_bos = string.startswith(self._bos_text)
-        adds_bos = (self.adds_bos or spells_bos) if add_special_tokens is None else add_special_tokens or spells_bos
-        return [self.prefix_token_id] * adds_bos + self._setting.tokenizer.encode(string.removeprefix(self._bos_text))
+        adds_bos = self.adds_bos if add_special_tokens is None else add_special_tokens
+        return [self.prefix_token_id] * (adds_bos or spells_bos) + self._encode(string.removeprefix(self._bos_text))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """The sum of log-probabilities of each continuation, and whether it is the greedy one."""
-        pairs: list[Request | None] = []
+        keys: list[str | None] = []
+        asked: dict[str, Request] = {}
         for texts, context, continuation in requests:
+            context = context or [self.prefix_token_id]  # Of spaces alone, which the harness gives to what follows.
+            request = fitted((context, continuation), self._setting.seq_len)
+            is_whole = request is not None and len(request[0]) == len(context)
             self.counts["requests"] += 1
-            extra = len(context) + len(continuation) - (self._setting.seq_len + 1)
-            if extra > 0 and (self._skips or extra >= len(context)):  # No context would be left.
+            if request is None or (self._skips and not is_whole):
                 self.counts["skipped"] += 1
                 self.skipped.add(texts)
-                pairs.append(None)
+                keys.append(None)
                 continue
-            self.counts["truncated"] += extra > 0
-            pairs.append((context[max(extra, 0) :], continuation))
-        keys = [
-            None if pair is None else prompt_hash([*pair[0], *pair[1]], continuation=len(pair[1])) for pair in pairs
-        ]
-        known = self._predictions.records
-        asked = {key: pair for key, pair in zip(keys, pairs, strict=True) if pair is not None and key not in known}
-        names, new = list(asked), list(asked.values())
-        for numbers, scores in self._scorer.score(self._params, new) if new else ():
-            found = zip(numbers, scores, strict=True)
-            self._predictions.add({"prompt": names[i], "output": list(score)} for i, score in found)
-        return [(_NOT_SCORED, False) if key is None else self._known(key) for key in keys]
+            self.counts["truncated"] += not is_whole
+            key = prompt_hash([*request[0], *continuation], continuation=len(continuation))
+            keys.append(key)
+            asked[key] = request
+        scores = self._scores(asked)
+        return [(_NOT_SCORED, False) if key is None else scores[key] for key in keys]
 
-    def _known(self, key: str) -> tuple[float, bool]:
-        log_prob, is_greedy = self._predictions.records[key]["output"]
-        return log_prob, is_greedy
+    def _scores(self, asked: dict[str, Request]) -> dict[str, tuple[float, bool]]:
+        """Of each request, by its key; those that are not there yet are scored and kept batch by batch."""
+        names, known = list(asked), self._predictions.records
+        found = np.array([known[name]["output"] if name in known else (np.nan, 0) for name in names]).reshape(-1, 2)
+        found = np.array(everywhere(found))
+        missing = np.flatnonzero(np.isnan(found[:, 0]))
+        new = [asked[names[i]] for i in missing]
+        for numbers, scores in self._scorer.score(self._params, new) if new else ():
+            found[missing[numbers]] = scores
+            self._predictions.add(
+                {"prompt": names[missing[n]], "output": list(score)} for n, score in zip(numbers, scores, strict=True)
+            )
+        return {name: (float(log_prob), bool(greedy)) for name, (log_prob, greedy) in zip(names, found, strict=True)}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of whole texts, in windows of `seq_len` as the harness cuts them.
@@ -93,45 +115,75 @@ class HarnessModel(TemplateLM):
         A begin of a document stands in front of the first window and is not predicted itself, whatever the policy: with
         it in the text as well there would be two.
         """
-        totals = []
-        for request in requests:
+        windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        of_texts: list[int] = []
+        for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self._setting.seq_len, 1)
-            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
-            totals.append(sum(log_prob for log_prob, _ in self._loglikelihood_tokens(pairs)))
+            if tokens[:1] == [self.prefix_token_id]:
+                tokens = tokens[1:]
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._setting.seq_len, 1):
+                windows.append((("", ""), *make_disjoint_window(window)))
+                of_texts.append(i)
+        totals = [0.0] * len(requests)
+        for i, (log_prob, _) in zip(of_texts, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += log_prob
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts that follow prompts, up to a stop string; prompts that are too long lose their left end."""
+        """Texts that follow prompts, up to a stop string; prompts that are too long lose their left end.
+
+        Greedy unless the task samples; then a request that comes again is drawn again, as it is for repeats.
+
+        Raises:
+          ConfigError: a setting of the task that can't be.
+          DataError: there is no room for so many new tokens.
+        """
         outputs: list[str] = [""] * len(requests)
         for settings, numbers in _by_settings(requests):
-            self.counts["requests"] += len(numbers)
-            max_new = int(settings.get("max_gen_toks") or _MAX_GEN_TOKS)
-            until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else [text for text in until if text]
-            temperature = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
-            prompts, keys = [], []
+            options: dict[str, Any] = normalize_gen_kwargs(settings, _MAX_GEN_TOKS)
+            max_new, until = options["max_gen_toks"], [text for text in options["until"] if text]
+            sampling = Sampling()
+            if temperature := options.get("temperature", 0.0):
+                sampling = Sampling(temperature, options.get("top_k") or 0, options.get("top_p") or 1.0)
+            keys, asked, times = [], dict[str, list[int]](), Counter[str]()
             for i in numbers:
+                self.counts["requests"] += 1
                 tokens = self.tok_encode(requests[i].args[0])
                 extra = len(tokens) + max_new - self._setting.seq_len
                 self.counts["truncated"] += extra > 0
-                prompts.append(tokens[max(extra, 0) :] or [self.prefix_token_id])
-                keys.append(prompt_hash(prompts[-1], max_new_tokens=max_new, stop=until, temperature=temperature))
-            missing = [n for n, key in enumerate(keys) if key not in self._predictions.records]
-            if missing:
-                with self._setting.generator(self._params) as generator:
-                    found = generator.generate(
-                        [prompts[n] for n in missing],
-                        max_new_tokens=max_new,
-                        stop_strings=until,
-                        sampling=Sampling(temperature),
-                    )
-                self._predictions.add(
-                    {"prompt": keys[n], "output": completion.text} for n, completion in zip(missing, found, strict=True)
-                )
+                tokens = tokens[max(extra, 0) :] or [self.prefix_token_id]
+                key = prompt_hash(tokens, max_new_tokens=max_new, stop=until, sampling=list(vars(sampling).values()))
+                times[key] += 1
+                if temperature and times[key] > 1:
+                    key += f"-{times[key]}"
+                keys.append(key)
+                asked[key] = tokens
+            self._continue(asked, max_new_tokens=max_new, stop_strings=until, sampling=sampling)
             for i, key in zip(numbers, keys, strict=True):
-                outputs[i] = self._predictions.records[key]["output"]
+                # Another host than the first has only what was just asked, and writes no results.
+                outputs[i] = self._predictions.records.get(key, {"output": ""})["output"]
         return outputs
+
+    def _continue(self, asked: dict[str, list[int]], **options: Any) -> None:
+        """Continues the prompts that have no prediction yet, and keeps them some batches at a time."""
+        names = list(asked)
+        is_known = everywhere(np.array([name in self._predictions.records for name in names], bool))
+        missing = sorted((names[i] for i in np.flatnonzero(~is_known)), key=lambda name: len(asked[name]))
+        if not missing:
+            return
+        size = self._setting.config.eval.batch_size * BATCHES_A_SAVE
+        with self._setting.generator(self._params) as generator:
+            for start in range(0, len(missing), size):
+                own = missing[start : start + size]
+                found = generator.generate([asked[name] for name in own], seed=start, **options)
+                self._predictions.add(
+                    {"prompt": name, "output": completion.text} for name, completion in zip(own, found, strict=True)
+                )
+
+
+def make_scorer(setting: Setting) -> Scorer:
+    """The scorer of a setting's model, with its options."""
+    return Scorer(setting.model, batch_size=setting.config.eval.batch_size, seq_len=setting.seq_len)
 
 
 def _by_settings(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:

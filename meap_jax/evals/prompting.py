@@ -20,7 +20,7 @@ from meap_jax.model.decoder import Params
 from meap_jax.results import Interval, Result
 
 _log = logging.getLogger(__name__)
-_BATCHES_A_SAVE = 4  # A kill loses so many at most.
+BATCHES_A_SAVE = 4  # A kill loses so many at most.
 
 
 class Question(NamedTuple):
@@ -71,7 +71,7 @@ class Prompting:
         is_first = jax.process_index() == 0
         file = setting.folder / f"{task.name}.jsonl" if setting.folder is not None and is_first else None
         predictions = Predictions(file, task.name, setting.fingerprint)
-        is_known = _everywhere(np.array([key in predictions.records for key in keys], bool))
+        is_known = everywhere(np.array([key in predictions.records for key in keys], bool))
         room = setting.seq_len - task.max_new_tokens
         fits = np.array([len(q.tokens) <= room for q in self._questions], bool)
         asked = np.flatnonzero(~is_known & fits)
@@ -121,13 +121,13 @@ class Prompting:
                 for row, found in zip(batches, generator.generate_sharing(prompts, **options), strict=True):
                     yield [(i, completion.text) for i, completion in zip(row, found, strict=True)]
         alone.sort(key=lambda i: len(questions[i].tokens))
-        for start in range(0, len(alone), size * _BATCHES_A_SAVE):
-            batch = alone[start : start + size * _BATCHES_A_SAVE]
+        for start in range(0, len(alone), size * BATCHES_A_SAVE):
+            batch = alone[start : start + size * BATCHES_A_SAVE]
             found = generator.generate([questions[i].tokens for i in batch], **options)
             yield [(i, completion.text) for i, completion in zip(batch, found, strict=True)]
 
 
-def _everywhere(on_first_host: np.ndarray) -> np.ndarray:
+def everywhere(on_first_host: np.ndarray) -> np.ndarray:
     """The array of the first host, on all of them."""
     if jax.process_count() == 1:
         return on_first_host

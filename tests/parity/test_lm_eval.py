@@ -13,12 +13,13 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 
 from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from hub_folders import NUM_IDS, content_of, write_model  # noqa: E402
 from meap_jax import convert, evaluate, models  # noqa: E402
-from meap_jax.errors import ConfigError  # noqa: E402
+from meap_jax.errors import ConfigError, DataError  # noqa: E402
 from meap_jax.evals import Setting  # noqa: E402
 from meap_jax.evals.harness_model import HarnessModel  # noqa: E402
 from meap_jax.evals.predictions import Predictions  # noqa: E402
@@ -147,6 +148,7 @@ def test_the_evaluator_gives_the_harness_numbers_and_goes_on_after_a_kill(place,
     assert found["metrics"]["commonsense/truncated"]["estimate"] > 0
     assert found["metrics"]["commonsense/begins_with_bos"]["estimate"] == 1
     assert len(found["examples"]["commonsense"]) == 48
+    assert {record["version"] for record in found["examples"]["commonsense"]} == {"1.0, lm-eval 0.4.13, with bos"}
 
     file = tmp_path / "a" / "commonsense.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
@@ -161,11 +163,37 @@ def test_requests_that_are_too_long_are_skipped_where_that_is_asked(place):
 
     model = ours(place, too_long="skip")
     found = run(model, place, ["local_choice"])
-    examples = examples_of(found["samples"], model.skipped)
+    examples = examples_of(found["samples"], model.skipped, {"local_choice": "1.0"})
     skipped = [record for record in examples if record.get("skipped")]
     assert len(skipped) == 3 and model.counts == {"requests": 96, "truncated": 0, "skipped": 12}
     kept = [record["acc"] for record in examples if "acc" in record]
     assert metrics_of(found["results"], examples)["local_choice/acc"].estimate == pytest.approx(sum(kept) / len(kept))
+
+
+def test_a_context_of_spaces_is_no_context(place):
+    model = ours(place, bos="no")
+    spaces, empty = (
+        model.loglikelihood([Instance("loglikelihood", {}, pair, 0)]) for pair in (("  ", "a"), ("", "  a"))
+    )
+    assert spaces == empty
+
+
+def test_a_text_that_is_written_again_is_the_same_and_one_that_is_drawn_again_is_not(place):
+    model, sampled = ours(place), dict(do_sample=True, temperature=1.0, max_gen_toks=12)
+    for settings, num in ((dict(max_gen_toks=12), 1), (sampled, 3)):
+        asked = [Instance("generate_until", {}, ("the sea", settings), i) for i in range(3)]
+        found = model.generate_until(asked)
+        assert len(set(found)) == num and model.generate_until(asked) == found
+
+
+def test_data_that_is_not_there_is_said_in_a_sentence(place, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "gone.yaml").write_text(CHOICE.replace("DATA", "/gone.jsonl").replace("local", "gone"))
+    words = [f"--workdir={place / 'ours'}", "--tasks=commonsense", f"--out={tmp_path / 'x.json'}"]
+    words += [f"--config.eval.commonsense.include_path={tmp_path / 'tasks'}"]
+    for name, reason in (("gone_*", "/gone.jsonl"), ("arc_easy", "allenai/ai2_arc")):
+        with pytest.raises(DataError, match=f"data of eval.commonsense.tasks .* can't be read: .*{reason}"):
+            evaluate.command(["evaluate", *words, f"--config.eval.commonsense.tasks={name}"])
 
 
 def test_an_unknown_task_is_named(place, tmp_path):
