@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from meap_jax.analysis.masked import about, check_model
 from meap_jax.analysis.segments import EXAMPLES, PAPER, SCORES, SEGMENTS, VIEWS, Example
 from meap_jax.errors import DataError
 from meap_jax.models import OpenModel, open_model, open_stored_model
+from meap_jax.readers.objects import read_lines
 from meap_jax.statistics import mean_interval, t_test
 
 _log = logging.getLogger("meap_jax.analysis")
@@ -44,26 +44,13 @@ def read_examples(path: str | None) -> list[Example]:
     """
     if path is None:
         return list(EXAMPLES)
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--examples is {path}, which can't be read ({error}).") from error
     found: list[Example] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}).") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where} holds {type(record).__name__}, but must hold an object.")
+    for where, record in read_lines(Path(path).expanduser(), field="--examples"):
         for name in SEGMENTS:
             if not isinstance(record.get(name), str):
                 problem = "is not a string" if name in record else "is missing"
                 raise DataError(f"{where}: the field {name!r} {problem}; each line must have {', '.join(SEGMENTS)}.")
-        name = str(record.get("name", f"line {number}"))
+        name = str(record.get("name", where.rpartition(", ")[2]))
         if any(example.name == name for example in found):
             raise DataError(f"{where}: the name {name!r} comes twice.")
         found.append(Example(name, **{field: record[field] for field in SEGMENTS}))

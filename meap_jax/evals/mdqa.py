@@ -15,11 +15,11 @@ import numpy as np
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals import scores
 from meap_jax.evals.haystack import filled, read_prompt
-from meap_jax.evals.jsonl import read_lines, text_of
 from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
 from meap_jax.evals.setting import Setting
 from meap_jax.fields import numbers
+from meap_jax.readers.objects import read_lines, text_of
 from meap_jax.results import Interval
 from meap_jax.statistics import binomial_interval, clustered_interval
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals import scores
 from meap_jax.evals.haystack import Haystack, filled, open_haystack, read_prompt
-from meap_jax.evals.jsonl import read_lines
 from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
 from meap_jax.evals.setting import Setting
 from meap_jax.fields import numbers
+from meap_jax.readers.objects import read_lines
 from meap_jax.results import Interval
 from meap_jax.statistics import binomial_interval, clustered_interval
 

@@ -81,15 +81,13 @@ class Prompting:
             with setting.generator(params) as generator:
                 for batch in self._answers(generator, self._questions, asked.tolist()):
                     predictions.add(self._record(keys[i], self._questions[i], output) for i, output in batch)
-        records = [
-            predictions.records.get(key)  # Scored again: a rule may have changed since.
-            and self._record(key, question, predictions.records[key]["output"])
-            or self._record(key, question, None)
-            for key, question in zip(keys, self._questions, strict=True)
-        ]
+        outputs = [predictions.records[key]["output"] if key in predictions.records else None for key in keys]
+        # Scored again, also what was there: a rule may have changed since.
+        answered = zip(keys, self._questions, outputs, strict=True)
+        records = [self._record(key, question, output) for key, question, output in answered]
         scored = [record for record in records if "scores" in record]
         metrics = task.metrics(scored) if scored else {}
-        if num_long := int((~fits).sum()):
+        if num_long := len(records) - len(scored):
             _log.warning("%s: %d of %d prompts are too long for %d tokens and were not asked", task.name, num_long,
                          len(keys), setting.seq_len)  # fmt: skip
         return Result(metrics | {"too_long": Interval(float(num_long), None, None)}, records)

@@ -18,7 +18,6 @@ import numpy as np
 from meap_jax.errors import ConfigError
 from meap_jax.evals.endpoint import Endpoint
 from meap_jax.evals.faithfulness import ngrams_in_source, numbers_in_source
-from meap_jax.evals.jsonl import read_lines
 from meap_jax.evals.judge import Judge, Verdict
 from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
@@ -26,6 +25,7 @@ from meap_jax.evals.request_log import RequestLog
 from meap_jax.evals.rouge import rouge_l, rouge_n, words
 from meap_jax.evals.setting import Setting
 from meap_jax.model.decoder import Params
+from meap_jax.readers.objects import read_lines
 from meap_jax.results import Interval, Result
 from meap_jax.statistics import binomial_interval, mean_interval
 

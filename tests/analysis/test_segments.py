@@ -85,8 +85,8 @@ GOOD = {name: name for name in SEGMENTS}
         ([GOOD, {**GOOD, "answer": None}], "line 2: the field 'answer' is not a string"),
         ([{name: "text" for name in SEGMENTS[:-1]}], "line 1: the field 'eos' is missing"),
         ([{**GOOD, "name": "a"}, {**GOOD, "name": "a"}], "line 2: the name 'a' comes twice"),
-        (["before, answer"], "line 1 holds str"),
-        ([], "holds no example"),
+        (["before, answer"], "line 1 is no object, but str"),
+        ([], "holds nothing"),
     ],
 )
 def test_examples_that_cannot_be_are_said_with_file_and_line(tmp_path, lines, said):
