@@ -129,12 +129,17 @@ def test_evaluate_asks_a_run_the_questions_of_every_task_and_draws_them(trained,
         for w in ("cat", "dog")
     ]
     (tmp_path / "oracle.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    words = [f"--workdir={trained}", "--tasks=niah,ruler,mdqa,kv,mneedle", f"--out={tmp_path / 'found.json'}"]
+    words = [f"--workdir={trained}", "--tasks=niah,ruler,mdqa,kv,mneedle,summaries", f"--out={tmp_path / 'found.json'}"]
     words += [*ASKED, f"--config.eval.mdqa.path={tmp_path / 'oracle.jsonl'}"]
+    (tmp_path / "news.jsonl").write_text(json.dumps(dict(document="A cat sat on 2 mats.", summary="A cat sat.")))
+    words += [
+        f"--config.eval.summaries.path=news={tmp_path / 'news.jsonl'}",
+        "--config.eval.summaries.max_new_tokens=8",
+    ]
     evaluate.command(["evaluate", *words])
     printed = json.loads(capsys.readouterr().out)
     found = {name.partition("/")[0] for name in printed["metrics"]}
-    assert found == {"niah", "ruler_niah_single_1", "ruler_vt", "ruler_fwe", "mdqa", "kv", "mneedle"}
+    assert found == {"niah", "ruler_niah_single_1", "ruler_vt", "ruler_fwe", "mdqa", "kv", "mneedle", "summaries_news"}
     assert printed["options"]["niah.trials"] == 2 and len(printed["model"]) == 64
     assert {f"{name}.jsonl" for name in found} == {file.name for file in (tmp_path / "found").glob("*.jsonl")}
     assert (tmp_path / "found" / "niah_rouge1_recall.png").exists()

@@ -15,22 +15,26 @@ from experiments.benchmarks import worker
 
 
 def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:
-    """As `jax_lm_eval.build`, with the batch size that the harness finds, once and before anything is timed."""
+    """As `jax_lm_eval.build`; `score(n)` takes n requests at a time, and by default as many as the harness finds.
+
+    It looks for that number once, before anything is timed.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model: Any = HFLM(spec["folder"], batch_size="auto", device="cpu", dtype="float32", add_bos_token=True)
     texts = json.loads(Path(spec["requests"]).read_text())
     requests = [Instance("loglikelihood", {}, (a, b), i) for i, (a, b) in enumerate(texts)]
 
-    def score() -> tuple[float, list]:
+    def score(batch_size: int | str) -> tuple[float, list]:
+        model.batch_size_per_gpu = batch_size
         began = time.perf_counter()
         with torch.inference_mode():
             found = model.loglikelihood(requests, disable_tqdm=True)
         return time.perf_counter() - began, found
 
-    _, found = score()
-    model.batch_size_per_gpu = batch_size = model.batch_sizes[0]
-    about = {"batch_size": batch_size, "log_probs": [log_prob for log_prob, _ in found]}
-    return about, {"score": lambda: score()[0]}
+    _, answers = score("auto")
+    found = model.batch_sizes[0]
+    about = {"batch_size": found, "log_probs": [log_prob for log_prob, _ in answers]}
+    return about, {"score": lambda batch_size=found: score(batch_size)[0]}
 
 
 if __name__ == "__main__":
