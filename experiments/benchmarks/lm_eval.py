@@ -12,11 +12,13 @@ so that only an idle machine gives a fair ratio: look at the load that is printe
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,10 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
     """The table of this benchmark."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed here: pip install -r requirements-parity.txt")
+    if min(args.documents, args.batch_size) < 1:
+        raise ConfigError(
+            f"--documents is {args.documents} and --batch-size {args.batch_size}, but must be numbers from 1 on."
+        )
     num_documents = 6 if args.quick else args.documents
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,9 +94,11 @@ def _row(size: str, folder: Path, requests: list[tuple[str, str]], args: argpars
     try:
         with contextlib.ExitStack() as stack:
             workers = {name: stack.enter_context(Worker(module, spec)) for name, module in engines.items()}
-            turns = {name: lambda worker=worker: worker.ask("score") for name, worker in workers.items()}
+            turns: dict[str, Callable[[], float]] = {
+                name: functools.partial(worker.ask, "score") for name, worker in workers.items()
+            }
             if "hf" in workers:
-                turns["small"] = lambda: workers["hf"].ask("score", SMALL)
+                turns["small"] = functools.partial(workers["hf"].ask, "score", SMALL)
             timings = interleave(turns, rounds=args.repeats)
             about = {name: worker.about for name, worker in workers.items()}
     except WorkerError as error:
