@@ -5,6 +5,7 @@ continuations, which sees the trunk and itself. Positions go on from the context
 branch gets is what it would get alone (`meap_jax.model.visibility`).
 """
 
+import bisect
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -115,19 +116,16 @@ class Scorer:
 
     def _packed(self, requests: Sequence[Request]) -> Iterator[_Packed]:
         """Groups requests by context, and packs groups into batches of rows, the longest first."""
-        waiting = sorted(_groups(requests, self.seq_len), key=lambda group: -group.size)
+        waiting = sorted(_groups(requests, self.seq_len), key=lambda group: group.size)
+        sizes = [group.size for group in waiting]
         while waiting:
-            T = bucket(max(waiting[0].size, min(_SHORTEST_ROW, self.seq_len)), self._smallest, 2**30)
+            T = bucket(max(sizes[-1], min(_SHORTEST_ROW, self.seq_len)), self._smallest, 2**30)
             rows: list[list[_Group]] = [[] for _ in range(self._batch_size)]
-            room, left = [T] * self._batch_size, []
-            for group in waiting:  # First fit: short groups fill what long ones leave.
-                row = next((row for row, free in enumerate(room) if free >= group.size), None)
-                if row is None:
-                    left.append(group)
-                else:
-                    rows[row].append(group)
-                    room[row] -= group.size
-            waiting = left
+            for row in rows:
+                free = T
+                while number := bisect.bisect_right(sizes, free):  # The largest that fits is the last of so many.
+                    row.append(waiting.pop(number - 1))
+                    free -= sizes.pop(number - 1)
             yield _laid_out(rows, requests, T)
 
 
