@@ -86,6 +86,14 @@ def test_scores_are_those_of_each_request_alone(mesh, changes):
         assert score.log_prob == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 
+def test_a_bfloat16_model_has_float32_scores():
+    model, params = opened(**{"model.dtype": "bfloat16"})
+    for (context, continuation), score in zip(REQUESTS, scores_of(Scorer(model), params, REQUESTS), strict=True):
+        expected, _ = alone(model, params, context, continuation)
+        assert score.log_prob == pytest.approx(expected, rel=1e-2)
+        assert score.log_prob != float(jnp.bfloat16(score.log_prob))
+
+
 def test_greedy_is_what_the_model_would_write():
     model, params = opened()
     requests = []
