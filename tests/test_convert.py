@@ -221,3 +221,20 @@ def test_a_model_comes_in_with_little_more_memory_than_its_parameters_take(tmp_p
     assert done.returncode == 0, done.stderr
     peak, params = json.loads(done.stdout)
     assert peak - params < 1.3 * max(array.nbytes for array in given.values())
+
+
+def test_a_hub_folder_is_evaluated_as_its_import_is(tmp_path):
+    write_model(tmp_path / "hub", content_of("llama", max_position_embeddings=400))
+    import_model(tmp_path / "hub", epath.Path(tmp_path / "ours"))
+    asked = ["--tasks=kv", "--config.eval.kv.num_keys=2", "--config.eval.kv.positions=1,2"]
+    asked += ["--config.eval.kv.max_questions=1"]
+    for name, model in (("a", f"--hf={tmp_path / 'hub'}"), ("b", f"--workdir={tmp_path / 'ours'}")):
+        evaluate.command(["evaluate", model, *asked, f"--out={tmp_path / name}.json"])
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert a == b and len(a["examples"]["kv"]) == 2  # The same fingerprint, too.
+    with pytest.raises(ConfigError, match="--hf is .*, a model without data"):
+        evaluate.command(["evaluate", f"--hf={tmp_path / 'hub'}", "--tasks=retrieval", f"--out={tmp_path / 'c'}.json"])
+    with pytest.raises(ConfigError, match="--hf needs --tasks and --out"):
+        evaluate.command(["evaluate", f"--hf={tmp_path / 'hub'}"])
+    with pytest.raises(ConfigError, match="give one of --workdir"):
+        evaluate.command(["evaluate"])
