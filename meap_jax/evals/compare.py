@@ -20,7 +20,10 @@ from meap_jax.statistics import holm, mcnemar, paired_bootstrap, paired_t_interv
 _BY = ("length", "depth", "position", "needles")  # Fields by whose values examples are grouped.
 _OF_THE_OUTPUT = {"prompt", "golds", "output", "scores", "tokens", "version", "too_long"}
 _SCORES_BESIDE = ("acc", "acc_norm", "correct", "loss", "masked_loss")  # Of records that have no field `scores`.
-_COUNTS = ("/too_long", "/not_judged")  # Metrics that are no scores.
+# Metrics that are no scores.
+_COUNTS = (
+    "/too_long", "/not_judged", "/requests", "/truncated", "/skipped", "/begins_with_bos", "_stderr",
+)  # fmt: skip
 _UNITS = ("trial", "question", "doc_id", "row", "document")  # What makes examples depend on each other.
 
 
