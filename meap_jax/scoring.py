@@ -36,7 +36,7 @@ class Score(NamedTuple):
     is_greedy: bool  # Whether each of its tokens is the most likely one.
 
 
-def fitted(request: Request, seq_len: int) -> Request | None:
+def left_truncated(request: Request, seq_len: int) -> Request | None:
     """A request whose tokens but the last fit into `seq_len`: the left end of a longer one's context is cut off.
 
     Returns:

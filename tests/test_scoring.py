@@ -138,7 +138,7 @@ def test_a_context_is_read_once_for_all_its_continuations():
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_a_long_request_loses_the_left_end_of_its_context_and_no_more(n, m, seq_len):
     context, continuation = list(range(n)), list(range(100, 100 + m))
-    found = scoring.fitted((context, continuation), seq_len)
+    found = scoring.left_truncated((context, continuation), seq_len)
     if m > seq_len:
         assert found is None
         return

@@ -16,7 +16,7 @@ from meap_jax.evals.prompting import BATCHES_A_SAVE, everywhere
 from meap_jax.evals.setting import Setting
 from meap_jax.model.decoder import Params
 from meap_jax.sampling import Sampling
-from meap_jax.scoring import Request, Scorer, fitted
+from meap_jax.scoring import Request, Scorer, left_truncated
 
 _NOT_SCORED = -1e9  # In the place of a log-probability, since the harness takes no request back; see `skipped`.
 _MAX_GEN_TOKS = 256  # Where a task says nothing; the harness' own.
@@ -80,7 +80,7 @@ class HarnessModel(TemplateLM):
         asked: dict[str, Request] = {}
         for texts, context, continuation in requests:
             context = context or [self.prefix_token_id]  # Of spaces alone, which the harness gives to what follows.
-            request = fitted((context, continuation), self._setting.seq_len)
+            request = left_truncated((context, continuation), self._setting.seq_len)
             is_whole = request is not None and len(request[0]) == len(context)
             self.counts["requests"] += 1
             if request is None or (self._skips and not is_whole):

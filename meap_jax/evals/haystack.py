@@ -1,6 +1,7 @@
 """Long contexts: text in sentences, cut to a number of tokens, with sentences of one's own put into it."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Haystack(NamedTuple):
     ends: np.ndarray  # [N] int64, in characters, blank space behind the sentence included; 0 is the first.
     tokens: np.ndarray  # [N] int64, tokens in front of each end, in the text as a whole.
     size: int  # Of the text itself, in characters.
+    version: str  # The beginning of the text's SHA-256: results on other texts are not compared.
 
     def context(self, trial: int, num_trials: int, num_tokens: int) -> "Context":
         """About `num_tokens` tokens at most, from a place on that depends on the trial: trials spread over the text."""
@@ -77,12 +79,11 @@ def open_haystack(setting: Setting, longest: int, num_trials: int) -> Haystack:
     texts = [_documentation()] if path is None else []
     if path is not None:
         corpus, skips, size = open_corpus(path), Skips(1_000), 0
-        for part in corpus.parts():
-            for text in corpus.read(part, skips):
-                texts.append(text)
-                size += len(text)
-                if size > most:
-                    break
+        for text in (text for part in corpus.parts() for text in corpus.read(part, skips)):
+            texts.append(text)
+            size += len(text)
+            if size > most:
+                break
     text = "\n\n".join(text.strip() for text in texts)[:most]
     return make_haystack(text, setting.tokenizer, longest, str(path))
 
@@ -108,10 +109,11 @@ def make_haystack(text: str, tokenizer: Tokenizer, longest: int, name: str = "th
         raise DataError(f"eval.niah.haystack is {name}, which holds no text.")
     shifts = np.arange(1 + -(-longest // int(tokens[-1])), dtype=np.int64)[:, None]
     all_ends, all_tokens = (ends + shifts * len(text)).reshape(-1), (tokens + shifts * tokens[-1]).reshape(-1)
-    return Haystack(text * len(shifts), np.append(0, all_ends), np.append(0, all_tokens), len(text))
+    version = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return Haystack(text * len(shifts), np.append(0, all_ends), np.append(0, all_tokens), len(text), version)
 
 
-def fitted(count: Callable[[int], int], limit: int, guess: int) -> int:
+def largest_that_fits(count: Callable[[int], int], limit: int, guess: int) -> int:
     """The largest n from 0 on for which `count(n)`, which grows with n, is at most `limit`; -1 if there is none.
 
     Looks near a guess that the average of what it saw corrects, so that few counts are made.

@@ -103,7 +103,8 @@ class MultiNeedle:
                 f"{self.max_new_tokens} for the answer don't fit into {length}: it must be larger."
             )
         about = {
-            "length": length, "depth": depth, "needles": num, "trial": trial, "version": version, "tokens": len(tokens)
+            "length": length, "depth": depth, "needles": num, "trial": trial, "version": version,
+            "haystack": haystack.version, "tokens": len(tokens),
         }  # fmt: skip
         return Question(tokens, (chain.answer,), about, shares=f"{length} tokens, {num} needles, trial {trial}")
 

@@ -100,7 +100,9 @@ class NeedleInAHaystack:
             # Where texts meet, tokens may be others: a few sentences less.
             fewer = max(1, (len(tokens) - room) // 64)
             context = haystack.between(context.first, max(context.first, context.last - fewer))
-        about = {"length": length, "depth": depth, "trial": trial, "tokens": len(tokens)}
+        about = {
+            "length": length, "depth": depth, "trial": trial, "haystack": haystack.version, "tokens": len(tokens)
+        }  # fmt: skip
         return Question(tokens, (needle.answer,), about, shares=f"{length} tokens, trial {trial}")
 
     def score(self, output: str, question: Question) -> dict[str, float]:

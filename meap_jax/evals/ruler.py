@@ -8,14 +8,14 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from meap_jax.corpus.retrieval import KEYS, VALUES
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals import scores
-from meap_jax.evals.haystack import Haystack, filled, fitted, open_haystack
+from meap_jax.evals.haystack import Haystack, filled, largest_that_fits, open_haystack
 from meap_jax.evals.niah import check_lengths
 from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
@@ -114,7 +114,7 @@ class Ruler:
         questions = []
         for length in lengths:
             room = length - self.max_new_tokens
-            num_items = fitted(lambda n: len(built(0, n)[0]), room, guess=length // 24)
+            num_items = largest_that_fits(lambda n: len(built(0, n)[0]), room, guess=length // 24)
             for trial in range(options.trials):
                 n = max(num_items, 0)  # Nearly the same in all trials.
                 tokens, golds = built(trial, n)
@@ -126,7 +126,9 @@ class Ruler:
                         f"{self._task} takes at least {len(tokens)} tokens and {self.max_new_tokens} for its answer, "
                         f"which don't fit into {length}, one of eval.ruler.lengths."
                     )
-                about = {"length": length, "trial": trial, "tokens": len(tokens)}
+                about: dict[str, Any] = {"length": length, "trial": trial, "tokens": len(tokens)}
+                if haystack is not None:
+                    about["haystack"] = haystack.version
                 questions.append(Question(tokens, tuple(golds), about))
         return questions
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import tiny_settings
 from meap_jax.errors import ConfigError, DataError
-from meap_jax.evals.haystack import filled, fitted, make_haystack, open_haystack, read_prompt
+from meap_jax.evals.haystack import filled, largest_that_fits, make_haystack, open_haystack, read_prompt
 from tokenizer_kinds import kind
 
 TEXT = " ".join(f"Sentence number {i} says {i * i}." for i in range(200))
@@ -46,12 +46,12 @@ def test_sentences_go_in_at_their_share_of_the_tokens_in_order():
 
 
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(0, 60), st.integers(0, 500))
-def test_fitted_finds_the_largest_number_whose_count_fits(limit, per_item, fixed, guess):
+def test_the_largest_number_whose_count_fits(limit, per_item, fixed, guess):
     def count(n):
         return fixed + per_item * n + n % 3 * (per_item > 4)
 
     expected = max((n for n in range(400) if count(n) <= limit), default=-1)
-    assert fitted(count, limit, guess) == expected
+    assert largest_that_fits(count, limit, guess) == expected
 
 
 def test_prompts_keep_braces_that_are_no_names(tmp_path):
@@ -69,6 +69,9 @@ def test_text_comes_from_files_or_from_pythons_documentation(tmp_path):
     own = open_haystack(tiny_settings.setting(niah__haystack=str(tmp_path)), 100, 2)
     assert own.context(1, 2, 90).text.startswith("Only this")
     assert open_haystack(tiny_settings.setting(), 1_000, 2).size > 10_000
+    (tmp_path / "b.txt").write_text("Something else. " * 500)
+    assert open_haystack(tiny_settings.setting(niah__haystack=str(tmp_path)), 100, 2).version != own.version
+    (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").write_text("  \n")
     with pytest.raises(DataError, match="eval.niah.haystack is .*, which holds no text"):
         open_haystack(tiny_settings.setting(niah__haystack=str(tmp_path)), 100, 2)
