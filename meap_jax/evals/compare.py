@@ -5,6 +5,7 @@ each a run of one seed, the pairs of runs are the units, and what comes out is a
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,8 +101,13 @@ def _rows(task: str, score: str, keys: Sequence[tuple], of_a: Mapping, of_b: Map
         if "task" in fields:
             groups[f"{task}/{fields['task']}/{score}"].append(key)
     rows = [_row(name, [(key, of_a[key][score], of_b[key][score]) for key in own]) for name, own in groups.items()]
-    rows.sort(key=lambda row: row.name.count("/"))  # The score over all, its groups, then cells.
+    rows.sort(key=lambda row: (row.name.count("/"), *_natural(row.name)))  # The score over all, its groups, then cells.
     return _with_holm(rows, is_over_all=lambda row: row is rows[0])
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """A key that sorts length_900 before length_1000."""
+    return [(word, int(digits or 0)) for word, digits in re.findall(r"([^0-9]+)(\d*)", name)]
 
 
 def _row(name: str, pairs: Sequence[tuple[tuple, Any, Any]]) -> Row:

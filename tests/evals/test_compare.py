@@ -55,6 +55,17 @@ def test_examples_are_paired_by_what_is_known_of_them_and_not_by_their_order():
     assert compare(results(mdqa=mdqa(A)), results(kv=mdqa(B))) == {}
 
 
+def test_groups_are_in_the_order_of_their_numbers():
+    records = [
+        {"length": length, "depth": depth, "trial": t, "scores": {"s": float(t)}}
+        for length in (1000, 900) for depth in (100, 0, 50) for t in range(2)
+    ]  # fmt: skip
+    names = [row.name for row in compare(results(niah=records), results(niah=records))["niah"]]
+    groups = ["depth_0", "depth_50", "depth_100", "length_900", "length_1000"]
+    assert names[:6] == ["niah/s", *(f"niah/s/{group}" for group in groups)]
+    assert names[6:8] == ["niah/s/length_900/depth_0", "niah/s/length_900/depth_50"]
+
+
 def test_examples_that_were_not_asked_or_have_no_score_are_left_out():
     records = mdqa(B)
     del records[0]["scores"]
