@@ -146,3 +146,26 @@ def test_no_row_comes_twice_and_none_is_left_out_when_the_number_of_hosts_change
     assert (rows, states) == (whole, end)
     for packing in PACKINGS:
         assert len({sha for key, sha in whole.items() if key[0] == packing}) > 60  # Rows differ.
+
+
+def test_two_hosts_go_on_from_the_answers_that_the_first_has(alone, tmp_path):
+    def evaluated(name, *words):
+        asked = [
+            "--tasks=kv",
+            "--config.eval.seq_len=700",
+            "--config.eval.kv.num_keys=2",
+            "--config.eval.kv.positions=1,2",
+        ]
+        asked += ["--config.eval.kv.max_questions=4", f"--workdir={alone}", f"--out={tmp_path / name}.json"]
+        return [sys.executable, "-m", "meap_jax.evaluate", *asked, *words]
+
+    subprocess.run(evaluated("one"), env=tiny_runs.environment(), cwd=tiny_runs.ROOT, check=True, capture_output=True)
+    expected = json.loads((tmp_path / "one.json").read_text())
+    lines = (tmp_path / "one" / "kv.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "kv.jsonl").write_bytes(b"".join(lines[:4]))
+    said = start_on_hosts([evaluated("two", "--mesh=data=1,fsdp=-1")] * 2, 2)
+    assert all("kv: 3 of 8 answers are there already" in host for host in said)
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert found["metrics"] == expected["metrics"] and len(found["examples"]["kv"]) == 8
+    assert (tmp_path / "two" / "kv.jsonl").read_bytes().count(b"\n") == 9
