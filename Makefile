@@ -132,7 +132,7 @@ lint: .venv ## check style, types and the direction of imports
 .beam: .venv ## install requirements-beam.txt into .beam, if it is not there already
 .parity: .venv ## install requirements-parity.txt into .parity, if it is not there already
 .beam: size := 0.4 GB
-.parity: size := 1.1 GB
+.parity: size := 1.5 GB
 .beam: older :=
 .parity: older := requirements-transformers4.txt
 .beam .parity:
