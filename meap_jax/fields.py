@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
+TEMPLATES = ("llama3", "vicuna", "alpaca", "chatml", "tokenizer")
 TOKENIZERS = ("bpe", "mistral", "tekken")
 SEEDS = {"init": "the initial weights", "data": "the order of blocks", "mask": "masks", "noise": "random tokens"}
 
@@ -123,6 +124,8 @@ FLOATS = one_of("float32", "bfloat16")
 NUM_DEVICES = rule(lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left", 0, -2)
 TOKENIZER = rule(lambda v: v in TOKENIZERS or is_path(v), f"one of {', '.join(TOKENIZERS)}, or a path with a / or the "
                  "ending .model or .json", "llama")  # fmt: skip
+TEMPLATE = rule(lambda v: v in TEMPLATES or v.endswith(".jinja"), f"one of {', '.join(TEMPLATES)}, or the path of a "
+                ".jinja file", "unheard-of")  # fmt: skip
 ID = Check(
     lambda value, of: 0 <= value < of["model.vocab_size"],
     lambda of: f"an id below model.vocab_size ({of['model.vocab_size']})",
@@ -220,6 +223,26 @@ FIELDS: dict[str, Field] = {
     "objective.mask_id": Field(32_000, "[MASK]; must be the tokenizer's.", ID),
     "loss.chunk_size": Field(2_048, "Positions of a device whose logits exist at a time; 0: all.", at_least(0)),
     "loss.z_loss": Field(0.0, "Adds this times log Z squared in training; PaLM: 1e-4. Not in the paper.", at_least(0)),
+
+    "sft.template": Field("llama3", "How a conversation becomes text: llama3 (with the official code's system prompt), "
+        "vicuna, alpaca, chatml; tokenizer: its own; or the path of a .jinja file.", TEMPLATE),
+    "sft.system": Field(str, "System prompt of conversations that have none; unset: the template's own, if any."),
+    "sft.turns": Field("all", "all: a sample is a conversation, with loss on every answer; each: a turn without what "
+        "was said before, as in the official code.", one_of("all", "each")),
+    "sft.too_long": Field("truncate", "What becomes of a sample longer than a block: truncate: it loses tokens at its "
+        "beginning, behind bos; skip: it is left out, and counts for data.max_skipped.", one_of("truncate", "skip")),
+    "sft.arrangement": Field("none", "Where the copy of a sample is whose answers MEAP masks: separate: a row of its "
+        "own (official code); shared_prefix: the same result, the prompt computed once; concat: behind the clean "
+        "answer, which it sees (the paper's text); none: there are no copies.",
+        one_of("none", "separate", "shared_prefix", "concat")),
+    "sft.longer_than": Field(50, "Only answers of more tokens are masked, their end not counted.", at_least(0)),
+    "sft.loss": Field("answers_and_masked", "answers_and_masked: all of the clean answers, and what is masked in the "
+        "copy; masked: the latter alone where there is a copy. The paper has both.",
+        one_of("answers_and_masked", "masked")),
+    "sft.positions": Field("run_on", "RoPE's positions in the copy of concat: run_on behind the clean answer, or "
+        "restart where that starts.", one_of("run_on", "restart")),
+    "sft.masks": Field("fresh", "fresh: drawn anew in each step; static: once for each answer, as in the official "
+        "code.", one_of("fresh", "static")),
 
     "optimizer.learning_rate": Field(4e-4, "Peak.", POSITIVE),
     "optimizer.warmup_fraction": Field(0.1, "Of num_steps, linear from 0.", SHARE),
@@ -345,6 +368,8 @@ SOURCE_FIELDS: dict[str, Field] = {  # Of each group data.sources.NAME.
         "or a bucket's; a dataset of TFDS, as tfds:c4/en; or a source that was prepared elsewhere, as "
         "prepared:/data/frozen/c4/text."),
     "validation": Field("", "Files, as in path, to hold out, half of them for test; empty: data.holdout of path."),
+    "format": Field("text", "text; or chat: each record is a conversation, as Alpaca (instruction, input, output), "
+        "ShareGPT (conversations) or OpenAI (messages) have them.", one_of("text", "chat")),
     "field": Field("text", "Where a record has its text; dots go deeper."),
     "where": Field("", "field=value: takes only such records, as meta.redpajama_set_name=RedPajamaGithub.",
         rule(lambda v: not v or "=" in v, "empty or field=value", "novalue")),

@@ -35,6 +35,15 @@ class PlanSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatPlanSpec(PlanSpec):
+    """How samples of conversations are packed, whole; fields as in `sft`."""
+
+    arrangement: str
+    longer_than: int
+    too_long: str
+
+
+@dataclasses.dataclass(frozen=True)
 class TextSourceSpec:
     """A source of text: an entry of data.sources, and the share that is held out."""
 
@@ -44,6 +53,16 @@ class TextSourceSpec:
     validation: str
     field: str
     where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSourceSpec(TextSourceSpec):
+    """A source of conversations; fields as in `sft`. `field` is not read."""
+
+    kind: str = dataclasses.field(default="chat", init=False, repr=False)
+    template: str
+    system: str | None  # None: the template's own.
+    turns: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +124,17 @@ def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
             sources[name] = StdlibSourceSpec(d.holdout)
         else:
             s = d.sources[name]
-            sources[name] = TextSourceSpec(d.holdout, s.path, s.validation, s.field, s.where)
+            text = (d.holdout, s.path, s.validation, s.field, s.where)
+            sources[name] = TextSourceSpec(*text)
             plan = dataclasses.replace(
                 plan, max_tokens=s.max_tokens, long_from=s.long_from, keep_shorter=s.keep_shorter
             )
+            if s.format == "chat":
+                sft = config.sft
+                sources[name] = ChatSourceSpec(*text, sft.template, sft.system, sft.turns)
+                whole = dataclasses.asdict(plan) | {"packing": "best_fit"}
+                plan = ChatPlanSpec(
+                    **whole, arrangement=sft.arrangement, longer_than=sft.longer_than, too_long=sft.too_long
+                )
         plans[name] = plan
     return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped)
