@@ -166,6 +166,7 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
         raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
     for name in config.data.sources:
         _check_source(config, name, needs_data)
+    _check_chat(config)
 
 
 def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group: str = "") -> None:
@@ -183,6 +184,33 @@ def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
         return config.data.sources[name].get_ref("path") is config.data.get_ref("path")
     except ValueError:  # A plain None has no reference.
         return name == "text"
+
+
+def _check_chat(config: ml_collections.ConfigDict) -> None:
+    """Checks that fine-tuning has conversations alone, and that masks have copies to fall in."""
+    chats = [name for name in mixture(config) if config.data.sources.get(name, {}).get("format") == "chat"]
+    arrangement, objective = config.sft.arrangement, config.objective
+    if not chats and arrangement != "none":
+        raise ConfigError(
+            f"sft.arrangement is {arrangement!r}, but no source of data.mixture ({config.data.mixture}) has "
+            "the format chat, and other documents have no answers to copy: set it to none."
+        )
+    others = [name for name in mixture(config) if name not in chats]
+    if chats and others:
+        raise ConfigError(
+            f"data.mixture is {config.data.mixture!r}, but {', '.join(others)} has no conversations: rows of both "
+            "can't be in one batch; name sources with the format chat alone."
+        )
+    if chats and objective.name != "ntp" and objective.mask_ratio > 0 and arrangement == "none":
+        raise ConfigError(
+            f"sft.arrangement is 'none', but objective.name is {objective.name!r}, whose masks fall in copies of "
+            "answers: set it to separate, shared_prefix or concat."
+        )
+    if chats and objective.strategy == "official":
+        raise ConfigError(
+            "objective.strategy is 'official', but that is the official code's of pre-training: for its fine-tuning "
+            "set objective.strategy=random and sft.masks=static."
+        )
 
 
 def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:

@@ -140,6 +140,11 @@ NUMBERS = rule(lambda v: bool(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", v)), "whole 
                "0,1", "1-3")  # fmt: skip
 PERCENTS = rule(lambda v: bool(re.fullmatch(r"(\d\d?|100)(,(\d\d?|100))*", v)), "whole numbers from 0 to 100, such as "
                 "0,50,100", "", "101", "-1")  # fmt: skip
+DIVIDES_BATCH = Check(
+    lambda value, of: not value or of["global_batch_size"] % value == 0,
+    lambda of: f"0 or a divisor of global_batch_size ({of['global_batch_size']})",
+    wrong=(3,),
+)
 ENDS_BY_NUM_STEPS = Check(
     lambda value, of: not of["profile.num_steps"] or value <= _last_start(of),
     lambda of: f"at most {_last_start(of)}, so that profile.num_steps ({of['profile.num_steps']}) end by num_steps",
@@ -243,6 +248,8 @@ FIELDS: dict[str, Field] = {
         "restart where that starts.", one_of("run_on", "restart")),
     "sft.masks": Field("fresh", "fresh: drawn anew in each step; static: once for each answer, as in the official "
         "code.", one_of("fresh", "static")),
+    "sft.rows_per_mean": Field(0, "0: the loss is a mean over all targets of a step; N: over each N rows, and then "
+        "over those means, as the official code's over micro-batches.", at_least(0), DIVIDES_BATCH),
 
     "optimizer.learning_rate": Field(4e-4, "Peak.", POSITIVE),
     "optimizer.warmup_fraction": Field(0.1, "Of num_steps, linear from 0.", SHARE),

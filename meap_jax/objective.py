@@ -3,6 +3,9 @@
 All of them are NTP in which some *input* positions, the gaps, are replaced: none (ntp), by `[MASK]` (meap), by a random
 token (random_tokens) or by a zero embedding (token_dropout). With one mask key they replace the same positions. Targets
 are always the clean next tokens, and the loss covers every target that is not padding.
+
+In fine-tuning rows come with weights for answers alone, and with copies of answers: gaps are in copies only, and of a
+copy only the tokens that were replaced are targets. Under NTP nothing is, and a copy counts as any other answer.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.fields import SEEDS
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
 from meap_jax.model.visibility import Visibility, causal
-from meap_jax.rows import Row
+from meap_jax.rows import AnyArray, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Objective:
     span_length: int
     mask_id: int
     vocab_size: int
+    has_static_masks: bool = False  # Data says where the masks of copies are; else they are drawn in each step.
+    rows_per_mean: int = 0  # 0: the loss is a mean over all targets; else over each so many rows, then over the means.
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Objective":
@@ -45,7 +50,8 @@ class Objective:
             raise ConfigError(f"objective.name is {fields['name']!r}, but must be one of {', '.join(OBJECTIVES)}.")
         if fields["name"] == "ntp":
             fields["mask_ratio"] = 0.0
-        return cls(vocab_size=config.model.vocab_size, **fields)
+        sft = dict(has_static_masks=config.sft.masks == "static", rows_per_mean=config.sft.rows_per_mean)
+        return cls(vocab_size=config.model.vocab_size, **sft, **fields)
 
 
 class Inputs(NamedTuple):
@@ -55,8 +61,9 @@ class Inputs(NamedTuple):
     targets: Int32[Array, "*micro B T"]  # The clean next tokens.
     loss_weights: Float32[Array, "*micro B T"]  # 0 where the target is padding.
     is_masked: Bool[Array, "*micro B T"]  # The gaps.
-    segment_ids: Int32[Array, "*micro B T"] | None  # As in `Row`; so are the next two.
+    segment_ids: Int32[Array, "*micro B T"] | None  # As in `Row`; so are the next three.
     positions: Int32[Array, "*micro B T"] | None = None
+    rope_positions: Int32[Array, "*micro B T"] | None = None
     branch_ids: Int32[Array, "*micro B T"] | None = None
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
 
@@ -65,7 +72,9 @@ class Inputs(NamedTuple):
         """Which positions each position attends to."""
         visibility = causal(self.tokens, self.segment_ids)
         positions = visibility.positions if self.positions is None else self.positions
-        return dataclasses.replace(visibility, positions=positions, branch_ids=self.branch_ids)
+        return dataclasses.replace(
+            visibility, positions=positions, branch_ids=self.branch_ids, rope_positions=self.rope_positions
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the objectives
@@ -118,6 +127,7 @@ def clean_inputs(row: Row) -> Inputs:
         is_masked=jnp.zeros_like(inputs.tokens, bool),
         segment_ids=inputs.segment_ids,
         positions=inputs.positions,
+        rope_positions=inputs.rope_positions,
         branch_ids=inputs.branch_ids,
     )
 
@@ -145,28 +155,80 @@ def make_inputs(
         raise ConfigError(
             "objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another."
         )
-    clean = clean_inputs(row)
+    inputs = clean_inputs(row)
     fraction = objective.mask_ratio if ratio is None else ratio
-    if isinstance(fraction, float) and fraction == 0:
-        return clean
+    if not (isinstance(fraction, float) and fraction == 0):
+        key = jax.random.fold_in(keys["mask"], step)
+        if row.is_copy is None:
+            gaps = _gaps(inputs, row.maskable, objective, key, step, fraction)
+        else:
+            gaps, is_target = _gaps_of_copies(row, objective, key, fraction)
+            inputs = inputs._replace(loss_weights=jnp.where(is_target, inputs.loss_weights, 0.0))
+        noise_key = jax.random.fold_in(keys["noise"], step)
+        inputs = OBJECTIVES[objective.name](inputs, gaps, noise_key, objective)._replace(is_masked=gaps)
+    if objective.rows_per_mean:
+        inputs = inputs._replace(loss_weights=_per_mean(inputs.loss_weights, objective.rows_per_mean))
+    return inputs
+
+
+def _gaps(
+    clean: Inputs,
+    maskable: Bool[AnyArray, "B L"] | None,
+    objective: Objective,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    ratio: float | Float[Array, ""],
+) -> Bool[Array, "B T"]:
+    """Draws the gaps of ordinary rows."""
     eligible = None if clean.segment_ids is None else clean.segment_ids != 0  # None: a mask may fall everywhere.
-    if row.maskable is not None:
-        maskable = jnp.asarray(row.maskable[:, :-1])
-        eligible = maskable if eligible is None else maskable & eligible
+    if maskable is not None:
+        may = jnp.asarray(maskable[:, :-1])
+        eligible = may if eligible is None else may & eligible
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
         gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
-        gaps = gaps if eligible is None else gaps & eligible
-    else:
+        return gaps if eligible is None else gaps & eligible
+    _, gaps = mask_tokens(
+        key,
+        clean.tokens,
+        ratio,
+        mask_id=objective.mask_id,
+        eligible=eligible,
+        segment_ids=clean.segment_ids,
+        strategy=objective.strategy,
+        span_length=objective.span_length,
+    )
+    return gaps
+
+
+def _gaps_of_copies(
+    row: Row, objective: Objective, key: Key[Array, ""], ratio: float | Float[Array, ""]
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """Draws the gaps in copies of answers, as many in each answer as the official code does (MEAP-SFT/MEAP-SFT.py).
+
+    Returns:
+      The inputs that are gaps, and the targets that count: in copies those that are gaps, elsewhere all.
+    """
+    maskable, is_copy = jnp.asarray(row.maskable), jnp.asarray(row.is_copy)
+    gaps = maskable
+    if not objective.has_static_masks:
+        # A group is an answer: its last token, which ends it, is never maskable, so that two of them never touch.
+        answers = jnp.cumsum(maskable & ~jnp.roll(maskable, 1, axis=1).at[:, 0].set(False), axis=1)
         _, gaps = mask_tokens(
-            jax.random.fold_in(keys["mask"], step),
-            clean.tokens,
-            fraction,
-            mask_id=objective.mask_id,
-            eligible=eligible,
-            segment_ids=clean.segment_ids,
+            key,
+            jnp.asarray(row.tokens),
+            ratio,
+            eligible=maskable,
+            segment_ids=answers,
+            protect_last=False,
             strategy=objective.strategy,
             span_length=objective.span_length,
         )
-    noise_key = jax.random.fold_in(keys["noise"], step)
-    return OBJECTIVES[objective.name](clean, gaps, noise_key, objective)._replace(is_masked=gaps)
+    return gaps[:, :-1], (gaps | ~is_copy)[:, 1:]
+
+
+def _per_mean(weights: Float32[Array, "B T"], rows: int) -> Float32[Array, "B T"]:
+    """Weights that come to 1 in each group of `rows` rows, so that their sum is the number of means."""
+    groups = weights.reshape(-1, rows * weights.shape[1])
+    total = groups.sum(axis=1, keepdims=True)
+    return (groups / jnp.where(total > 0, total, 1)).reshape(weights.shape)

@@ -78,7 +78,7 @@ def look_of(visibility: Visibility, window: int, reduce: Callable[[jax.Array, ja
     """
 
     def look(layer: Block, x_BTD: jax.Array, has_window: HasWindow) -> Any:
-        q_BTHd, k_BTKd = layer.attn.queries_and_keys(layer.attn_norm(x_BTD), visibility.positions)
+        q_BTHd, k_BTKd = layer.attn.queries_and_keys(layer.attn_norm(x_BTD), visibility.angles_at)
         q_BTHd = sharding.constrain(q_BTHd, "batch", None, "heads", None)
 
         def sees(start: Any, size: int) -> Bool[Array, "B q T"]:

@@ -17,7 +17,8 @@ from meap_jax.corpus.workers import map_ahead, worker_pool
 from meap_jax.data import plans
 from meap_jax.data.manifest import hash_of_files, write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
-from meap_jax.data.spec import PlanSpec, RetrievalSourceSpec, SourceSpec, TextSourceSpec
+from meap_jax.data.samples import Pieces, plan_pieces
+from meap_jax.data.spec import ChatPlanSpec, PlanSpec, RetrievalSourceSpec, SourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, Store
 from meap_jax.errors import DataError
 
@@ -26,7 +27,7 @@ _RANGE = 1 << 17  # Documents that are planned at a time.
 _log = logging.getLogger(__name__)
 
 
-def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
+def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec, max_skipped: int = 0) -> None:
     """Packs every split of a source in one way, beside the plans that are there.
 
     Where that leaves a split of text without one full block, the whole source is packed, and the share `holdout` of its
@@ -36,9 +37,11 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
       store_folder: of a store that is complete; has the name of its source.
       spec: how to pack.
       source: what the store was made from.
+      max_skipped: samples of conversations that may be left out because they are longer than a block.
 
     Raises:
-      DataError: too little for a block in every split, or a document that is too long to be packed whole.
+      DataError: too little for a block in every split, a document that is too long to be packed whole, or too many
+        samples that are.
     """
     store, name = open_store(store_folder), store_folder.name
     lengths = store.index["length"]
@@ -54,7 +57,10 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
     partial.mkdir(parents=True)
 
     with _packer(spec.packing, len(store)) as pack:
-        split_by, counts = _pack(pack, partial, store, spec, source)
+        if isinstance(spec, ChatPlanSpec):
+            split_by, counts = "document", _pack_samples(pack, partial, store, spec, max_skipped)
+        else:
+            split_by, counts = _pack(pack, partial, store, spec, source)
     for split in SPLITS:
         is_of_split = store.index["split"] == SPLITS.index(split)
         tokens = int(np.sum(lengths, where=is_of_split, dtype=np.int64))
@@ -78,6 +84,38 @@ def _packer(packing: str, num_documents: int) -> Iterator[Callable[..., Iterator
     else:
         with worker_pool(workers) as pool:
             yield functools.partial(plans.best_fit, each=functools.partial(map_ahead, pool, 2 * workers))
+
+
+def _pack_samples(
+    pack: Callable[..., Iterator[plans.Plan]], partial: Path, store: Store, spec: ChatPlanSpec, max_skipped: int
+) -> dict[str, Any]:
+    """Saves the plans of all splits of conversations, and returns the counts of each split."""
+    name, counts = store.folder.name, {}
+    pieces = {split: plan_pieces(store, split, spec) for split in SPLITS}
+    _check_skipped(name, spec, pieces, max_skipped)
+    for split, (slices, of_samples, _) in pieces.items():
+        if not len(slices):
+            raise DataError(
+                f"The source {name} has no conversation for {split} among its {len(store):,}: raise data.holdout, or "
+                f"name files to hold out in data.sources.{name}.validation."
+            )
+        lengths = np.zeros(int(slices["document"].max()) + 1, np.uint32)
+        lengths[slices["document"]] = slices["length"]
+        ranges = (slices[first : first + _RANGE] for first in range(0, len(slices), _RANGE))
+        saved = plans.save(partial, split, pack(ranges, spec.block_len), lengths, spec.block_len)
+        counts[split] = {key: saved[key] for key in ("blocks", "tokens", "padding_share")} | of_samples
+    return counts
+
+
+def _check_skipped(name: str, spec: ChatPlanSpec, pieces: dict[str, Pieces], max_skipped: int) -> None:
+    skipped = sum(of_split.counts["skipped"] for of_split in pieces.values())
+    if skipped > max_skipped:
+        lines = np.sort(np.concatenate([of_split.skipped_lines for of_split in pieces.values()]))
+        first = f" (the first on line {lines[0]})" if len(lines) else ""
+        raise DataError(
+            f"{skipped} conversations of {name}{first} have more tokens than a block of {spec.block_len} "
+            f"(seq_len + 1), more than data.max_skipped = {max_skipped}: raise seq_len, or set sft.too_long=truncate."
+        )
 
 
 def _pack(

@@ -141,7 +141,7 @@ def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
         check_options(f"data.sources.{name}", folder / name, dataclasses.asdict(source))
         _check_tokenizer(folder / name, tokenizer_hash)
         if not plan_folder(folder / name, spec.plans[name]).exists():
-            make_plans(folder / name, spec.plans[name], source)
+            make_plans(folder / name, spec.plans[name], source, spec.max_skipped)
     return Prepared(folder, tokenizer, tokenizer_hash, spec)
 
 

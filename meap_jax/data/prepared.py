@@ -11,7 +11,8 @@ import numpy as np
 from meap_jax import tokenizers
 from meap_jax.data import plans as plans_lib
 from meap_jax.data.manifest import damaged, hash_of, read_manifest
-from meap_jax.data.spec import DataSpec, PlanSpec
+from meap_jax.data.samples import SampleBlocks, spec_of
+from meap_jax.data.spec import ChatPlanSpec, DataSpec, PlanSpec
 from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import DataError
 from meap_jax.rows import Row
@@ -87,6 +88,9 @@ class Blocks:
         return out[np.lexsort((out["start"], out["row"]))]
 
 
+AnyBlocks = Blocks | SampleBlocks
+
+
 def _extent(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where slices or spans start and end, as uint64 that ascend from document to document and in each."""
     starts = (records["document"].astype(np.uint64) << np.uint64(32)) + records["start"]
@@ -140,7 +144,7 @@ class Prepared:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def blocks(self, name: str, split: str) -> Blocks:
+    def blocks(self, name: str, split: str) -> AnyBlocks:
         """The blocks of a source and split (train, validation, test).
 
         Raises:
@@ -151,13 +155,10 @@ class Prepared:
                 f"The prepared folder {self.folder} was not opened for {name}-{split}, only for "
                 f"{', '.join(self.spec.plans)} with {', '.join(SPLITS)}."
             )
-        return Blocks(
-            open_store(self.folder / name),
-            self._plan(name, split),
-            self.block_len,
-            self.tokenizer.pad_id,
-            is_one_segment=not self.spec.plans[name].separates_documents,
-        )
+        store, plan, spec = open_store(self.folder / name), self._plan(name, split), self.spec.plans[name]
+        if isinstance(spec, ChatPlanSpec):
+            return SampleBlocks(store, plan, spec_of(split, spec), self.spec.samples, self.tokenizer.pad_id)
+        return Blocks(store, plan, self.block_len, self.tokenizer.pad_id, is_one_segment=not spec.separates_documents)
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:
         folder = plan_folder(self.folder / name, self.spec.plans[name])

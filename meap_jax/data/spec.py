@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from meap_jax.config import mixture
+from meap_jax.config import mixture, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,17 @@ class ChatPlanSpec(PlanSpec):
     arrangement: str
     longer_than: int
     too_long: str
+    loss: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    """What rows say of samples, beyond where they are; fields as in `sft` and `objective`."""
+
+    positions: str
+    masks: str
+    mask_ratio: float
+    seed: int  # Of static masks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +113,29 @@ class DataSpec:
     sources: Mapping[str, SourceSpec]
     plans: Mapping[str, PlanSpec]
     max_skipped: int  # Bad records of a source that are passed over.
+    samples: SampleSpec
 
     @property
     def row_fields(self) -> tuple[str, ...]:
-        """The fields of `Row` that training needs: segment ids where a source's blocks separate documents."""
+        """The fields of `Row` that training needs, such as segment ids where a source's blocks separate documents."""
+        arrangements = {plan.arrangement for plan in self.plans.values() if isinstance(plan, ChatPlanSpec)}
+        if arrangements:
+            [arrangement] = arrangements
+            return sample_fields(arrangement, self.samples)
         separates = any(plan.separates_documents for plan in self.plans.values())
         return ("tokens", "segment_ids") if separates else ("tokens",)
+
+
+def sample_fields(arrangement: str, samples: SampleSpec) -> tuple[str, ...]:
+    """The fields of `Row` that rows of samples need."""
+    fields: tuple[str, ...] = ("tokens", "segment_ids", "loss_weights")
+    if arrangement != "none":
+        fields += ("maskable", "is_copy")
+    if arrangement == "shared_prefix":
+        fields += ("positions", "branch_ids")
+    if arrangement == "concat" and samples.positions == "restart":
+        fields += ("rope_positions",)
+    return fields
 
 
 def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
@@ -133,8 +161,9 @@ def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
                 sft = config.sft
                 sources[name] = ChatSourceSpec(*text, sft.template, sft.system, sft.turns)
                 whole = dataclasses.asdict(plan) | {"packing": "best_fit"}
-                plan = ChatPlanSpec(
-                    **whole, arrangement=sft.arrangement, longer_than=sft.longer_than, too_long=sft.too_long
-                )
+                of_samples = {key: sft[key] for key in ("arrangement", "longer_than", "too_long", "loss")}
+                plan = ChatPlanSpec(**whole, **of_samples)
         plans[name] = plan
-    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped)
+    sft = config.sft
+    samples = SampleSpec(sft.positions, sft.masks, config.objective.mask_ratio, seed_of(config, "mask"))
+    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped, samples)

@@ -7,11 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meap_jax import sharding
-from meap_jax.data.prepared import Blocks
+from meap_jax.data.prepared import AnyBlocks
 from meap_jax.rows import Row, stacked
 
 
-def batches(blocks: Blocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[Row]:
+def batches(blocks: AnyBlocks, mesh: Mesh, batch_size: int, max_rows: int) -> Iterator[Row]:
     """Yields the first `max_rows` rows in order, [batch_size, T + 1]; padding (segment 0) fills up the last batch."""
     num_rows = min(max_rows, len(blocks))
     for start in range(0, num_rows, batch_size):

@@ -29,7 +29,8 @@ SPAN = ["row", "start", "length"]
 
 def make(setting: Setting) -> dict[str, "Retrieval"]:
     """Makes one for each source whose held-out documents state facts and ask for them."""
-    asked = {name: blocks for name, blocks in setting.held_out().items() if len(blocks.spans("fact"))}
+    documents = {name: blocks for name, blocks in setting.held_out().items() if isinstance(blocks, Blocks)}
+    asked = {name: blocks for name, blocks in documents.items() if len(blocks.spans("fact"))}
     return {f"{name}_answers": Retrieval(setting, blocks) for name, blocks in asked.items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from meap_jax.data.prepared import Blocks, Prepared
+from meap_jax.data.prepared import AnyBlocks, Prepared
 from meap_jax.errors import ConfigError
 from meap_jax.generator import Generator
 from meap_jax.model.decoder import Params
@@ -95,6 +95,6 @@ class Setting:
         options = dict(stops=self.imported.get("stop_ids", ()), adds_bos=self.adds_bos, seq_len=self.seq_len)
         return Generator(self.model, None, self.tokenizer, batch_size=self.config.eval.batch_size, **options)
 
-    def held_out(self) -> dict[str, Blocks]:
+    def held_out(self) -> dict[str, AnyBlocks]:
         """The blocks of the split, by split and source: {"validation_text": ...}."""
         return {f"{self.split}_{name}": self.prepared.blocks(name, self.split) for name in self.prepared.sources}

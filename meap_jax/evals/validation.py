@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from meap_jax import sharding
-from meap_jax.data.prepared import Blocks
+from meap_jax.data.prepared import AnyBlocks
 from meap_jax.evals.batching import batches
 from meap_jax.evals.setting import Setting
 from meap_jax.model.decoder import Definition, Params
@@ -29,7 +29,7 @@ class Validation:
     the config's ratio, the same for every objective and at every step.
     """
 
-    def __init__(self, setting: Setting, blocks: Blocks):
+    def __init__(self, setting: Setting, blocks: AnyBlocks):
         (config, self._mesh, definition), self._blocks = setting.model, blocks
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         meap = dataclasses.replace(

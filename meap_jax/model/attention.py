@@ -81,6 +81,7 @@ def _check_side(
     positions: Int[Array, "B T"],
     window: int | None,
     branch_ids: Int[Array, "B T"] | None,
+    rope_positions: Int[Array, "B T"] | None,
 ) -> None:
     """The fields of a visibility as arguments, whose shapes are checked in tests as those of fields are not."""
 

@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: in [0, V).
-          visibility: which keys each query sees; its positions are RoPE's, too.
+          visibility: which keys each query sees, and the positions of RoPE.
           keep_embedding_BT: where it is False, the embedding is zero. Default: all are kept.
           at_BN: the positions whose logits are asked for, in [0, T); no others are computed. Default: all, N = T.
         """
@@ -129,7 +129,8 @@ class Decoder(nnx.Module):
         """The residual stream behind the last layer, and what `look` found in each."""
         c, shards = self.config, context_shards()
         tokens_BT = sharding.zigzag(tokens_BT, shards)
-        positions_BT = sharding.zigzag(visibility.positions, shards)
+        positions_BT = sharding.zigzag(visibility.angles_at, shards)
+        visibility = dataclasses.replace(visibility, rope_positions=None)  # Attention needs no angles.
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
             x_BTD = x_BTD * sharding.zigzag(keep_embedding_BT, shards)[..., None].astype(c.dtype)
@@ -164,7 +165,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: in [0, V), in the order in which the devices of `context` hold them.
-          visibility: the tokens' own, in the same order; its positions are RoPE's, too.
+          visibility: the tokens' own, in the same order, with the positions of RoPE.
           caches: one for each layer.
           splits_sequence: over the devices of `context`; else each has all tokens.
         """
@@ -173,7 +174,7 @@ class Decoder(nnx.Module):
         extended: list[Any] = []
         layers: Any = self.layers
         for block, has_window, cache in zip(layers, c.has_window, caches, strict=True):
-            x_BTD, after = block(x_BTD, visibility.positions, visibility, has_window, cache)
+            x_BTD, after = block(x_BTD, visibility.angles_at, visibility, has_window, cache)
             x_BTD = constrain(x_BTD, "batch", sequence, None)
             extended.append(after)
         return self.final_norm(x_BTD), extended

@@ -25,9 +25,15 @@ class Visibility:
     """
 
     segment_ids: Int[Array, "B T"] | None  # 0 is padding by convention; None: a row is one segment.
-    positions: Int[Array, "B T"]  # From 0 in each segment; also RoPE's.
+    positions: Int[Array, "B T"]  # From 0 in each segment; also RoPE's, unless rope_positions are given.
     window: int | None = dataclasses.field(default=None, metadata={"static": True})  # With the query's own position.
     branch_ids: Int[Array, "B T"] | None = None  # 0 is the trunk.
+    rope_positions: Int[Array, "B T"] | None = None  # RoPE's, where they are others than those of causality.
+
+    @property
+    def angles_at(self) -> Int[Array, "B T"]:
+        """The positions of RoPE."""
+        return self.positions if self.rope_positions is None else self.rope_positions
 
     def mask(self, keys: "Visibility | None" = None) -> Bool[Array, "B Q T"]:
         """Which of the keys each query sees; by default queries and keys are the same row."""
