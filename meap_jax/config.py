@@ -23,7 +23,7 @@ EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all othe
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
 # The path of data may change, since its content is compared by a fingerprint.
 MAY_CHANGE_ON_RESUME = (
-    "num_steps", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
+    "num_steps", "num_epochs", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
     "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
 )  # fmt: skip
 
@@ -128,6 +128,16 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, float]:
                 f"weight and a source among {', '.join(known)}."
             )
     return weights
+
+
+def is_due(config: ml_collections.ConfigDict, every: int, step: int) -> bool:
+    """Whether something is due after a step: each `every` steps, or with 0 at the end of each epoch; and at the end."""
+    if step == config.num_steps:
+        return True
+    if every:
+        return step % every == 0
+    epoch = config.num_steps / config.num_epochs  # In steps.
+    return step == round(round(step / epoch) * epoch)
 
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:

@@ -145,6 +145,11 @@ DIVIDES_BATCH = Check(
     lambda of: f"0 or a divisor of global_batch_size ({of['global_batch_size']})",
     wrong=(3,),
 )
+NEEDS_EPOCHS = Check(
+    lambda value, of: value > 0 or of["num_epochs"] > 0,
+    lambda of: "1 or more where num_epochs is 0",
+    wrong=(0,),
+)
 ENDS_BY_NUM_STEPS = Check(
     lambda value, of: not of["profile.num_steps"] or value <= _last_start(of),
     lambda of: f"at most {_last_start(of)}, so that profile.num_steps ({of['profile.num_steps']}) end by num_steps",
@@ -167,6 +172,8 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "Of the whole run; each of the seeds below that is set takes its place for one use.", SEED),
     **{f"seeds.{name}": Field(int, f"Of {use}.", SEED) for name, use in SEEDS.items()},
     "num_steps": Field(1_000, "Optimizer steps.", at_least(1)),
+    "num_epochs": Field(0.0, "Passes over the training data, from which num_steps is computed; 0: num_steps counts.",
+        at_least(0)),
     "global_batch_size": Field(32, "Sequences a step, over all devices and micro-batches.", at_least(1)),
     "grad_accum_steps": Field(1, "Micro-batches a step; the result is that of the whole batch.",
         at_least(1), divides("global_batch_size")),
@@ -240,6 +247,8 @@ FIELDS: dict[str, Field] = {
         "own (official code); shared_prefix: the same result, the prompt computed once; concat: behind the clean "
         "answer, which it sees (the paper's text); none: there are no copies.",
         one_of("none", "separate", "shared_prefix", "concat")),
+    "sft.epoch_of": Field("own", "Arrangement whose rows make an epoch, so that NTP can take as many steps, and so as "
+        "much time, as MEAP; own: sft.arrangement.", one_of("own", "separate", "shared_prefix", "concat")),
     "sft.longer_than": Field(50, "Only answers of more tokens are masked, their end not counted.", at_least(0)),
     "sft.loss": Field("answers_and_masked", "answers_and_masked: all of the clean answers, and what is masked in the "
         "copy; masked: the latter alone where there is a copy. The paper has both.",
@@ -298,10 +307,11 @@ FIELDS: dict[str, Field] = {
     "data.retrieval.num_documents": Field(20_000, "Documents for training.", at_least(1)),
     "data.retrieval.num_eval_documents": Field(500, "Documents for each of validation and test.", at_least(1)),
 
-    "checkpoint.every": Field(1_000, "Steps between checkpoints.", at_least(1)),
+    "checkpoint.every": Field(1_000, "Steps between checkpoints; 0: one at the end of each epoch.",
+        at_least(0), NEEDS_EPOCHS),
     "checkpoint.keep": Field(2, "Checkpoints that are kept, the newest ones.", at_least(1)),
     "log.every": Field(10, "Steps between records.", at_least(1)),
-    "eval.every": Field(1_000, "Steps between evaluations.", at_least(1)),
+    "eval.every": Field(1_000, "Steps between evaluations; 0: at the end of each epoch.", at_least(0), NEEDS_EPOCHS),
     "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),
     "eval.tasks": Field("validation,retrieval", "Evaluators that are run, by their names in evals.EVALUATORS."),
     "eval.batch_size": Field(8, "Prompts at a time, for tasks that generate or score.", at_least(1)),

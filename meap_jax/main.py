@@ -41,6 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 
     # Mesh, model definition, data.
     run = open_run(config, workdir)
+    config = run.config  # With the steps of its epochs.
     _log.info("%s: %d parameters on %s", workdir, run.definition.config.num_parameters, dict(run.mesh.shape))
     _log.info("data %s (fingerprint %s)", run.prepared.folder, run.prepared.fingerprint[:12])
 

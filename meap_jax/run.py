@@ -1,5 +1,7 @@
 """Opens a run, which is a model and its data, and restores, imports or draws the state that it starts from."""
 
+import copy
+import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -17,7 +19,7 @@ from meap_jax.checkpoint import Checkpointer, newest_meta, restore_params
 from meap_jax.config import changed_on_resume, flatten, mixture, read_back
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
-from meap_jax.data.spec import data_spec
+from meap_jax.data.spec import ChatPlanSpec, data_spec
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import RopeScaling
@@ -70,7 +72,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
     prepared = open_data(config, workdir)
     if meta is not None:
         check_data(prepared, meta, workdir)
-    return Run(*model, workdir, prepared)
+    return Run(*model._replace(config=with_steps(config, prepared)), workdir, prepared)
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
@@ -100,8 +102,32 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
             f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is "
             f"{prepared.tokenizer.mask_id}."
         )
-    check_epochs(config, prepared)
+    check_epochs(with_steps(config, prepared), prepared)
     return prepared
+
+
+def with_steps(config: ml_collections.ConfigDict, prepared: Prepared) -> ml_collections.ConfigDict:
+    """The config with the number of steps that its epochs take; with `num_epochs` 0 as it is.
+
+    Where the mixture reads sources at different speeds, an epoch is over when each was read once or more.
+    """
+    if not config.num_epochs:
+        return config
+    if config.sft.epoch_of != "own":
+        plans = {
+            name: dataclasses.replace(plan, arrangement=config.sft.epoch_of) if isinstance(plan, ChatPlanSpec) else plan
+            for name, plan in prepared.spec.plans.items()
+        }
+        prepared = prepare(prepared.folder, dataclasses.replace(prepared.spec, plans=plans))
+    weights = mixture(config)
+    rows = max(
+        prepared.plan_manifest(name)["splits"]["train"]["blocks"] * sum(weights.values()) / weight
+        for name, weight in weights.items()
+    )
+    resolved = copy.deepcopy(config)
+    resolved.num_steps = max(1, round(config.num_epochs * rows / config.global_batch_size))
+    _log.info("%g epochs of %g rows are %d steps", config.num_epochs, rows, resolved.num_steps)
+    return resolved
 
 
 def check_epochs(config: ml_collections.ConfigDict, prepared: Prepared) -> None:

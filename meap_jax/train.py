@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped
 
 from meap_jax import partition, sharding
+from meap_jax.config import is_due
 from meap_jax.data.spec import data_spec
 from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
@@ -289,10 +290,9 @@ def train_loop(
             with clock.aside("traces"):
                 trace.after(step, state)
 
-            is_last = step == config.num_steps
-            if is_last or step % config.eval.every == 0:
+            if is_due(config, config.eval.every, step):
                 settle(evaluate=True)
-            if is_last or step % config.checkpoint.every == 0:
+            if is_due(config, config.checkpoint.every, step):
                 settle()
                 with clock.aside("saves"):
                     writer.flush()
