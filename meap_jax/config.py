@@ -36,6 +36,35 @@ PAPER_SIZES = {
     "1b": dict(num_layers=24, num_heads=32, embed_dim=2048, mlp_dim=5632, num_steps=190_000),  # 1,176M
 }
 
+# Models that the paper fine-tunes, as `meap_jax.convert import` writes them: their config.json's, and the place of
+# [MASK], which is a token that Llama 3 reserves, or the first id that the tokenizer leaves free.
+HUB_MODELS: dict[str, dict[str, Any]] = {
+    "llama3_8b": dict(
+        num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, embed_dim=4_096, mlp_dim=14_336,
+        vocab_size=128_256, num_tokens=128_256, mask_id=128_002, rope_base=500_000.0,
+    ),
+    "llama32_3b": dict(
+        num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, embed_dim=3_072, mlp_dim=8_192, tie_embeddings=True,
+        vocab_size=128_256, num_tokens=128_256, mask_id=128_002, rope_base=500_000.0,
+        rope_scaling=dict(
+            kind="llama3", factor=32.0, original_seq_len=8_192, low_freq_factor=1.0, high_freq_factor=4.0,
+        ),
+    ),
+    "mistral_7b_v02": dict(
+        num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, embed_dim=4_096, mlp_dim=14_336,
+        vocab_size=32_064, num_tokens=32_001, mask_id=32_000, rope_base=1_000_000.0,
+    ),
+    "qwen25_14b": dict(
+        num_layers=48, num_heads=40, num_kv_heads=8, head_dim=128, embed_dim=5_120, mlp_dim=13_824, qkv_bias=True,
+        vocab_size=152_064, num_tokens=152_064, mask_id=151_665, rope_base=1_000_000.0,
+    ),
+}  # fmt: skip
+# The official code has a template for Llama 3 alone, and the paper names none for the others: Qwen2.5's own form, and
+# for Mistral the one that the official code names by default.
+TEMPLATE_OF = {"llama3_8b": "llama3", "llama32_3b": "llama3", "mistral_7b_v02": "vicuna", "qwen25_14b": "chatml"}
+# Of fine-tuning. The paper contradicts itself.
+WEIGHT_DECAYS = {"table_19": 0.05, "section_4_2": 0.01}
+
 
 def base() -> ml_collections.ConfigDict:
     """Makes a config of all fields with their defaults: the sizes of a toy, the paper's recipe."""
@@ -102,6 +131,35 @@ def paper(size: str, objective: str) -> ml_collections.ConfigDict:
     c.eval.every = 1_000
     c.eval.max_rows = 1_024
     c.checkpoint.every = 1_000
+    return c
+
+
+def fine_tuning(model: str, objective: str, weight_decay: str = "table_19") -> ml_collections.ConfigDict:
+    """Makes the config of fine-tuning in section 4.2 and Table 19 of the paper, on conversations in `data.path`.
+
+    Rows of 4,096 tokens hold many samples: 16 of them about as many of Alpaca's as the paper's batch of 512 samples.
+
+    Args:
+      model: a key of `HUB_MODELS`; `init_from` names the folder that `meap_jax.convert import` wrote.
+      objective: meap, with a row of its own for each copy as in the official code, or ntp.
+      weight_decay: a key of `WEIGHT_DECAYS`.
+    """
+    c = base()
+    shape = dict(HUB_MODELS[model])
+    c.objective.update(dict(name=objective, mask_ratio=0.10, mask_id=shape.pop("mask_id")))
+    c.model.update(shape | dict(dtype="bfloat16", remat="full"))
+    c.init_from = f"models/{model}"
+    c.seed = 3407
+    c.seq_len, c.global_batch_size = 4_096, 16
+    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.optimizer.update(dict(learning_rate=2e-5, final_fraction=0.0, weight_decay=WEIGHT_DECAYS[weight_decay]))
+    c.data.update(dict(mixture="text=1", tokenizer=c.get_ref("init_from") + "/tokenizer", holdout=0.005))
+    c.data.sources.text.format = "chat"
+    c.sft.template = TEMPLATE_OF[model]
+    c.sft.arrangement = "separate" if objective == "meap" else "none"
+    c.num_epochs = 2.0 if objective == "meap" else 4.0  # Table 8.
+    c.eval.every = c.checkpoint.every = 0  # At the end of each epoch.
+    c.log.every = 10
     return c
 
 

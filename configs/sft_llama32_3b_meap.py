@@ -1,0 +1,14 @@
+"""MEAP fine-tuning of Llama-3.2-3B on Alpaca (section 4.2, Tables 6 and 7).
+
+python -m meap_jax.convert import --hf=Llama-3.2-3B --out=models/llama32_3b
+python -m meap_jax.main --config=configs/sft_llama32_3b_meap.py --config.data.path=alpaca_data.json
+"""
+
+import ml_collections
+
+from meap_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """2 epochs; copies of answers longer than 50 tokens, 10 % of them masked."""
+    return config.fine_tuning("llama32_3b", "meap")

@@ -1,0 +1,14 @@
+"""MEAP fine-tuning of Qwen2.5-14B on Alpaca (section 4.2, Tables 6 and 7).
+
+python -m meap_jax.convert import --hf=Qwen2.5-14B --out=models/qwen25_14b
+python -m meap_jax.main --config=configs/sft_qwen25_14b_meap.py --config.data.path=alpaca_data.json
+"""
+
+import ml_collections
+
+from meap_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """2 epochs; copies of answers longer than 50 tokens, 10 % of them masked."""
+    return config.fine_tuning("qwen25_14b", "meap")
