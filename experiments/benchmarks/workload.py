@@ -71,19 +71,24 @@ def random_tokens(config: ml_collections.ConfigDict, seed: int = 0) -> np.ndarra
 class Workload:
     """A compiled train step and what it is called with."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, batch: Row | None = None):
         """Compiles the step and draws the state and the batch on the mesh.
+
+        Args:
+          config: of the step.
+          batch: of numpy arrays [B, T + 1]; default: random tokens.
 
         Raises:
           ConfigError: for a config that can't work.
         """
-        config_lib.check(config)
+        config_lib.check(config, needs_data=False)
         self.config = config
         _, self.mesh, self.definition = define_model(config, devices=devices())
-        tokens = random_tokens(config)
         _, abstract = train.abstract_inputs(config, self.definition, self.mesh)
-        row = Row(tokens, abstract.segment_ids and np.ones_like(tokens))
-        self.batch = jax.tree.map(lambda rows, like: sharding.put_whole(like.sharding, rows), row, abstract)
+        if batch is None:
+            tokens = random_tokens(config)
+            batch = Row(tokens, abstract.segment_ids and np.ones_like(tokens))
+        self.batch = jax.tree.map(lambda rows, like: sharding.put_whole(like.sharding, rows), batch, abstract)
         with jax.set_mesh(self.mesh):
             shardings = train.state_shardings(config, self.definition, self.mesh)
             self.state = jax.jit(lambda: train.init_state(config, self.definition), out_shardings=shardings)()

@@ -21,7 +21,7 @@ IGNORED = -100  # What torch's cross-entropy leaves out.
 
 
 def official_rows(number, own):
-    """(input ids, labels) of a sample of one turn: the clean row, and for answers of more than 50 tokens the masked one.
+    """(input ids, labels) of a sample of one turn: the clean row, and for long answers the masked one.
 
     Which tokens are masked is drawn by our rule, as many as the official code draws.
     """

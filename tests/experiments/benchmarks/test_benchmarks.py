@@ -27,6 +27,7 @@ TABLES = {
     "corpus": [{"text", "ours, tokens/s", "ours, MB/s"}, {"datasets with", "ours, tokens/s"}, {"after", "resident MB"}],
     "generation": [{"decoder", "parameters", "T", "prefill, tokens/s", "decode, tokens/s"},
                    {"decoder", "MB", "import, s/GB", "*import / load_file, time", "*export / save_file, time"}],
+    "fine_tuning": [{"samples", "rows, none", "*shared_prefix / separate, time of an epoch"}],
     "needles": [{"decoder", "T", "*shared / one by one, time", "texts that agree", "shared, s"}],
     "train_step": [{"decoder", "parameters", "T", "B", "*ours, unrolled / scanned", "*ours, share of the matmul peak"}],
 }  # fmt: skip
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
     ("name", "flags"),
     [
         ("masking", []), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
-        ("needles", ["--repeats=1"]),
+        ("needles", ["--repeats=1"]), ("fine_tuning", ["--repeats=1"]),
         ("corpus", ["--repeats=1", "--no-datasets"]), ("train_step", ["--repeats=1", "--no-torch"]),
         ("generation", ["--repeats=1", "--no-torch"]),
     ],
