@@ -1,11 +1,14 @@
-"""Documents as text with spans, and the same documents as token ids with spans of tokens."""
+"""Documents as text with spans or as conversations, and the same documents as token ids with spans of tokens."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from meap_jax.data.store import EncodedDocument, TokenSpan
+from meap_jax.errors import DataError
+from meap_jax.readers import Conversation, Skips
 from meap_jax.tokenizers import Tokenizer
 from meap_jax.tokenizers.interface import batches
 
@@ -27,6 +30,56 @@ class Document(NamedTuple):
 
     text: str
     spans: tuple[Span, ...] = ()
+
+
+class ChatDocument(NamedTuple):
+    """A conversation, and how it becomes text."""
+
+    conversation: Conversation
+    template: str  # In Jinja.
+
+    @property
+    def text(self) -> str:
+        """What is said in it, without what the template adds."""
+        return "\n".join(message["content"] for message in self.conversation.messages)
+
+
+def encode(
+    documents: Iterable[tuple[int, Document | ChatDocument | EncodedDocument]], tokenizer: Tokenizer, skips: Skips
+) -> Iterator[tuple[int, EncodedDocument]]:
+    """Encodes documents of any kind, in order and lazily; conversations that can't be are counted by `skips`.
+
+    Args:
+      documents: each behind the number of its split, which stays with it.
+      tokenizer: gives the ids.
+      skips: counts conversations that the template refuses.
+
+    Raises:
+      DataError: `skips` has reached its limit.
+      ValueError: a span holds no character of its document.
+    """
+    runs: Iterator[tuple[type, Iterable[Any]]] = groupby(documents, lambda item: type(item[1]))
+    for kind, run in runs:
+        if kind is EncodedDocument:
+            yield from run
+        elif kind is ChatDocument:
+            yield from _encode_chats(run, tokenizer, skips)
+        else:
+            yield from encode_documents(run, tokenizer)
+
+
+def _encode_chats(
+    documents: Iterable[tuple[int, ChatDocument]], tokenizer: Tokenizer, skips: Skips
+) -> Iterator[tuple[int, EncodedDocument]]:
+    """Each answer becomes a span of the role `answer` with the `line` of its record; its last token ends it."""
+    for split, ((messages, line, place), template) in documents:
+        try:
+            ids, answers = tokenizer.encode_conversation(messages, template)
+        except DataError as error:
+            skips.add(f"is refused: {str(error).rstrip('.')}", place)
+            continue
+        spans = tuple(TokenSpan(start, length, "answer", {"line": line}) for start, length in answers)
+        yield split, EncodedDocument(ids, spans)
 
 
 def encode_documents(

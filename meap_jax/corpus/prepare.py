@@ -29,14 +29,13 @@ from typing import IO, Any
 import numpy as np
 
 from meap_jax import tokenizers
-from meap_jax.corpus.documents import Document
 from meap_jax.corpus.packing import make_plans
 from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, skips_by_reason
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
-from meap_jax.data.spec import DataSpec, SourceSpec, TextSourceSpec, data_spec
-from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, completed, index_files, merge_indices
+from meap_jax.data.spec import ChatSourceSpec, DataSpec, SourceSpec, TextSourceSpec, data_spec
+from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, EncodedDocument, completed, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import is_path
 from meap_jax.paths import is_url
@@ -136,9 +135,12 @@ def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
     _make_tokenizer(folder, spec)
     tokenizer, tokenizer_hash = open_tokenizer(folder)
     for name, source in spec.sources.items():
+        template = ""
+        if isinstance(source, ChatSourceSpec):
+            template = _chat_template(folder / name, spec.tokenizer, source, tokenizer)
         if not (folder / name).exists():
-            _make_store(folder, name, spec, tokenizer_hash, shard_maker)
-        check_options(f"data.sources.{name}", folder / name, dataclasses.asdict(source))
+            _make_store(folder, name, spec, template, tokenizer_hash, shard_maker)
+        check_options(f"data.sources.{name}", folder / name, _options(source, template))
         _check_tokenizer(folder / name, tokenizer_hash)
         if not plan_folder(folder / name, spec.plans[name]).exists():
             make_plans(folder / name, spec.plans[name], source, spec.max_skipped)
@@ -229,7 +231,7 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
         room = _BPE_GENERATED_CHARACTERS if isinstance(source, Retrieval) else _BPE_CHARACTERS
         for part in source.parts():
             for split, document in source.read(part, skips):
-                if not isinstance(document, Document):
+                if isinstance(document, EncodedDocument):
                     raise ConfigError(
                         "data.tokenizer is 'bpe', which is trained on text, but a source holds token ids."
                     )
@@ -240,32 +242,79 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
                 break
 
 
+def _chat_template(place: Path, name: str, source: ChatSourceSpec, tokenizer: tokenizers.Tokenizer) -> str:
+    """The template of a source of conversations, in Jinja.
+
+    Args:
+      place: of the store. Once it is there, its own template does where the file that it came from is not.
+      name: data.tokenizer, whose own template may be asked for; prepared folders don't keep that.
+      source: whose template it is.
+      tokenizer: of the prepared folder.
+
+    Raises:
+      ConfigError: there is none, or the tokenizer has no special token at the end of its answers.
+    """
+    from meap_jax.tokenizers import chat  # Jinja is imported by those who chat alone.
+
+    try:
+        own = tokenizers.make(name).chat_template if source.template == "tokenizer" and name != "bpe" else ""
+        template = chat.template_source(source.template, own)
+    except ConfigError:
+        if not place.exists():
+            raise
+        return read_manifest(place).get("chat_template", "")
+    if not place.exists():
+        try:
+            tokenizer.end_of_answer(template)
+        except DataError as error:
+            raise ConfigError(
+                f"sft.template is {source.template!r}, but {error} Those named llama3, vicuna and alpaca suit every "
+                "tokenizer."
+            ) from error
+        if plain := chat.plain_markers(template, tokenizer.special_names):
+            _log.warning("sft.template: %s are plain text to the tokenizer", ", ".join(plain))
+    return template
+
+
 # --------------------------------------------------------------------------------------------------------------- store
 
 
-def _make_store(folder: Path, name: str, spec: DataSpec, tokenizer_hash: str, shard_maker: ShardMaker) -> None:
+def _options(source: SourceSpec, template: str) -> dict[str, Any]:
+    """What a manifest holds of a source's options: also which text its template was."""
+    hash_of_template = {"template_hash": hash_of({"": template.encode()})[:16]} if template else {}
+    return dataclasses.asdict(source) | hash_of_template
+
+
+def _make_store(
+    folder: Path, name: str, spec: DataSpec, template: str, tokenizer_hash: str, shard_maker: ShardMaker
+) -> None:
     """Tokenizes a source into `folder / name`, by way of `.NAME.partial`."""
     partial = folder / f".{name}.partial"
     source_spec = spec.sources[name]
     path = source_spec.path if isinstance(source_spec, TextSourceSpec) else None
-    source = open_source(name, source_spec)
+    source = open_source(name, source_spec, template)
     if isinstance(source, TokenIds) and source.tokenizer_hash != tokenizer_hash:
         raise ConfigError(
             f"data.sources.{name}.path is {path!r}, whose tokenizer ({source.tokenizer_hash[:12]}) "
             f"is not that of {folder} ({tokenizer_hash[:12]}): name a source with the same tokenizer, or its text."
         )
+    if template and isinstance(source, TokenIds) and source.manifest["chat_template"] != template:
+        raise ConfigError(
+            f"data.sources.{name}.path is {path!r}, whose template had another content than sft.template has now: "
+            "name the files that its conversations came from."
+        )
     planned = jobs(source, partial, folder, spec.max_skipped)
     if not planned:
         raise DataError(f"The source {name} has nothing to read in {path}.")
     partial.mkdir(exist_ok=True)
-    options = dataclasses.asdict(source_spec)
+    options = _options(source_spec, template)
     if any(read_summary(job) for job in planned):
         check_options(f"data.sources.{name}", partial, options)
         _check_tokenizer(partial, tokenizer_hash)
     else:
         write_manifest(partial, {"options": options, "tokenizer": tokenizer_hash})
     summaries = run_jobs(planned, shard_maker, name)
-    _finish_store(partial, folder / name, source_spec, tokenizer_hash, summaries)
+    _finish_store(partial, folder / name, source_spec, template, tokenizer_hash, summaries)
 
 
 def _check_tokenizer(store_folder: Path, tokenizer_hash: str) -> None:
@@ -279,7 +328,7 @@ def _check_tokenizer(store_folder: Path, tokenizer_hash: str) -> None:
 
 
 def _finish_store(
-    partial: Path, place: Path, source: SourceSpec, tokenizer_hash: str, summaries: list[dict[str, Any]]
+    partial: Path, place: Path, source: SourceSpec, template: str, tokenizer_hash: str, summaries: list[dict[str, Any]]
 ) -> None:
     """Joins the shards' indices, counts, and puts the store in its place."""
     name = place.name
@@ -298,11 +347,13 @@ def _finish_store(
         shutil.rmtree(partial)  # Another `field` or `where` can be tried at once.
         where = f" in records with {source.where}" if isinstance(source, TextSourceSpec) and source.where else ""
         reason = f": {skips_by_reason(skipped, summaries)}" if skipped else ", only blank space or nothing at all."
-        raise DataError(f"The source {name} holds no text{where}{reason}")
+        what = "conversation" if isinstance(source, ChatSourceSpec) else "text"
+        raise DataError(f"The source {name} holds no {what}{where}{reason}")
     by_split = {split: int(np.count_nonzero(index["split"] == i)) for i, split in enumerate(SPLITS)}
     shards = [{key: summary[key] for key in ("documents", "tokens", "bytes", "sha256")} for summary in summaries]
-    manifest = {
-        "options": dataclasses.asdict(source),
+    manifest: dict[str, Any] = {
+        "options": _options(source, template),
+        **({"chat_template": template} if template else {}),
         "tokenizer": tokenizer_hash,
         "num_tokens": num_tokens,
         "fingerprint": hash_of({str(i): shard["sha256"].encode() for i, shard in enumerate(shards)}),

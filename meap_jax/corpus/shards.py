@@ -12,17 +12,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from meap_jax import tokenizers
-from meap_jax.corpus.documents import encode_documents
+from meap_jax.corpus.documents import encode
 from meap_jax.corpus.sources import Source
 from meap_jax.corpus.workers import worker_pool
-from meap_jax.data.store import EncodedDocument, completed, ids_dtype, shard_file, write_shard
+from meap_jax.data.store import completed, ids_dtype, shard_file, write_shard
 from meap_jax.errors import DataError
 from meap_jax.readers import Part, Skips
 
@@ -132,11 +132,8 @@ def make_shard(job: Job) -> Summary:
     tokenizer = _load_tokenizer(job.tokenizer)
     skips = Skips(job.max_skipped)
     dtype = ids_dtype(tokenizer.num_tokens)
-
     read = chain.from_iterable(job.source.read(part, skips) for part in job.parts)
-    runs: Iterable[tuple[bool, Iterable[Any]]] = groupby(read, lambda item: isinstance(item[1], EncodedDocument))
-    documents = (run if is_encoded else encode_documents(run, tokenizer) for is_encoded, run in runs)
-    written = write_shard(job.folder, job.shard, chain.from_iterable(documents), dtype)
+    written = write_shard(job.folder, job.shard, encode(read, tokenizer, skips), dtype)
     summary = {
         **written._asdict(),
         "bytes": shard_file(job.folder, job.shard).stat().st_size,

@@ -10,6 +10,7 @@ makes `--config.data.path=counting:500` work in every command of the Python proc
 import contextlib
 import dataclasses
 import hashlib
+import json
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +20,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from meap_jax.corpus.documents import Document
+from meap_jax.corpus.documents import ChatDocument, Document
 from meap_jax.corpus.retrieval import RetrievalSpec, generate
 from meap_jax.corpus.stdlib import read_stdlib
 from meap_jax.data.manifest import MANIFEST, read_manifest
-from meap_jax.data.spec import RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
+from meap_jax.data.spec import ChatSourceSpec, RetrievalSourceSpec, SourceSpec, StdlibSourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, EncodedDocument, Store, TokenSpan, ids_dtype
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import SOURCE_FIELDS
 from meap_jax.paths import is_url
-from meap_jax.readers import Corpus, Part, Skips, open_corpus
+from meap_jax.readers import ConversationCorpus, Corpus, Part, Skips, open_conversations, open_corpus
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
@@ -39,16 +40,17 @@ class Source(Protocol):
     def parts(self) -> Sequence[Part]:
         """What it consists of, in an order that doesn't depend on the machine."""
 
-    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document | EncodedDocument]]:
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document | ChatDocument | EncodedDocument]]:
         """The documents of a part in order, each behind the number of its split in `SPLITS`; bad ones go to `skips`."""
 
 
-def open_source(name: str, spec: SourceSpec) -> Source:
+def open_source(name: str, spec: SourceSpec, template: str = "") -> Source:
     """Opens a source.
 
     Args:
       name: of the source, for messages.
       spec: what it holds.
+      template: in Jinja, of a source of conversations.
 
     Raises:
       ConfigError: a path that names nothing.
@@ -60,6 +62,8 @@ def open_source(name: str, spec: SourceSpec) -> Source:
         return StandardLibrary(spec.holdout)
     assert spec.path is not None, "prepare refuses a source without a path that isn't prepared"
     scheme = "" if is_url(spec.path) else spec.path.partition(":")[0]
+    if scheme not in SOURCES and isinstance(spec, ChatSourceSpec):
+        return _chat(name, spec, template)
     return SOURCES.get(scheme, _text)(name, spec)
 
 
@@ -76,18 +80,43 @@ class Text:
 
     def parts(self) -> list[Part]:
         """Those of the first corpus, then those of the second."""
-        with _naming(self.name):
-            corpora = enumerate(self.corpora)
-            return [part._replace(is_held_out=i > 0) for i, corpus in corpora for part in corpus.parts()]
+        return _parts(self.name, self.corpora)
 
     def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, Document]]:
         """See `Source`."""
         for text in self.corpora[part.is_held_out].read(part, skips):
-            if part.is_held_out:
-                split = VALIDATION if _fraction(text) < 0.5 else TEST
-            else:
-                split = TRAIN if len(self.corpora) > 1 else _split(text, self.holdout)
-            yield split, Document(text)
+            yield _split_in(part, len(self.corpora), text, self.holdout), Document(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Conversations, and perhaps a second corpus of them that is held out.
+
+    As with `Text`, equal conversations share a split: where each turn is a conversation, equal turns do. The system
+    prompt that the config gives to those without one moves none.
+    """
+
+    name: str
+    corpora: tuple[ConversationCorpus, ...]
+    holdout: float
+    template: str  # In Jinja.
+    system: str | None  # Of conversations that have none.
+    each_turn: bool  # Is a conversation by itself.
+
+    def parts(self) -> list[Part]:
+        """Those of the first corpus, then those of the second."""
+        return _parts(self.name, self.corpora)
+
+    def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, ChatDocument]]:
+        """See `Source`."""
+        for whole in self.corpora[part.is_held_out].read(part, skips):
+            for conversation in whole.turns if self.each_turn else (whole,):
+                messages = conversation.messages
+                said = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+                split = _split_in(part, len(self.corpora), said, self.holdout)
+                if self.system is not None and messages[0]["role"] != "system":
+                    messages = ({"role": "system", "content": self.system}, *messages)
+                yield split, ChatDocument(conversation._replace(messages=messages), self.template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +173,7 @@ class TokenIds:
     folder: str
 
     def __post_init__(self) -> None:
-        manifest = self._manifest if Path(self.folder, MANIFEST).is_file() else {}
+        manifest = self.manifest if Path(self.folder, MANIFEST).is_file() else {}
         if "shards" not in manifest:
             raise ConfigError(
                 f"prepared:{self.folder} names no prepared source: name the folder of one in it, such as "
@@ -154,17 +183,18 @@ class TokenIds:
             raise ConfigError(f"prepared:{self.folder} holds retrieval documents, which are generated, not copied.")
 
     @property
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
+        """Of the source."""
         return read_manifest(Path(self.folder))
 
     @property
     def tokenizer_hash(self) -> str:
         """Of the tokenizer that made the ids."""
-        return self._manifest["tokenizer"]
+        return self.manifest["tokenizer"]
 
     def parts(self) -> list[Part]:
         """Its shards."""
-        shards = self._manifest["shards"]
+        shards = self.manifest["shards"]
         starts = np.cumsum([0] + [shard["documents"] for shard in shards]).tolist()
         return [
             Part(self.folder, start, stop, shard["bytes"])
@@ -173,7 +203,7 @@ class TokenIds:
 
     def read(self, part: Part, skips: Skips) -> Iterator[tuple[int, EncodedDocument]]:
         """See `Source`."""
-        manifest = self._manifest
+        manifest = self.manifest
         num_tokens = manifest["num_tokens"]
         store = Store(Path(self.folder), [s["documents"] for s in manifest["shards"]], ids_dtype(num_tokens))
         documents = range(part.start, len(store) if part.stop is None else part.stop)
@@ -203,10 +233,22 @@ def _spans(store: Store, documents: range) -> Mapping[int, list[TokenSpan]]:
     return found
 
 
+def _parts(name: str, corpora: Sequence[Corpus | ConversationCorpus]) -> list[Part]:
+    with _naming(name):
+        return [part._replace(is_held_out=i > 0) for i, corpus in enumerate(corpora) for part in corpus.parts()]
+
+
 def _text(name: str, spec: TextSourceSpec) -> Text:
     paths = filter(None, (spec.path, spec.validation))
     with _naming(name):
         return Text(name, tuple(open_corpus(path, field=spec.field, where=spec.where) for path in paths), spec.holdout)
+
+
+def _chat(name: str, spec: ChatSourceSpec, template: str) -> Chat:
+    paths = filter(None, (spec.path, spec.validation))
+    with _naming(name):
+        corpora = tuple(open_conversations(path, where=spec.where) for path in paths)
+    return Chat(name, corpora, spec.holdout, template, spec.system, spec.turns == "each")
 
 
 def _token_ids(name: str, spec: TextSourceSpec) -> TokenIds:
@@ -217,10 +259,23 @@ def _token_ids(name: str, spec: TextSourceSpec) -> TokenIds:
                 f"data.sources.{name}.{field} is {value!r}, but its path is {spec.path!r}, whose splits and "
                 "documents stay what they are: leave it out."
             )
-    return TokenIds(str(spec.path).removeprefix("prepared:"))
+    source = TokenIds(str(spec.path).removeprefix("prepared:"))
+    if isinstance(spec, ChatSourceSpec):
+        options = source.manifest["options"]
+        if options["kind"] != "chat":
+            raise ConfigError(
+                f"data.sources.{name}.format is 'chat', but {spec.path} holds no conversations: set it to text."
+            )
+        for field in ("template", "system", "turns"):
+            if (wanted := getattr(spec, field)) != options[field]:
+                raise ConfigError(
+                    f"sft.{field} is {wanted!r}, but {spec.path} was prepared with {options[field]!r}, and its "
+                    "conversations stay what they are: set that, or name the files that they came from."
+                )
+    return source
 
 
-# What opens a source whose path begins with this word and a colon; every other path is read as text.
+# What opens a source whose path begins with this word and a colon; every other path is read as text or conversations.
 SOURCES: dict[str, Callable[[str, TextSourceSpec], Source]] = {"prepared": _token_ids}
 
 
@@ -231,6 +286,13 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"data.sources.{name}: {error}") from error
+
+
+def _split_in(part: Part, num_corpora: int, text: str, holdout: float) -> int:
+    """The split of a text: of one corpus a share is held out, of two the second."""
+    if part.is_held_out:
+        return VALIDATION if _fraction(text) < 0.5 else TEST
+    return TRAIN if num_corpora > 1 else _split(text, holdout)
 
 
 def _split(text: str, holdout: float) -> int:

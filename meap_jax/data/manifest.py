@@ -56,6 +56,8 @@ def _field(group: str, name: str) -> str:
     """The config's name of an option."""
     if name == "vocab_size":
         return "model.vocab_size"
+    if (option := name.rpartition(".")[2]) in ("template", "template_hash", "system", "turns"):
+        return f"sft.{option}"
     field = f"{group}.{name}"
     for long, short in (
         ("data.sources.text.path", "data.path"),

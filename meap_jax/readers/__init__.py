@@ -1,11 +1,12 @@
 """Readers of text in files, in buckets and in TensorFlow Datasets: parts that workers read, and texts in order."""
 
+from meap_jax.readers.conversations import Conversation, ConversationCorpus, open_conversations
 from meap_jax.readers.files import FileCorpus
 from meap_jax.readers.parts import Corpus, Part, Skips
 from meap_jax.readers.records import Selection
 from meap_jax.readers.tfds import TfdsCorpus
 
-__all__ = ["Corpus", "Part", "Skips", "open_corpus"]
+__all__ = ["Conversation", "ConversationCorpus", "Corpus", "Part", "Skips", "open_conversations", "open_corpus"]
 
 
 def open_corpus(path: str, *, field: str = "text", where: str = "") -> Corpus:

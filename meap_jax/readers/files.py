@@ -26,11 +26,12 @@ class FileCorpus:
     path: str
     selection: Selection
     part_bytes: int = PART_BYTES
+    suffixes: tuple[str, ...] = SUFFIXES
 
     def parts(self) -> list[Part]:
         """See `Corpus`."""
         with ThreadPoolExecutor(_OPENERS) as pool:
-            return [part for parts in pool.map(self._divide, find_files(self.path, SUFFIXES)) for part in parts]
+            return [part for parts in pool.map(self._divide, find_files(self.path, self.suffixes)) for part in parts]
 
     def _divide(self, file: File) -> list[Part]:
         whole = Part(file.path, 0, None, file.size)
@@ -64,14 +65,25 @@ def _read_txt(part: Part, skips: Skips) -> Iterator[str]:
 
 
 def _lines(part: Part, skips: Skips) -> Iterator[tuple[str, bytes]]:
-    """The lines of a part that aren't blank, with their places. A damaged file is skipped from the damage on."""
+    """The lines of a part that aren't blank, with their places."""
+    for number, position, line in numbered_lines(part, skips):
+        # Only in the first part of a file are the lines before known.
+        yield f"{part.path}, line {f'at byte {position}' if part.start else number}", line
+
+
+def numbered_lines(part: Part, skips: Skips) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a part that aren't blank; a damaged file is skipped from the damage on.
+
+    Returns:
+      Of each line its number in the part, from 1, the position of its first byte in a file that isn't compressed, and
+      its bytes.
+    """
     number = 0
     with open_part(part) as file:
         try:
             for number, (position, line) in enumerate(_positioned(part, file), start=1):
                 if line and not line.isspace():
-                    # Only in the first part of a file are the lines before known.
-                    yield f"{part.path}, line {f'at byte {position}' if part.start else number}", line
+                    yield number, position, line
         except BadRecord as damage:
             skips.add(damage.reason, f"{part.path}, {damage.within}, after line {number}")
 

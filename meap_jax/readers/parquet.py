@@ -1,6 +1,6 @@
 """Texts in Parquet files, read row group by row group and batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
@@ -45,10 +45,26 @@ def read(part: Part, selection: Selection, skips: Skips) -> Iterator[str]:
     Raises:
       DataError: the file has vanished or changed, or the limit of `skips` is reached.
     """
-    return select(_rows(part, selection, skips), selection, skips, _as_dict)
+    records = ((place, record) for place, _, record in rows(part, selection.columns, skips))
+    return select(records, selection, skips, as_dict)
 
 
-def _rows(part: Part, selection: Selection, skips: Skips) -> Iterator[tuple[str, dict[str, Any] | pa.RecordBatch]]:
+def rows(
+    part: Part, columns: Sequence[str], skips: Skips
+) -> Iterator[tuple[str, int, dict[str, Any] | pa.RecordBatch]]:
+    """The rows of a part, what can't be read left out as `read` says.
+
+    Args:
+      part: of a file.
+      columns: those that are read, all that are within them too; others need not be there.
+      skips: counts what is left out.
+
+    Returns:
+      Of each row its place, its number in the file, from 1, and what `as_dict` makes a record of.
+
+    Raises:
+      DataError: as `read`.
+    """
     with open_part(part) as file:
         try:
             parquet = _open(file)
@@ -64,19 +80,22 @@ def _rows(part: Part, selection: Selection, skips: Skips) -> Iterator[tuple[str,
             part.stop > footer.num_row_groups or part.num_bytes != sum(_group_bytes(footer, group) for group in groups)
         ):
             raise DataError(f"{part.path} has other row groups than when the work was divided.")
+        before = sum(footer.row_group(group).num_rows for group in range(part.start))
         for group in groups:
-            yield from _rows_of_group(parquet, group, f"{part.path}, row group {group}", selection, skips)
+            for row, record in _rows_of_group(parquet, group, f"{part.path}, row group {group}", columns, skips):
+                yield f"{part.path}, row group {group}, row {row}", before + row + 1, record
+            before += footer.row_group(group).num_rows
 
 
 def _rows_of_group(
-    parquet: pq.ParquetFile, group: int, place: str, selection: Selection, skips: Skips
-) -> Iterator[tuple[str, dict[str, Any] | pa.RecordBatch]]:
+    parquet: pq.ParquetFile, group: int, place: str, columns: Sequence[str], skips: Skips
+) -> Iterator[tuple[int, dict[str, Any] | pa.RecordBatch]]:
     about = parquet.metadata.row_group(group)
     if not about.num_rows:
         return
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
     row = 0
-    batches = parquet.iter_batches(size, row_groups=[group], columns=selection.columns, use_threads=False)
+    batches = parquet.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False)
     while row < about.num_rows:
         try:
             batch = next(batches)
@@ -84,8 +103,7 @@ def _rows_of_group(
             _raise_if_not_damage(error)
             skips.add("is corrupt", f"{place}, row {row}", about.num_rows - row)
             return
-        for index, record in enumerate(_records(batch), start=row):
-            yield f"{place}, row {index}", record
+        yield from enumerate(_records(batch), start=row)
         row += batch.num_rows
 
 
@@ -98,7 +116,12 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | pa.RecordBatch]
     yield from records
 
 
-def _as_dict(record: dict[str, Any] | pa.RecordBatch) -> dict[str, Any]:
+def as_dict(record: dict[str, Any] | pa.RecordBatch) -> dict[str, Any]:
+    """A row as a record.
+
+    Raises:
+      BadRecord: a text in it is not UTF-8.
+    """
     if isinstance(record, dict):
         return record
     try:

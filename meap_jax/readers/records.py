@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from meap_jax.errors import ConfigError
 from meap_jax.readers.parts import Skips
 
-_MARK = b"\xef\xbb\xbf"  # some editors put it in front of UTF-8
+MARK = b"\xef\xbb\xbf"  # some editors put it in front of UTF-8
 _MISSING = object()
 
 
@@ -51,15 +51,23 @@ class Selection(NamedTuple):
         """The dotted names of the fields that `text` looks at."""
         return [".".join(names) for names in (self.field, self.where) if names]
 
+    def takes(self, record: Any) -> bool:
+        """Whether `where` takes a record.
+
+        Raises:
+          BadRecord: it is no object.
+        """
+        if not isinstance(record, dict):
+            raise BadRecord("is not an object")
+        return not self.where or _as_string(_find(record, self.where)) == self.value
+
     def text(self, record: Any) -> str | None:
         """The text of a record, unchanged, or None if `where` leaves it out.
 
         Raises:
           BadRecord: it has no such text.
         """
-        if not isinstance(record, dict):
-            raise BadRecord("is not an object")
-        if self.where and _as_string(_find(record, self.where)) != self.value:
+        if not self.takes(record):
             return None
         text, name = _find(record, self.field), ".".join(self.field)
         if text is _MISSING:
@@ -113,7 +121,7 @@ def decode(data: bytes) -> str:
       BadRecord: it is no UTF-8.
     """
     try:
-        return data.removeprefix(_MARK).decode("utf-8")
+        return data.removeprefix(MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         mark = len(data) - len(error.object)
         raise BadRecord("is not UTF-8", f"byte {mark + error.start}") from error

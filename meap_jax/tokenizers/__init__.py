@@ -67,6 +67,14 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def _read(path: Path) -> Tokenizer:
+    """The tokenizer of a file, with the chat template that lies beside it."""
+    tokenizer = _read_file(path)
+    if (template := path.with_name(CHAT_TEMPLATE)).is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _read_file(path: Path) -> Tokenizer:
     """The tokenizer of a file, of the kind that its content shows."""
     # Each kind's library is imported where it is used: a worker starts faster without the others.
     try:
@@ -83,8 +91,6 @@ def _read(path: Path) -> Tokenizer:
             return BPETokenizer(serialized.decode("utf-8"))
         beside = path.with_name("tokenizer_config.json")
         config = _parse(beside, beside.read_bytes()) if beside.is_file() else {}
-        if (template := path.with_name(CHAT_TEMPLATE)).is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
         return HuggingFaceTokenizer(serialized.decode("utf-8"), config, str(path))
     if "vocab" in content and "config" in content:
         from meap_jax.tokenizers.tekken_json import TekkenTokenizer

@@ -2,14 +2,13 @@
 
 import functools
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 import tokenizers
-from meap_jax.tokenizers.interface import Encoded, Tokenizer, clean, refusal
+from meap_jax.tokenizers.interface import GUARD, SECRET, Encoded, Tokenizer, refusal
 
 # Roles that no tokenizer_config.json beside it names are looked for among the added tokens, the first name first.
 _NAMES = {
@@ -19,7 +18,6 @@ _NAMES = {
     "mask_token": ("[MASK]", "<mask>", "<|mask|>"),
 }
 _UNKNOWN_NAMES = ("<unk>", "[UNK]")
-_SECRET, _GUARD = "\uffff", "\ufffe"  # No characters of Unicode.
 
 
 class PackageTokenizer(Tokenizer):
@@ -95,25 +93,10 @@ class HuggingFaceTokenizer(PackageTokenizer):
         config = json.dumps(self._names, ensure_ascii=False, indent=2, sort_keys=True)
         return {"tokenizer.json": self._serialized.encode("utf-8"), "tokenizer_config.json": config.encode("utf-8")}
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """As the interface says, by the template of the tokenizer_config.json or of the file beside it."""
-        if not self.chat_template:
-            return super().encode_chat(messages)
-        from meap_jax.tokenizers import chat  # Jinja is imported by those who chat alone.
-
-        names = sorted(self._specials.values(), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, names)))
-
-        def guarded(text: str) -> str:
-            """The text with what looks like a special token broken up by a character that no text has."""
-            text = clean(text).replace(_GUARD, "").replace(_SECRET, "")
-            return pattern.sub(lambda found: found[0][0] + _GUARD + found[0][1:], text)
-
-        said = [{key: guarded(value) for key, value in message.items()} for message in messages]
-        rendered = chat.render(self.chat_template, said, self._names)
-        secret = {name: f"{_SECRET}{index}{_SECRET}" for index, name in self._specials.items()}
-        text = pattern.sub(lambda found: secret[found[0]], rendered).replace(_GUARD, "")
-        return self._finding_specials.encode(text, add_special_tokens=False).ids
+    def _encode_rendered(self, text: str) -> list[int]:
+        """As transformers encodes it: its special tokens may take the blanks beside them."""
+        secret = self.special_names.sub(lambda found: _secret(self._special_ids[found[0]]), text).replace(GUARD, "")
+        return self._finding_specials.encode(secret, add_special_tokens=False).ids
 
     @functools.cached_property
     def _finding_specials(self) -> tokenizers.Tokenizer:
@@ -170,6 +153,10 @@ def _unknown(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
     return next((known[name] for name in (model.get("unk_token"), *_UNKNOWN_NAMES) if name in known), -1)
 
 
+def _secret(index: int) -> str:
+    return f"{SECRET}{index}{SECRET}"
+
+
 def _hide_specials(content: dict[str, Any]) -> None:
     """Makes special tokens unreachable from text, in place.
 
@@ -178,7 +165,7 @@ def _hide_specials(content: dict[str, Any]) -> None:
     has: U+FFFF is no character.
     """
     model, added = content["model"], content["added_tokens"]
-    secret = {token["content"]: f"{_SECRET}{token['id']}{_SECRET}" for token in added if token["special"]}
+    secret = {token["content"]: _secret(token["id"]) for token in added if token["special"]}
     if isinstance(model["vocab"], dict):
         model["vocab"] = {secret.get(token, token): index for token, index in model["vocab"].items()}
     else:

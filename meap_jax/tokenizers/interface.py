@@ -22,6 +22,9 @@ _MAX_BATCH = 1 << 20
 _SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 _UP_TO_THE_LAST = re.compile(".*" + _SPACE_BETWEEN_WORDS.pattern, re.DOTALL)
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+SECRET, GUARD = "\uffff", "\ufffe"  # No characters of Unicode; templates and messages lose them.
+# Texts to put in front of one that goes on after others: one of them is not joined with it.
+_ANCHORS = ("a", "\n", ".", "0", "。")
 
 _T = TypeVar("_T")
 Encoded = tuple[list[int], np.ndarray]  # Ids, and [N, 2] int64: where each token's characters start and end.
@@ -94,7 +97,7 @@ class Tokenizer(abc.ABC):
         return [(ids, _of_given(text, offsets)) for text, (ids, offsets) in zip(texts, encoded, strict=True)]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's own template, up to where the assistant's next words begin.
+        """Ids of a conversation in `chat_template`, up to where the assistant's next words begin.
 
         The template's special tokens become special ids; what looks like one in a message stays text.
 
@@ -102,12 +105,112 @@ class Tokenizer(abc.ABC):
           messages: {"role": "system", "user" or "assistant", "content": text} each.
 
         Raises:
-          DataError: the tokenizer has no template, or it refuses the messages.
+          DataError: there is no template, or it refuses the messages.
         """
-        raise DataError(
-            f"the tokenizer ({self.name}) has no chat template: a tokenizer.json with a tokenizer_config.json that "
-            "brings one can chat, and no other."
-        )
+        from meap_jax.tokenizers import chat  # Jinja is imported by those who chat alone.
+
+        if not self.chat_template:
+            raise DataError(
+                f"the tokenizer ({self.name}) has no chat template: put one beside its file, as chat_template.jinja."
+            )
+        return self._encode_rendered(chat.render(self.chat_template, self._guarded(messages), self._names))
+
+    def encode_conversation(
+        self, messages: Sequence[Mapping[str, str]], template: str
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a conversation for training, and where its answers are.
+
+        Each answer is encoded apart from what is in front of it, as the tokens that a model writes are, so that no
+        token holds some of both.
+
+        Args:
+          messages: as of `encode_chat`.
+          template: in Jinja.
+
+        Returns:
+          Ids, which begin with one bos and end with the last answer, and (start, length) of each answer in them. Its
+          last token is the special token that ends it.
+
+        Raises:
+          DataError: nobody answers, the template refuses the messages, or answers can't be told from the rest.
+        """
+        from meap_jax.tokenizers import chat
+
+        ids: list[int] = []
+        answers = []
+        said = self._guarded(messages)
+        for prompt, answer in chat.prompts_and_answers(template, said, self._names, self.special_names):
+            if not ids:
+                ids = self._encode_rendered(prompt)
+                num_bos = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+                ids = [self.bos_id, *ids[num_bos:]]
+            else:  # Behind the special token that ended the answer before.
+                ids += self._encode_rendered(self._specials[ids[-1]] + prompt)[1:]
+            answer_ids = self._encode_continued(answer)
+            answers.append((len(ids), len(answer_ids)))
+            ids += answer_ids
+        if not answers:
+            raise DataError("the conversation has no answer of an assistant.")
+        return ids, answers
+
+    def end_of_answer(self, template: str) -> int:
+        """The id of the special token that ends an answer in a template, at which generation stops.
+
+        Raises:
+          DataError: as `encode_conversation`.
+        """
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        return self.encode_conversation(talk, template)[0][-1]
+
+    @functools.cached_property
+    def special_names(self) -> re.Pattern[str]:
+        """Finds the names of special tokens that its file has."""
+        names = sorted(self._special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {name: index for index, name in self._specials.items() if index < self.num_own_ids}
+
+    @functools.cached_property
+    def _names(self) -> Mapping[str, str]:
+        """What templates call special tokens, {"bos_token": "<s>", ...}."""
+        return {"bos_token": self._specials[self.bos_id], "eos_token": self._specials[self.eos_id]}
+
+    def _guarded(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Messages in which what looks like a special token is broken up by a character that no text has."""
+
+        def guarded(text: str) -> str:
+            text = clean(text).replace(GUARD, "").replace(SECRET, "")
+            return self.special_names.sub(lambda found: found[0][0] + GUARD + found[0][1:], text)
+
+        return [{key: guarded(value) for key, value in message.items()} for message in messages]
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a template wrote of guarded messages; it opens a document."""
+        ids: list[int] = []
+        start, opens = 0, True
+        for special in [*self.special_names.finditer(text), None]:
+            run = text[start : special.start() if special else None].replace(GUARD, "")
+            if run:
+                ids += self.encode(run) if opens else self._encode_continued(run)
+            if special:
+                token = self._special_ids[special[0]]
+                ids.append(token)
+                start, opens = special.end(), token == self.bos_id
+        return ids
+
+    def _encode_continued(self, text: str) -> list[int]:
+        """Ids of what a template wrote that goes on after other text: no space is put in front of it."""
+        for before, before_ids in self._ids_of_anchors:
+            ids = self._encode_rendered(before + text)
+            if ids[: len(before_ids)] == before_ids:  # A token ends where the text begins: the others are its own.
+                return ids[len(before_ids) :]
+        return self._encode_rendered(text)
+
+    @functools.cached_property
+    def _ids_of_anchors(self) -> list[tuple[str, list[int]]]:
+        return [(before, self.encode(before)) for before in (_ANCHORS if self._anchor[0] else ("",))]
 
     def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         """The text of ids; specials appear by name, rows that pad the vocabulary as <id>.
