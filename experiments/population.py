@@ -118,7 +118,7 @@ def init_population(run: Run, ratios: Sequence[float], num_seeds: int, mesh: Mes
     if run.config.init_from is None:
         states = [jax.jit(lambda c=c: init_state(c, run.definition))() for c in configs]
     else:
-        params = imported_params(run)
+        params, _ = imported_params(run)
         states = [jax.jit(lambda p, c=c: state_of_params(c, p))(params) for c in configs]
 
     over_members = NamedSharding(mesh, PartitionSpec(AXIS))

@@ -31,7 +31,7 @@ from meap_jax.hf import card, safetensors, weights
 from meap_jax.hf import config as hf_config
 from meap_jax.hf.tokenizer import hub_files
 from meap_jax.hub import open_hub_model
-from meap_jax.models import open_stored_model, save_tokenizer, write_config
+from meap_jax.models import open_stored_model, origin_of, save_tokenizer, write_config
 from meap_jax.paths import absolute
 
 _log = logging.getLogger("meap_jax.convert")
@@ -84,7 +84,7 @@ def export_model(
     with _complete(out) as partial:
         stored = open_stored_model(workdir, step, {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, **mesh})
         (config, placed_on, definition), tokenizer = stored.model, stored.tokenizer
-        imported = stored.meta.get("imported", {})
+        imported = origin_of(stored.meta)
         dtype = dtype or imported.get("dtype", "float32")
         model = definition.config
         rows = model.vocab_size if keep_padding else max(tokenizer.num_own_ids, tokenizer.mask_id + 1)

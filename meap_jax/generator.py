@@ -12,7 +12,7 @@ from meap_jax import sharding
 from meap_jax.decoding import CHUNK, Rules, State, bucket, decode, decoding_params, prefill, smallest_bucket
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.model.decoder import Params, define
-from meap_jax.models import Model, OpenModel
+from meap_jax.models import Model, OpenModel, origin_of
 from meap_jax.sampling import Sampling
 from meap_jax.tokenizers import Tokenizer
 
@@ -108,8 +108,8 @@ class Generator:
         """
         if opened.tokenizer is None:
             raise ConfigError("the model has no tokenizer yet: train it first, which trains the tokenizer too.")
-        imported = opened.meta.get("imported", {})
-        known = dict(stops=imported.get("stop_ids", ()), adds_bos=imported.get("adds_bos", True))
+        origin = origin_of(opened.meta)
+        known = dict(stops=origin.get("stop_ids", ()), adds_bos=origin.get("adds_bos", True))
         return cls(opened.model, opened.params, opened.tokenizer, **known | options)
 
     def load(self, params: Params | None) -> None:

@@ -84,6 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
             "fingerprint": run.prepared.fingerprint,
             "tokenizer": run.prepared.tokenizer_hash,
             "data": batches.get_state(),
+            "origin": begin.origin,
         }
         checkpointer.save(step, state, meta)
 
@@ -96,7 +97,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
                 batches,
                 compile_step(config, run.definition, run.mesh),
                 start=begin.step,
-                evaluators=make_evaluators(Setting.of(run, "validation"), config.eval.tasks),
+                evaluators=make_evaluators(Setting.of(run, "validation", begin.origin), config.eval.tasks),
                 writer=writer,
                 save=save,
                 clock=clock,

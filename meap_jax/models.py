@@ -101,6 +101,15 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
 
 
+def origin_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the import of a model said of it, or of the model that its training began from; {} for others.
+
+    The keys are `family`, `dtype`, `adds_bos` (whether texts begin with the begin of a document) and `stop_ids`. A run
+    that was trained on answers has the last of them whatever it began from.
+    """
+    return meta.get("imported") or meta.get("origin") or {}
+
+
 def fingerprint(params: Params) -> str:
     """The SHA-256 of a corner of every parameter: two models that were trained apart differ in it, on any mesh.
 

@@ -24,7 +24,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.config import RopeScaling
 from meap_jax.model.decoder import Definition, Params
-from meap_jax.models import Model, define_model
+from meap_jax.models import Model, define_model, origin_of
 from meap_jax.paths import absolute
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params
 
@@ -72,7 +72,10 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
     prepared = open_data(config, workdir)
     if meta is not None:
         check_data(prepared, meta, workdir)
-    return Run(*model._replace(config=with_steps(config, prepared)), workdir, prepared)
+    resolved = with_steps(config, prepared)
+    if config.num_epochs:
+        _log.info("num_epochs = %g: %d steps", config.num_epochs, resolved.num_steps)
+    return Run(*model._replace(config=resolved), workdir, prepared)
 
 
 def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepared:
@@ -126,7 +129,6 @@ def with_steps(config: ml_collections.ConfigDict, prepared: Prepared) -> ml_coll
     )
     resolved = copy.deepcopy(config)
     resolved.num_steps = max(1, round(config.num_epochs * rows / config.global_batch_size))
-    _log.info("%g epochs of %g rows are %d steps", config.num_epochs, rows, resolved.num_steps)
     return resolved
 
 
@@ -188,6 +190,7 @@ class Start(NamedTuple):
     step: int
     state: TrainState
     data: dict[str, Any] | None  # State of the data iterator; None: from the first block.
+    origin: dict[str, Any]  # What an import said of the model that training began from; where answers end.
 
 
 def start(run: Run, checkpointer: Checkpointer) -> Start:
@@ -203,17 +206,28 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
         _log.info("resuming from step %d of %s", restored.step, run.workdir)
         if restored.step >= run.config.num_steps:
             _log.info("nothing is left to do: num_steps is %d", run.config.num_steps)
-        return Start(restored.step, restored.state, restored.meta["data"])
+        return Start(restored.step, restored.state, restored.meta["data"], restored.meta.get("origin", {}))
 
     shardings = jax.tree.map(lambda x: x.sharding, template)
     if run.config.init_from is not None:
         fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
-        return Start(0, fresh(imported_params(run)), None)
-    return Start(0, jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)(), None)
+        params, meta = imported_params(run)
+        return Start(0, fresh(params), None, origin_of(meta) | _stops(run, meta))
+    state = jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)()
+    return Start(0, state, None, _stops(run, {}))
 
 
-def imported_params(run: Run) -> Params:
-    """Reads the parameters of the run that `init_from` names.
+def _stops(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
+    """The tokens at which generation stops, where answers are trained: also the one that ends them."""
+    tokenizer = run.prepared.tokenizer
+    if not any(isinstance(plan, ChatPlanSpec) for plan in run.prepared.spec.plans.values()):
+        return {}
+    known = origin_of(meta).get("stop_ids", ())
+    return {"stop_ids": sorted({*known, tokenizer.end_of_answer(tokenizer.chat_template)})}
+
+
+def imported_params(run: Run) -> tuple[Params, dict[str, Any]]:
+    """Reads the parameters of the run that `init_from` names, and the `meta` of their checkpoint.
 
     Raises:
       ConfigError: if there are none of this shape, or they were trained with another tokenizer.
@@ -227,7 +241,7 @@ def imported_params(run: Run) -> Params:
         )
     _log.info("starting from the parameters of %s at step %d", run.config.init_from, restored.step)
     _warn_of_another_decoder(run.config, restored.meta)
-    return restored.state
+    return restored.state, restored.meta
 
 
 def _warn_of_another_decoder(config: ml_collections.ConfigDict, meta: dict[str, Any]) -> None:

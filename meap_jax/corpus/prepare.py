@@ -137,7 +137,8 @@ def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
     for name, source in spec.sources.items():
         template = ""
         if isinstance(source, ChatSourceSpec):
-            template = _chat_template(folder / name, spec.tokenizer, source, tokenizer)
+            # The model learns this template, and is asked in it.
+            template = tokenizer.chat_template = _chat_template(folder / name, spec.tokenizer, source, tokenizer)
         if not (folder / name).exists():
             _make_store(folder, name, spec, template, tokenizer_hash, shard_maker)
         check_options(f"data.sources.{name}", folder / name, _options(source, template))

@@ -13,7 +13,7 @@ from meap_jax.data.prepared import AnyBlocks, Prepared
 from meap_jax.errors import ConfigError
 from meap_jax.generator import Generator
 from meap_jax.model.decoder import Params
-from meap_jax.models import Model, OpenModel
+from meap_jax.models import Model, OpenModel, origin_of
 from meap_jax.run import Run
 from meap_jax.tokenizers import Tokenizer
 
@@ -26,14 +26,14 @@ class Setting:
     split: str  # Of the data: validation or test.
     open_data: Callable[[], Prepared]
     open_tokenizer: Callable[[], Tokenizer]
-    imported: dict[str, Any] = dataclasses.field(default_factory=dict)  # What an import said of prompts.
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # What is known of prompts, see `origin_of`.
     folder: Path | None = None  # Where predictions are written; None: nowhere.
     fingerprint: str = ""  # Of the model's weights; no file of predictions holds those of another.
 
     @classmethod
-    def of(cls, run: Run, split: str) -> "Setting":
-        """The setting of a run, whose data is open."""
-        return cls(run.model, split, lambda: run.prepared, lambda: run.prepared.tokenizer)
+    def of(cls, run: Run, split: str, origin: dict[str, Any]) -> "Setting":
+        """The setting of a run, whose data is open; `origin` is that of its `Start`."""
+        return cls(run.model, split, lambda: run.prepared, lambda: run.prepared.tokenizer, origin)
 
     @classmethod
     def of_model(
@@ -46,8 +46,7 @@ class Setting:
                 raise ConfigError("the model has no tokenizer yet: train it first, which trains the tokenizer too.")
             return opened.tokenizer
 
-        imported = opened.meta.get("imported", {})
-        return cls(opened.model, split, open_data, tokenizer, imported, folder, fingerprint)
+        return cls(opened.model, split, open_data, tokenizer, origin_of(opened.meta), folder, fingerprint)
 
     @property
     def config(self) -> ml_collections.ConfigDict:
@@ -72,7 +71,7 @@ class Setting:
     @property
     def adds_bos(self) -> bool:
         """Whether a prompt begins with the tokenizer's begin of a document."""
-        return self.imported.get("adds_bos", True)
+        return self.origin.get("adds_bos", True)
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt; with `eval.chat` it is a user's message in the model's chat template."""
@@ -92,7 +91,7 @@ class Setting:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        options = dict(stops=self.imported.get("stop_ids", ()), adds_bos=self.adds_bos, seq_len=self.seq_len)
+        options = dict(stops=self.origin.get("stop_ids", ()), adds_bos=self.adds_bos, seq_len=self.seq_len)
         return Generator(self.model, None, self.tokenizer, batch_size=self.config.eval.batch_size, **options)
 
     def held_out(self) -> dict[str, AnyBlocks]:

@@ -116,7 +116,7 @@ def test_a_population_starts_where_init_from_says(run, tmp_path, monkeypatch):
     everywhere = sharding.replicated(run.mesh)  # As restored: committed to the devices of the run.
     shapes = run.definition.shapes()
     params = jax.tree.map(lambda x: sharding.put_whole(everywhere, np.full(x.shape, 0.5, x.dtype)), shapes)
-    monkeypatch.setattr(population, "imported_params", lambda run: params)
+    monkeypatch.setattr(population, "imported_params", lambda run: (params, {}))
     config = population.seed_configs(run.config, 1)[0]
     config.init_from = str(tmp_path)
     mesh = population.population_mesh(8, jax.devices())
