@@ -1,0 +1,196 @@
+"""Runs that are fine-tuned on conversations: from a file to checkpoints, evaluations and prompts."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+import chat_files
+import tiny_runs
+from chat_files import alpaca
+from meap_jax import config as config_lib
+from meap_jax import sharding
+from meap_jax.checkpoint import Checkpointer
+from meap_jax.cli import parse_config
+from meap_jax.config import is_due
+from meap_jax.data.pipeline import TrainBatches
+from meap_jax.errors import ConfigError, DataError
+from meap_jax.evals import Setting
+from meap_jax.generator import Generator
+from meap_jax.main import train
+from meap_jax.models import open_model, origin_of
+from meap_jax.run import open_run, start
+from meap_jax.train import compile_step
+from tiny_models import mesh_of
+
+
+def config_of(workdir, path, **overrides):
+    """(config, workdir) of a run on a file."""
+    return parse_config(["main", *chat_files.chat_flags(workdir, path, **overrides)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs, (config, workdir)."""
+    folder = tmp_path_factory.mktemp("chat")
+    config, workdir = config_of(folder / "run", alpaca(folder / "alpaca.json"))
+    train(config, workdir)
+    return config, workdir
+
+
+def steps_of(workdir, key):
+    return [record["step"] for record in tiny_runs.records(workdir) if key in record]
+
+
+def test_each_epoch_ends_with_an_evaluation_and_a_checkpoint(finished):
+    config, workdir = finished
+    run = open_run(config, workdir)
+    rows = len(run.prepared.blocks("text", "train"))
+    steps = round(2 * rows / 8)
+    assert run.config.num_steps == steps and config.num_steps == 8, "the config that was given stays"
+    ends = [round(rows / 8), steps]
+    assert steps_of(workdir, "validation_text/loss") == ends
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == ends
+
+
+def test_masks_fall_in_copies_alone_in_a_run_too(finished):
+    _, workdir = finished
+    shares = [record["mask_fraction"] for record in tiny_runs.records(workdir)]
+    assert all(0 < share < 0.1 for share in shares)
+
+
+def test_a_run_that_is_interrupted_in_an_epoch_goes_on_bit_for_bit(finished, tmp_path):
+    config, workdir = finished
+    path = config.data.path
+    stopped, elsewhere = config_of(tmp_path / "run", path, checkpoint__every=2, num_epochs=2, checkpoint__keep=99)
+    train(stopped, elsewhere)
+    steps = sorted(int(p.name) for p in (elsewhere / "checkpoints").iterdir() if p.name.isdigit())
+    for step in steps[1:]:
+        (elsewhere / "checkpoints" / str(step)).rmtree()
+    train(stopped, elsewhere)
+    assert tiny_runs.losses(elsewhere) == tiny_runs.losses(workdir)
+
+
+def test_a_model_is_asked_in_the_template_it_was_trained_in_and_stops_where_its_answers_end(finished):
+    config, workdir = finished
+    opened = open_model(workdir)
+    tokenizer = opened.tokenizer
+    assert "### Instruction:" in tokenizer.chat_template
+    assert origin_of(opened.meta)["stop_ids"] == [tokenizer.eos_id]
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the sea"}])
+    assert tokenizer.decode(ids) == "<bos>### Instruction:\nthe sea\n\n### Response:\n"
+    config = opened.model.config
+    config.eval.chat = True
+    setting = Setting.of_model(opened, "test", lambda: pytest.fail("no data"), None, "")
+    assert setting.encode("the sea") == ids
+    assert tokenizer.eos_id in Generator.of(opened)._stops
+
+
+def test_ntp_takes_as_many_steps_as_meap_where_its_epochs_are_those_of_meap(finished, tmp_path):
+    config, _ = finished
+    steps = {}
+    for name, overrides in {
+        "meap": dict(sft__arrangement="separate"),
+        "ntp": dict(objective__name="ntp", sft__arrangement="none"),
+        "equal time": dict(objective__name="ntp", sft__arrangement="none", sft__epoch_of="separate"),
+    }.items():
+        arm, workdir = config_of(tmp_path / name, config.data.path, data__prepared=tmp_path / "data", **overrides)
+        steps[name] = open_run(arm, workdir).config.num_steps
+    assert steps["equal time"] == steps["meap"] > steps["ntp"]
+
+
+@pytest.mark.parametrize(
+    "arrangement, mesh",
+    [
+        ("shared_prefix", dict(data=2, fsdp=2, tensor=2)),
+        ("shared_prefix", dict(fsdp=2, context=2)),
+        ("concat", dict(data=2, context=2)),
+    ],
+)
+def test_a_mesh_gives_the_losses_of_one_device(finished, arrangement, mesh, tmp_path):
+    """On eight virtual devices: rows, parameters and the sequence split, with branches and copies in the rows."""
+    config, _ = finished
+    fields = dict(sft__arrangement=arrangement, sft__positions="restart", model__num_kv_heads=2)
+    config, _ = config_of(tmp_path, config.data.path, data__prepared=tmp_path / "data", **fields)
+    on_one, on_mesh = (losses_on(mesh_of(**sizes), config, tmp_path) for sizes in (dict(data=1), mesh))
+    np.testing.assert_allclose(on_mesh, on_one, rtol=2e-5)
+
+
+def losses_on(mesh, config, workdir):
+    """The loss and the gradient norm of two steps on a mesh."""
+    run = open_run(config, workdir, mesh)
+    state = start(run, Checkpointer(workdir, 1)).state
+    layout = sharding.batch_sharding(run.mesh)
+    batches = TrainBatches(run.prepared, {"text": 1.0}, seed=0, batch_size=8, sharding=layout)
+    step, values = compile_step(run.config, run.definition, run.mesh), []
+    with jax.set_mesh(run.mesh):
+        for _ in range(2):
+            state, metrics = step(state, next(batches))
+            values.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (dict(sft__arrangement="none"), "sft.arrangement is 'none', but objective.name is 'meap'"),
+        (dict(data__sources__text__format="text"), "sft.arrangement is 'shared_prefix', but no source of data.mixture"),
+        (dict(data__mixture="text=1,retrieval=1"), "data.mixture is 'text=1,retrieval=1', but retrieval has no conver"),
+        (dict(objective__strategy="official"), "objective.strategy is 'official', but that is the official code's of "),
+        (dict(num_epochs=0), "checkpoint.every is 0, but must be 1 or more where num_epochs is 0"),
+        (dict(sft__rows_per_mean=3), "sft.rows_per_mean is 3, but must be 0 or a divisor of global_batch_size (8)"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(tmp_path, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, tmp_path / "alpaca.json", **overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_too_many_samples_longer_than_a_block_are_an_error_with_the_line_of_the_first(finished, tmp_path):
+    path = alpaca(tmp_path / "alpaca.json", number=60)
+    skipping = dict(sft__too_long="skip", data__max_skipped=0, seq_len=100, data__holdout=0.2)
+    config, workdir = config_of(tmp_path / "run", path, **skipping)
+    with pytest.raises(DataError, match=r"conversations of text \(the first on line \d+\) have more tokens than a blo"):
+        open_run(config, workdir)
+    config, workdir = config_of(tmp_path / "run", path, **skipping | dict(data__max_skipped=50))
+    assert open_run(config, workdir).prepared.plan_manifest("text")["splits"]["train"]["skipped"] > 0
+
+
+def test_a_split_without_a_conversation_is_an_error_that_says_what_to_do(tmp_path):
+    config, workdir = config_of(tmp_path / "run", alpaca(tmp_path / "alpaca.json", 5), data__holdout=0.01)
+    with pytest.raises(DataError, match=r"no conversation for validation among its 5: raise data.holdout"):
+        open_run(config, workdir)
+
+
+def test_a_tokenizer_without_room_for_mask_in_the_model_is_an_error(tmp_path):
+    options = dict(data__tokenizer="mistral", model__vocab_size=32_000, objective__mask_id=3)
+    config, workdir = config_of(tmp_path / "run", alpaca(tmp_path / "alpaca.json"), **options)
+    with pytest.raises(ConfigError, match="model.vocab_size is 32000, but the tokenizer mistral has 32001 ids"):
+        open_run(config, workdir)
+
+
+def test_epochs_end_at_the_steps_that_are_nearest_to_them():
+    c = config_lib.base()
+    c.num_epochs, c.num_steps = 3.0, 10
+    assert [step for step in range(1, 11) if is_due(c, 0, step)] == [3, 7, 10]
+    assert [step for step in range(1, 11) if is_due(c, 4, step)] == [4, 8, 10]
+    c.num_epochs = 2.5
+    assert [step for step in range(1, 11) if is_due(c, 0, step)] == [4, 8, 10]
+
+
+def test_the_configs_of_the_paper_are_valid_and_differ_in_what_they_say():
+    configs = {}
+    for path in sorted((tiny_runs.ROOT / "configs").glob("sft_*.py")):
+        config = importlib.import_module(f"configs.{path.stem}").get_config()
+        config_lib.check(config, needs_data=False)
+        configs[path.stem] = config
+        assert config.data.tokenizer == f"{config.init_from}/tokenizer"
+    assert len(configs) >= 10
+    meap, same_time = configs["sft_llama3_8b_meap"], configs["sft_llama3_8b_ntp_equal_time"]
+    assert same_time.sft.epoch_of == meap.sft.arrangement and same_time.num_epochs == meap.num_epochs
+    assert config_lib.fine_tuning("llama3_8b", "ntp", "section_4_2").optimizer.weight_decay == 0.01
