@@ -1,6 +1,7 @@
-"""The table of docs/performance.md: every size of the paper, compiled for slices that would train it.
+"""The tables of docs/performance.md: every size of the paper, compiled for slices that would train it.
 
 python -m experiments.aot_table [100m 300m 500m 1b 1b-64k] > table.md
+python -m experiments.aot_table sft_llama32_3b sft_llama3_8b sft_mistral_7b_v02 sft_qwen25_14b > table.md
 
 A row comes out as soon as it is compiled, and its JSON report on stderr. NTP and MEAP differ in one mask that is drawn
 once a step, so that one of them stands for both.
@@ -16,7 +17,7 @@ import ml_collections
 from configs import long_context_64k
 from meap_jax import cli
 from meap_jax.aot.report import compile_for
-from meap_jax.config import paper
+from meap_jax.config import fine_tuning, paper
 from meap_jax.errors import ConfigError
 
 TOPOLOGIES = {
@@ -25,6 +26,10 @@ TOPOLOGIES = {
     "500m": ("v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8"),
     "1b": ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "h100:8"),
     "1b-64k": ("v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8"),
+    "sft_llama32_3b": ("v5e:4x4", "h100:8"),
+    "sft_llama3_8b": ("v6e:4x4", "h100:8"),
+    "sft_mistral_7b_v02": ("v5e:4x4", "h100:8"),
+    "sft_qwen25_14b": ("v6e:4x4", "h100:8"),
 }
 HEADINGS = (
     "config",
@@ -42,6 +47,8 @@ HEADINGS = (
 
 def config_of(name: str, topology: str) -> ml_collections.ConfigDict:
     """The paper's config of a size, or that of its extension to 64K tokens, with the same million tokens a step."""
+    if name.startswith("sft_"):
+        return fine_tuning(name.removeprefix("sft_"), "meap")
     if name != "1b-64k":
         return paper(name, "meap")
     config = long_context_64k.get_config()
@@ -54,7 +61,13 @@ def row(size: str, topology: str, report: Mapping[str, Any]) -> list[str]:
     """One report as cells; a dash where a program did not fit and so has no figures."""
     mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1) or "one device"
     memory = f"{report['hbm_bytes']['total'] / 2**30:.1f} of {report['hbm_capacity'] / 2**30:.0f}"
-    cells = [f"meap_{size}", topology, mesh, memory, "yes" if report["fits"] else "no"]
+    cells = [
+        size if size.startswith("sft_") else f"meap_{size}",
+        topology,
+        mesh,
+        memory,
+        "yes" if report["fits"] else "no",
+    ]
     if report["roofline"] is None:
         figures = ["-"] * 4
     else:
@@ -77,7 +90,7 @@ def command(argv: list[str]) -> None:
     for size in sizes:
         for topology in TOPOLOGIES[size]:
             report = compile_for(config_of(size, topology), topology)
-            print(json.dumps({"config": f"meap_{size}"} | report), file=sys.stderr, flush=True)
+            print(json.dumps({"size": size} | report), file=sys.stderr, flush=True)
             print(f"| {' | '.join(row(size, topology, report))} |", flush=True)
 
 

@@ -85,6 +85,24 @@ def test_a_paper_config_compiles_for_its_devices(request, size, topology, device
     assert report["versions"][compiler]
 
 
+@pytest.mark.parametrize(
+    "model, topology, parameters",
+    [
+        ("llama32_3b", "v5e:4x4", 3_212_749_824),
+        ("llama3_8b", "v6e:4x4", 8_030_261_248),
+        ("mistral_7b_v02", "v5e:4x4", 7_242_256_384),
+        ("qwen25_14b", "v6e:4x4", 14_770_033_664),
+    ],
+)
+def test_fine_tuning_of_the_papers_models_fits_a_slice(tpu_compiler, model, topology, parameters):
+    report = command(f"--config=configs/sft_{model}_meap.py", f"--topology={topology}")
+    assert report["parameters"] == parameters
+    assert report["fits"] and report["uncounted"] == {"kernels": {}, "loops": []}
+    assert any("segmented" in kernel for kernel in report["attention_kernels"]), "samples are kept apart"
+    # Parameters and two moments in float32.
+    assert 1 <= report["hbm_bytes"]["arguments"] / (12 * parameters / 16) < 1.1
+
+
 def small(num_layers, **model):
     """A paper config made small, whose programs compile in seconds."""
     config = config_lib.paper("100m", "meap")
