@@ -13,12 +13,15 @@ LLAMA3 = (
 )
 
 
-def chatting(folder, template, in_a_file=False):
-    """The tokenizer of a folder whose tokenizer_config.json, or a file beside it, holds a chat template."""
+def chatting(folder, template, in_a_file=False, specials=("<|start|>", "<|end|>", "<|eot|>")):
+    """The tokenizer of a folder whose tokenizer_config.json, or a file beside it, holds a chat template.
+
+    Its last special token ends texts.
+    """
     made = Tokenizer.from_str(llama(False))
-    made.add_special_tokens(["<|start|>", "<|end|>", "<|eot|>"])
+    made.add_special_tokens(list(specials))
     made.save(str(folder / "tokenizer.json"))
-    config = dict(bos_token="<s>", eos_token="<|eot|>")
+    config = dict(bos_token="<s>", eos_token=specials[-1])
     if in_a_file:
         (folder / "chat_template.jinja").write_text(template)
     else:

@@ -21,8 +21,8 @@ from meap_jax.fields import fields_of
 def text_spec(path, more=None, **fields):
     """What a config asks for that reads one source of text with the tokenizer `mistral`, unless `fields` say otherwise.
 
-    A field is given by its last name: of the source, of data.retrieval, of data, of the model or of the run. `more` is
-    the path of a second source of text, called so.
+    A field is given by its last name: of the source, of data.retrieval, of data, of the model, of the run or of sft.
+    `more` is the path of a second source of text, called so.
     """
     c = base()
     if more is not None:
@@ -31,7 +31,7 @@ def text_spec(path, more=None, **fields):
     fields = dict(seq_len=96, mixture="text=1", tokenizer="mistral", holdout=0.1, max_skipped=10) | fields
     known = fields_of(["text"])
     for name, value in fields.items():
-        groups = ("data.sources.text.", "data.retrieval.", "data.", "model.", "")
+        groups = ("data.sources.text.", "data.retrieval.", "data.", "model.", "", "sft.")
         place = next(group + name for group in groups if group + name in known)
         c.update_from_flattened_dict({place: value})
     return data_spec(c)

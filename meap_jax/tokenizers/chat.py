@@ -14,6 +14,7 @@ import jinja2.sandbox
 
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import TEMPLATES
+from meap_jax.tokenizers.interface import SECRET
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}, and what a template may know.
 
@@ -156,7 +157,7 @@ def prompts_and_answers(
             )
         answer = text[len(prompt) :]
         # Special tokens may be in front of the words too, such as the name of a channel.
-        hidden = specials.sub(lambda found: "\0" * len(found[0]), answer)
+        hidden = specials.sub(lambda found: SECRET * len(found[0]), answer)
         words = message["content"].strip()
         start = hidden.rfind(words) if words else -1
         behind = start + len(words) if start >= 0 else 0
