@@ -192,6 +192,7 @@ FIELDS: dict[str, Field] = {
         at_least(1), divides("global_batch_size")),
     "seq_len": Field(128, "Tokens that the decoder sees; a block of data has one more.", at_least(2)),
     "trainable": Field("*", "Parameters that train, as globs of their names: layers.attn.*,head. *: all."),
+    "frozen_dtype": Field("float32", "Of parameters that don't train.", FLOATS),
     "init_from": Field(str, "Workdir of another run: its parameters, with a fresh optimizer and step 0."),
 
     "model.num_layers": Field(2, "Layers.", at_least(1)),
@@ -228,7 +229,7 @@ FIELDS: dict[str, Field] = {
     "model.window": Field(0, "Positions that a query sees, its own and those just before it; 0: all before it.",
         at_least(0)),
     "model.window_layers": Field("all", "Layers that have the window: all, or numbers and ranges, 0,2,28-47.", LAYERS),
-    "model.dtype": Field("float32", "Of activations. Parameters, norms, softmax and loss are always float32.", FLOATS),
+    "model.dtype": Field("float32", "Of activations. Norms, softmax and loss are always computed in float32.", FLOATS),
     "model.init": Field("official", "Variances: official (paper.md's) or normal (0.02^2, residual outputs / 2 layers).",
         one_of("official", "normal")),
     "model.lora.rank": Field(0, "Of the adapter of each linear layer that targets names, which adds alpha / rank * "
@@ -287,6 +288,11 @@ FIELDS: dict[str, Field] = {
     "optimizer.clip_norm": Field(1.0, "Global norm of the gradient; inf: it is not clipped.",
         rule(lambda v: v > 0, "positive", 0.0, -1.0)),
     "optimizer.moment_dtype": Field("float32", "Of both moments between steps; bfloat16: half the memory.", FLOATS),
+
+    "optimizer.param_dtype": Field("float32", "Of parameters that train, between steps; bfloat16: each update is "
+        "rounded, and there is no float32 copy.", FLOATS),
+    "optimizer.rounding": Field("stochastic", "Of updates to bfloat16 parameters: stochastic, right in the mean; "
+        "nearest, which loses those below 1/512 of their parameter.", one_of("stochastic", "nearest")),
 
     "mesh.data": Field(-1, "Devices over which rows are split. One axis may be -1: what is left.", NUM_DEVICES),
     "mesh.fsdp": Field(1, "Devices over which rows are split, and parameters with their moments.", NUM_DEVICES),
