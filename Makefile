@@ -54,7 +54,7 @@ test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 # The first line fails where tests would be skipped for want of what they compare with.
 test-parity: .parity ## compare decoders, generation, lm-eval, the optimizer and a training step with PyTorch's
 	@cd "$(ROOT)"
-	.parity/bin/python -c 'import accelerate, datasets, lm_eval, safetensors, torch, transformers'
+	.parity/bin/python -c 'import accelerate, datasets, lm_eval, peft, safetensors, torch, transformers'
 	JAX_PLATFORMS=cpu .parity/bin/python -m pytest -q -rs -n 2 tests/parity
 
 # The compilers are beside .venv and not in it: where libtpu is installed, jax looks for a TPU. .aot/stamp, written

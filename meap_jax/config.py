@@ -112,6 +112,12 @@ def add_source(c: ml_collections.ConfigDict, name: str, path: Any = None, **fiel
     c.data.sources[name].update(fields)
 
 
+def train_adapters(c: ml_collections.ConfigDict, rank: int = 16, alpha: float = 32.0, targets: str = "*_proj") -> None:
+    """Makes a config train low-rank adapters alone: its `model.lora`, and `trainable`."""
+    c.model.lora.update(dict(rank=rank, alpha=alpha, targets=targets))
+    c.trainable = "*lora*"
+
+
 def paper(size: str, objective: str) -> ml_collections.ConfigDict:
     """Makes the config of pre-training in section 4.1 and Table 11 of the paper; `size` is a key of `PAPER_SIZES`."""
     c = base()

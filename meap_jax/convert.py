@@ -2,36 +2,29 @@
 
 python -m meap_jax.convert import --hf=DIR --out=DIR [--mask_init=mean] [--seed=0] [--ignore=FIELD,...] [--mesh=fsdp=-1]
 python -m meap_jax.convert export --workdir=DIR --out=DIR [--step=N] [--dtype=float32] [--keep_padding] [--mesh=fsdp=-1]
+                                  [--adapter=merge|peft] [--base=NAME]
 
 Import reads a folder with config.json, safetensors and a tokenizer, as the hub has it, of a Llama 2 or 3, a Mistral 7B
 or a Qwen2 or 2.5. What it writes is a workdir like that of a run: `--config.init_from=` trains from it, and
-`meap_jax.generate` continues texts with it. Export writes a folder that transformers loads. Either is written
-beside its place and gets its name when it is complete.
+`meap_jax.generate` continues texts with it. Export writes a folder that transformers loads; of a run that trained
+adapters it merges them into the weights, or writes them alone, as PEFT has them. Either is written beside its place and
+gets its name when it is complete.
 """
 
 import argparse
-import contextlib
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from meap_jax import cli
 from meap_jax.checkpoint import save_params
-from meap_jax.errors import ConfigError, DataError
-from meap_jax.hf import card, safetensors, weights
+from meap_jax.export import completed_folder, export_model
 from meap_jax.hf import config as hf_config
-from meap_jax.hf.tokenizer import hub_files
 from meap_jax.hub import open_hub_model
-from meap_jax.models import open_stored_model, origin_of, save_tokenizer, write_config
+from meap_jax.models import save_tokenizer, write_config
 from meap_jax.paths import absolute
 
 _log = logging.getLogger("meap_jax.convert")
@@ -43,7 +36,7 @@ def import_model(source: Path, out: epath.Path, **options: Any) -> None:
     Raises:
       DataError, ConfigError: as `open_hub_model`, or `out` exists.
     """
-    with _complete(out) as partial:
+    with completed_folder(out) as partial:
         # In their own dtype, which float32 holds exactly when they are opened: half the memory and half the disk.
         opened = open_hub_model(source, keeps_dtype=True, **options)
         tokenizer = opened.tokenizer
@@ -55,97 +48,6 @@ def import_model(source: Path, out: epath.Path, **options: Any) -> None:
     number = opened.model.definition.config.num_parameters
     family, mask_id = opened.meta["imported"]["family"], opened.model.config.objective.mask_id
     _log.info("%s: %d parameters of a %s model; [MASK] is %d", out, number, family, mask_id)
-
-
-def export_model(
-    workdir: epath.Path,
-    out: epath.Path,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-    keep_padding: bool = False,
-    mesh: Mapping[str, int] = MappingProxyType({}),
-    largest_file: int = safetensors.LARGEST_FILE,
-) -> None:
-    """Writes a model as a folder that transformers loads.
-
-    Args:
-      workdir: absolute, of a run or an imported model.
-      out: that doesn't exist.
-      step: of the checkpoint; default: the newest.
-      dtype: of the weights; default: that of the import, float32 for models that were trained here.
-      keep_padding: rows of the vocabulary that no token has are written too.
-      mesh: sizes of its axes; default: parameters are split over all devices.
-      largest_file: bytes.
-
-    Raises:
-      ConfigError: no model is there, transformers can't express it, or `out` exists.
-    """
-    with _complete(out) as partial:
-        stored = open_stored_model(workdir, step, {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, **mesh})
-        (config, placed_on, definition), tokenizer = stored.model, stored.tokenizer
-        imported = origin_of(stored.meta)
-        dtype = dtype or imported.get("dtype", "float32")
-        model = definition.config
-        rows = model.vocab_size if keep_padding else max(tokenizer.num_own_ids, tokenizer.mask_id + 1)
-        files = hub_files(tokenizer, config.seq_len)
-        stops = sorted({tokenizer.eos_id, *imported.get("stop_ids", ())})
-        ids: dict[str, Any] = dict(bos_token_id=tokenizer.bos_id, eos_token_id=stops if len(stops) > 1 else stops[0])
-        if tokenizer.pad_id < rows:
-            ids["pad_token_id"] = tokenizer.pad_id
-        content = hf_config.write(model, config.seq_len, rows, dtype, imported.get("family")) | ids
-        tensors = weights.outgoing(stored.read, definition, placed_on, rows, dtype)
-        if jax.process_index() == 0:
-            folder = Path(partial)
-            safetensors.write(folder, tensors, dtype, largest_file)
-            _write_json(folder / "config.json", content)
-            # transformers' generate reads it; of [MASK] no other engine has to know, for the model never predicts it.
-            _write_json(folder / "generation_config.json", ids | {"suppress_tokens": [tokenizer.mask_id]})
-            for name, data in files.items():
-                (folder / name).write_bytes(data)
-            (folder / "README.md").write_text(
-                card.text(workdir, config, stored.step, stored.meta, rows), encoding="utf-8"
-            )
-        else:
-            for tensor in tensors:
-                for _ in tensor.blocks():
-                    pass  # All processes run the programs that gather.
-    _log.info("%s: %d rows of the vocabulary, %s", out, rows, dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def _complete(out: epath.Path) -> Iterator[epath.Path]:
-    """A folder beside `out` that gets its name if nothing goes wrong, and goes away otherwise."""
-    if out.exists():
-        raise ConfigError(f"--out is {out}, which exists: name a folder that doesn't, or delete it.")
-    partial = out.parent / f".{out.name}.partial"
-    is_first = jax.process_index() == 0
-    try:
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _wait("started")
-        yield partial
-        _wait("written")
-        if is_first:
-            os.replace(partial, out)
-    except OSError as error:
-        raise DataError(f"--out is {out}, which can't be written: {error.strerror or error}.") from error
-    finally:
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _wait(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -168,6 +70,11 @@ def command(argv: list[str]) -> None:
     writing.add_argument("--dtype", choices=tuple(hf_config.DTYPES), help="of the weights; default: that of the "
                          "import, float32 for models trained here")  # fmt: skip
     writing.add_argument("--keep_padding", action="store_true", help="writes rows of the vocabulary without a token")
+    writing.add_argument("--adapter", choices=("merge", "peft"), default="merge", help="what becomes of adapters: "
+                         "merge (default): weights are written with them; peft: they are written alone")  # fmt: skip
+    writing.add_argument(
+        "--base", help="what --adapter=peft says that they are added to: a name of the hub, or a folder"
+    )
     for way in (reading, writing):
         way.add_argument("--out", required=True, help="folder that doesn't exist yet")
         way.add_argument("--mesh", default="", help="axis=size,...; default: fsdp=-1")
@@ -179,7 +86,10 @@ def command(argv: list[str]) -> None:
         import_model(source, out, mask_init=args.mask_init, seed=args.seed, ignore=ignore, mesh=mesh)
     else:
         workdir = absolute(epath.Path(args.workdir))
-        export_model(workdir, out, step=args.step, dtype=args.dtype, keep_padding=args.keep_padding, mesh=mesh)
+        export_model(
+            workdir, out, step=args.step, dtype=args.dtype, keep_padding=args.keep_padding, mesh=mesh,
+            adapter=args.adapter, base=args.base,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

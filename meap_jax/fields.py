@@ -4,6 +4,7 @@ A new field is a line in `FIELDS`. Its default must mean what the code did befor
 older runs are read with it.
 """
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 STRATEGIES = ("random", "span", "bernoulli", "shared", "official")
 TEMPLATES = ("llama3", "vicuna", "alpaca", "chatml", "tokenizer")
 TOKENIZERS = ("bpe", "mistral", "tekken")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # Of a decoder layer.
 SEEDS = {"init": "the initial weights", "data": "the order of blocks", "mask": "masks", "noise": "random tokens"}
 
 Values = Mapping[str, Any]  # All fields beside the one that is checked: of the config, or of one source.
@@ -83,6 +85,21 @@ def is_path(tokenizer: str) -> bool:
     return "/" in tokenizer or tokenizer.endswith((".model", ".json"))
 
 
+def linear_layers(globs: str) -> tuple[str, ...]:
+    """Reads `model.lora.targets`, such as "q_proj,v_proj" or "*_proj": the linear layers that are named.
+
+    Raises:
+      ValueError: for a glob that names none.
+    """
+    named: set[str] = set()
+    for glob in map(str.strip, globs.split(",")):
+        found = fnmatch.filter(LINEAR_LAYERS, glob)
+        if not found:
+            raise ValueError(glob)
+        named.update(found)
+    return tuple(name for name in LINEAR_LAYERS if name in named)
+
+
 def windowed_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     """Reads `model.window_layers`, such as "all" or "0,2,28-47": whether each layer is named.
 
@@ -98,6 +115,13 @@ def windowed_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     if not named <= set(range(num_layers)):
         raise ValueError(text)
     return tuple(layer in named for layer in range(num_layers))
+
+
+def _are_linear_layers(globs: str) -> bool:
+    try:
+        return bool(linear_layers(globs))
+    except ValueError:
+        return False
 
 
 def _are_layers(text: str, of: Values) -> bool:
@@ -136,6 +160,7 @@ LAYERS = Check(
     lambda of: f"all, or layers from 0 to {of['model.num_layers'] - 1} such as 0,2-3",
     wrong=("", "some", "0,99", "1-"),
 )
+TARGETS = rule(_are_linear_layers, f"globs of {', '.join(LINEAR_LAYERS)}", "", "q_proj,head")
 NUMBERS = rule(lambda v: bool(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", v)), "whole numbers from 1 on, such as 1,5,10", "",
                "0,1", "1-3")  # fmt: skip
 PERCENTS = rule(lambda v: bool(re.fullmatch(r"(\d\d?|100)(,(\d\d?|100))*", v)), "whole numbers from 0 to 100, such as "
@@ -179,6 +204,7 @@ FIELDS: dict[str, Field] = {
         at_least(1), divides("global_batch_size")),
     "seq_len": Field(128, "Tokens that the decoder sees; a block of data has one more.", at_least(2)),
     "trainable": Field("*", "Parameters that train, as globs of their names: layers.attn.*,head. *: all."),
+    "frozen_dtype": Field("float32", "Of parameters that don't train.", FLOATS),
     "init_from": Field(str, "Workdir of another run: its parameters, with a fresh optimizer and step 0."),
 
     "model.num_layers": Field(2, "Layers.", at_least(1)),
@@ -215,9 +241,15 @@ FIELDS: dict[str, Field] = {
     "model.window": Field(0, "Positions that a query sees, its own and those just before it; 0: all before it.",
         at_least(0)),
     "model.window_layers": Field("all", "Layers that have the window: all, or numbers and ranges, 0,2,28-47.", LAYERS),
-    "model.dtype": Field("float32", "Of activations. Parameters, norms, softmax and loss are always float32.", FLOATS),
+    "model.dtype": Field("float32", "Of activations. Norms, softmax and loss are always computed in float32.", FLOATS),
     "model.init": Field("official", "Variances: official (paper.md's) or normal (0.02^2, residual outputs / 2 layers).",
         one_of("official", "normal")),
+    "model.lora.rank": Field(0, "Of the adapter of each linear layer that targets names, which adds alpha / rank * "
+        "(x A) B to x W (https://arxiv.org/abs/2106.09685); 0: no adapters. trainable='*lora*' trains them alone.",
+        at_least(0)),
+    "model.lora.alpha": Field(16.0, "Divided by the rank it multiplies what adapters add.", POSITIVE),
+    "model.lora.targets": Field("*_proj", "Linear layers that have an adapter, as globs: q_proj,v_proj. *_proj: all.",
+        TARGETS),
     "model.attention": Field("auto", "auto: splash on TPU, cudnn on GPU, else xla; plain: the definition, which holds "
         "all scores.", one_of("auto", "plain", "xla", "splash", "cudnn")),
     "model.unroll": Field(1, "Layers a scan step; changes the program, never the state.", at_least(1)),
@@ -273,6 +305,11 @@ FIELDS: dict[str, Field] = {
         rule(lambda v: v > 0, "positive", 0.0, -1.0)),
     "optimizer.moment_dtype": Field("float32", "Of both moments between steps; bfloat16: half the memory.", FLOATS),
 
+    "optimizer.param_dtype": Field("float32", "Of parameters that train, between steps; bfloat16: each update is "
+        "rounded, and there is no float32 copy.", FLOATS),
+    "optimizer.rounding": Field("stochastic", "Of updates to bfloat16 parameters: stochastic, right in the mean; "
+        "nearest, which loses those below 1/512 of their parameter.", one_of("stochastic", "nearest")),
+
     "mesh.data": Field(-1, "Devices over which rows are split. One axis may be -1: what is left.", NUM_DEVICES),
     "mesh.fsdp": Field(1, "Devices over which rows are split, and parameters with their moments.", NUM_DEVICES),
     "mesh.tensor": Field(1, "Devices over which heads, hidden widths and the vocabulary are split.", NUM_DEVICES),
@@ -310,6 +347,9 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": Field(1_000, "Steps between checkpoints; 0: one at the end of each epoch.",
         at_least(0), NEEDS_EPOCHS),
     "checkpoint.keep": Field(2, "Checkpoints that are kept, the newest ones.", at_least(1)),
+    "checkpoint.export": Field("none", "What is written beside each checkpoint, as export/STEP in the workdir: merge: the "
+        "model as transformers loads it; peft: its adapters alone, as PEFT loads them; none.",
+        one_of("none", "merge", "peft")),
     "log.every": Field(10, "Steps between records.", at_least(1)),
     "eval.every": Field(1_000, "Steps between evaluations; 0: at the end of each epoch.", at_least(0), NEEDS_EPOCHS),
     "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),

@@ -2,22 +2,28 @@
 
 import json
 import logging
+from typing import Any
 
 import jax
 import ml_collections
 from etils import epath
+from flax import traverse_util
 
 from meap_jax import cli, sharding
 from meap_jax.checkpoint import Checkpointer
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import Setting, check_tasks, make_evaluators
+from meap_jax.export import export_stored
 from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
-from meap_jax.models import save_tokenizer, write_config
-from meap_jax.run import make_folder, open_run, start, versions
+from meap_jax.model.decoder import Params
+from meap_jax.models import StoredModel, save_tokenizer, write_config
+from meap_jax.run import Run, make_folder, open_run, start, versions
 from meap_jax.timing import Clock, Trace, process_began
 from meap_jax.train import TrainState, compile_step, train_loop
+
+EXPORT_FOLDER = "export"  # In the workdir.
 
 _log = logging.getLogger("meap_jax.main")  # Not __name__, which is __main__ here.
 
@@ -87,6 +93,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
             "origin": begin.origin,
         }
         checkpointer.save(step, state, meta)
+        if config.checkpoint.export != "none":
+            write_for_hub(run, workdir, step, state.params, meta)
 
     # Steps.
     try:
@@ -109,6 +117,17 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         trace.close()
         checkpointer.close()
         writer.close()
+
+
+def write_for_hub(run: Run, workdir: epath.Path, step: int, params: Params, meta: dict[str, Any]) -> None:
+    """Writes the model of a step as `meap_jax.convert export` would, in place of what an interrupted run left there."""
+    place = epath.Path(local_folder(workdir)) / EXPORT_FOLDER / str(step)
+    if jax.process_index() == 0 and place.exists():
+        place.rmtree()
+    read = traverse_util.flatten_dict(params).__getitem__
+    stored = StoredModel(run.model, run.prepared.tokenizer, step, meta, read)
+    with jax.transfer_guard("allow"):  # Weights are to come to the host.
+        export_stored(lambda: stored, workdir, place, adapter=run.config.checkpoint.export, base=run.config.init_from)
 
 
 def command(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ A parameter's name is its path with dots, such as layers.attn.q_proj. Gradients 
 
 import fnmatch
 
+import jax
 from flax import traverse_util
 
 from meap_jax.errors import ConfigError
@@ -36,6 +37,11 @@ def split(params: Params, trainable: str) -> tuple[Params, Params]:
     trained = {name: leaf for name, leaf in flat.items() if name in chosen}
     frozen = {name: leaf for name, leaf in flat.items() if name not in chosen}
     return traverse_util.unflatten_dict(trained, sep="."), traverse_util.unflatten_dict(frozen, sep=".")
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Gives every parameter a dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def merge(trained: Params, frozen: Params) -> Params:

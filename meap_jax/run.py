@@ -11,20 +11,22 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from meap_jax import __version__
-from meap_jax.checkpoint import Checkpointer, newest_meta, restore_params
+from meap_jax import __version__, partition
+from meap_jax.checkpoint import Checkpointer, Restored, newest_meta, read_meta, restore_params, restore_some_params
 from meap_jax.config import changed_on_resume, flatten, mixture, read_back
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import ChatPlanSpec, data_spec
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
-from meap_jax.model.config import RopeScaling
-from meap_jax.model.decoder import Definition, Params
+from meap_jax.model.config import ModelConfig, RopeScaling
+from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.models import Model, define_model, origin_of
+from meap_jax.objective import named_keys
 from meap_jax.paths import absolute
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params
 
@@ -33,7 +35,7 @@ _log = logging.getLogger(__name__)
 # Fields of `model` that shapes of parameters don't show.
 OF_THE_DECODER = (
     "num_tokens", "rope_base", *(f"rope_scaling.{name}" for name in RopeScaling.__dataclass_fields__), "norm_eps",
-    "window", "window_layers",
+    "window", "window_layers", "lora.alpha",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -197,7 +199,8 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
     """Restores, imports or draws the state that a run starts from: the first of these that there is.
 
     1. Its own newest readable checkpoint: everything goes on as it was.
-    2. `init_from`: the parameters of another run, with a fresh optimizer, step 0 and the first block of data.
+    2. `init_from`: the parameters of another run, with a fresh optimizer, step 0 and the first block of data. Adapters
+       that it lacks are drawn.
     3. From scratch.
     """
     template, _ = abstract_inputs(run.config, run.definition, run.mesh)
@@ -210,9 +213,15 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
 
     shardings = jax.tree.map(lambda x: x.sharding, template)
     if run.config.init_from is not None:
-        fresh = jax.jit(lambda p: state_of_params(run.config, p), out_shardings=shardings)
+
+        def with_params(given: Params) -> TrainState:
+            """The state with these parameters; adapters that are not among them are drawn."""
+            drawn = run.definition.init(named_keys(run.config)["init"])
+            return state_of_params(run.config, partition.merge(drawn, given))
+
         params, meta = imported_params(run)
-        return Start(0, fresh(params), None, origin_of(meta) | _stops(run, meta))
+        state = jax.jit(with_params, out_shardings=shardings)(params)
+        return Start(0, state, None, origin_of(meta) | _stops(run, meta))
     state = jax.jit(lambda: init_state(run.config, run.definition), out_shardings=shardings)()
     return Start(0, state, None, _stops(run, {}))
 
@@ -229,11 +238,21 @@ def _stops(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
 def imported_params(run: Run) -> tuple[Params, dict[str, Any]]:
     """Reads the parameters of the run that `init_from` names, and the `meta` of their checkpoint.
 
+    They are all of ours, but for adapters that it lacks.
+
     Raises:
-      ConfigError: if there are none of this shape, or they were trained with another tokenizer.
+      ConfigError: if there are none of this shape, it has adapters that we lack, or they were trained with another
+        tokenizer.
     """
+    folder = absolute(epath.Path(run.config.init_from))
     template, _ = abstract_inputs(run.config, run.definition, run.mesh)
-    restored = restore_params(absolute(epath.Path(run.config.init_from)), template.params)
+    step, meta = read_meta(folder)
+    lacking = _lacking_adapters(run, meta)
+    if lacking:
+        _, shapes = partition.split(template.params, ",".join(lacking))
+        restored = Restored(step, restore_some_params(folder, shapes, step), meta)
+    else:
+        restored = restore_params(folder, template.params)
     if restored.meta["tokenizer"] != run.prepared.tokenizer_hash:
         raise ConfigError(
             f"init_from is {run.config.init_from}, whose tokenizer ({restored.meta['tokenizer'][:12]}) is not that of "
@@ -244,10 +263,31 @@ def imported_params(run: Run) -> tuple[Params, dict[str, Any]]:
     return restored.state, restored.meta
 
 
+def _lacking_adapters(run: Run, meta: dict[str, Any]) -> list[str]:
+    """The names of our adapters that a checkpoint with this `meta` has not.
+
+    Raises:
+      ConfigError: it has adapters that we lack, or of another rank.
+    """
+    of_checkpoint = ModelConfig.of(read_back(meta["config"]).model)
+    theirs, ours = of_checkpoint.lora, run.definition.config.lora
+    if theirs.layers and (theirs.rank != ours.rank or not set(theirs.layers) <= set(ours.layers)):
+        raise ConfigError(
+            f"init_from is {run.config.init_from}, whose adapters have model.lora.rank={theirs.rank} and "
+            f"model.lora.targets={theirs.targets}, but this config has rank {ours.rank} and targets {ours.targets}: "
+            "set the same, or name an import of what `meap_jax.convert export` merged."
+        )
+    shapes = traverse_util.flatten_dict(run.definition.shapes(), sep=".")
+    known = traverse_util.flatten_dict(define(of_checkpoint).shapes(), sep=".")
+    return [name for name in shapes if "_lora_" in name and name not in known]
+
+
 def _warn_of_another_decoder(config: ml_collections.ConfigDict, meta: dict[str, Any]) -> None:
     """Says which fields let the same parameters compute something else; that may be wanted, as in a longer context."""
     old, new = (flatten(fields["model"]) for fields in (read_back(meta["config"]), config))
     changed = [name for name in OF_THE_DECODER if old[name] != new[name]]
+    if not old["lora.rank"]:
+        changed = [name for name in changed if name != "lora.alpha"]
     if changed:
         said = "; ".join(f"model.{name} was {old[name]!r} and is now {new[name]!r}" for name in changed)
         _log.warning("init_from is a model that computed otherwise: %s", said)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Key, Shaped
 
 from meap_jax import partition, sharding
 from meap_jax.config import is_due
@@ -22,6 +22,7 @@ from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
 from meap_jax.results import Result
+from meap_jax.rounding import stochastically
 from meap_jax.rows import Row, abstract_rows
 from meap_jax.timing import Clock, Trace
 
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
     """The state of training: what a step changes, and the keys that it draws from."""
 
     step: jax.Array  # int32 scalar: optimizer steps taken.
-    params: Params  # float32.
+    params: Params  # In the dtypes of `optimizer.param_dtype` and `frozen_dtype`.
     opt_state: optax.OptState
     keys: dict[str, jax.Array]  # uint32 key data of "mask" and "noise"; constant, the step is folded in.
 
@@ -51,6 +52,7 @@ def train_step(
     schedule: optax.Schedule,
     trainable: str,
     grad_accum_steps: int,
+    rounding: str = "nearest",
     loss_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: mask, forward, loss, gradient, update, metrics.
@@ -61,6 +63,7 @@ def train_step(
       ratio: replaces the objective's mask ratio; may be traced.
       definition, objective, optimizer, schedule, trainable, grad_accum_steps: static. `trainable` is the field of the
         config that names the parameters which train: gradients, moments and updates exist for those only.
+      rounding: static, of updates to parameters that are kept in bfloat16.
       loss_options: static too, `chunk_size` and `z_loss` of `meap_jax.losses.linear_cross_entropy`.
 
     Returns:
@@ -85,20 +88,22 @@ def train_step(
         def add(total: tuple[jax.Array, Params], micro: Inputs) -> tuple[tuple[jax.Array, Params], None]:
             return jax.tree.map(jnp.add, total, loss_and_grad(trained, micro)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
+        zeros = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), (jnp.float32(0), trained))
         (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches(inputs, grad_accum_steps))
     loss, grads = jax.tree.map(lambda total: total / num_targets, (loss, grads))
 
-    # Update.
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = partition.merge(optax.apply_updates(trained, updates), frozen)
+    # Update, in float32.
+    exact = partition.cast(trained, "float32")
+    updates, opt_state = optimizer.update(grads, state.opt_state, exact)
+    exact = optax.apply_updates(exact, updates)
+    params = partition.merge(rounded_like(trained, exact, rounding, keys["noise"], state.step), frozen)
 
     # Metrics.
     metrics = {
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(partition.cast(params, "float32")),
         "update_norm": optax.tree.norm(updates),
         "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
         "num_targets": num_targets,
@@ -111,6 +116,17 @@ def summed_loss(definition: Definition, params: Params, inputs: Inputs, **option
     return definition.decoder(params).loss(
         inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
     )
+
+
+def rounded_like(old: Params, new: Params, rounding: str, key: Key[Array, ""], step: jax.Array) -> Params:
+    """Gives new float32 parameters the dtypes of the old; the step and the place among them are folded into the key."""
+    leaves, tree = jax.tree.flatten(new)
+    dtypes = [x.dtype for x in jax.tree.leaves(old)]
+    if rounding == "nearest" or jnp.bfloat16 not in dtypes:
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, old)
+    # A stream apart from that of random tokens, which are drawn from the key of the step itself.
+    own = jax.random.fold_in(jax.random.fold_in(key, step), 2**31)
+    return jax.tree.unflatten(tree, [stochastically(x, jax.random.fold_in(own, i)) for i, x in enumerate(leaves)])
 
 
 def num_inputs(inputs: Inputs) -> jax.Array | int:
@@ -139,8 +155,10 @@ def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainS
     """Makes the state of step 0 with these parameters and a fresh optimizer."""
     keys = named_keys(config)
     key_data = {name: jax.random.key_data(keys[name]) for name in ("mask", "noise")}
-    trained, _ = partition.split(params, config.trainable)
-    return TrainState(jnp.int32(0), params, make_optimizer(config).init(trained), key_data)
+    trained, frozen = partition.split(params, config.trainable)
+    stored = partition.cast(trained, config.optimizer.param_dtype), partition.cast(frozen, config.frozen_dtype)
+    opt_state = make_optimizer(config).init(partition.cast(trained, "float32"))
+    return TrainState(jnp.int32(0), partition.merge(*stored), opt_state, key_data)
 
 
 def state_shardings(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> TrainState:
@@ -169,6 +187,7 @@ def step_function(config: ml_collections.ConfigDict, definition: Definition) -> 
         schedule=learning_rate(config),
         trainable=config.trainable,
         grad_accum_steps=config.grad_accum_steps,
+        rounding=config.optimizer.rounding,
         loss_options=config.loss.to_dict(),
     )
 

@@ -2,13 +2,20 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
+from meap_jax import partition
+from meap_jax.checkpoint import save_params
+from meap_jax.config import train_adapters
 from meap_jax.hf import config as hf_config
 from meap_jax.hf.weights import hub_tensors
+from meap_jax.hub import open_hub_model
 from meap_jax.model.config import ModelConfig
+from meap_jax.models import OpenModel, define_model, save_tokenizer, write_config
 from tiny_runs import tiny_config
 from tokenizer_kinds import llama
 from tokenizers import Tokenizer, processors
@@ -76,3 +83,20 @@ def read_tensors(folder):
         for file in folder.glob("*.safetensors")
         for name, array in safetensors.numpy.load_file(file).items()
     }
+
+
+def write_adapted(folder, hub, *, dtype="float32", **lora):
+    """A workdir as of a run that trained adapters on the model in the folder `hub`; returns the model."""
+    opened = open_hub_model(hub)
+    config = opened.model.config
+    train_adapters(config, **lora)
+    config.model.dtype = dtype
+    model = define_model(config)
+    rng = np.random.default_rng(1)
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), model.definition.shapes())
+    params = jax.device_put(partition.merge(drawn, opened.params), model.definition.shardings(model.mesh))
+    folder.mkdir()
+    write_config(epath.Path(folder), config)
+    meta = {"config": config.to_dict(), "fingerprint": "", "tokenizer": save_tokenizer(folder, opened.tokenizer)}
+    save_params(epath.Path(folder), params, meta, step=4)
+    return OpenModel(model, params, opened.tokenizer, 4, meta)

@@ -12,8 +12,9 @@ from etils import epath
 
 from hub_folders import NUM_IDS, content_of, read_tensors, tensors_of, write_model
 from meap_jax import convert, evaluate, generate
-from meap_jax.convert import export_model, import_model
+from meap_jax.convert import import_model
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.export import export_model
 from meap_jax.hub import open_hub_model
 from tiny_runs import ROOT, environment
 

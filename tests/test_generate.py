@@ -53,6 +53,7 @@ ROPE = {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 4.0, "mo
         ({}, {"model.attention": "plain", "model.tie_embeddings": True, **ROPE}, dict(chunk=32, batch_size=4)),
         (dict(tensor=2), {"model.num_kv_heads": 1, "model.qkv_bias": True}, dict(chunk=16)),
         (dict(tensor=4), {"model.window": 5}, dict(chunk=32)),
+        (dict(fsdp=2, tensor=2), {"model.lora.rank": 3}, dict(chunk=32)),
         (dict(data=2, tensor=2, context=2), {"model.window": 20, "model.window_layers": "1"}, dict(chunk=32)),
         (dict(fsdp=2, context=4), {"model.attention": "splash"}, dict(chunk=64)),
     ],

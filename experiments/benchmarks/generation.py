@@ -8,7 +8,7 @@ and by transformers' `generate` (torch eager, SDPA, its own cache). Both read th
 call for one token, decoding the difference between a call for 65 and that. Engines take turns, as in
 `train_step`.
 
-Files: a bfloat16 checkpoint is read into parameters (`hub.open_hub_model`), and written (`convert.export_model`,
+Files: a bfloat16 checkpoint is read into parameters (`hub.open_hub_model`), and written (`export.export_model`,
 which restores ours first), beside `safetensors.numpy.load_file` and `save_file` of the same tensors.
 """
 
@@ -29,7 +29,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.timing import interleave, timed
 from experiments.benchmarks.worker import Worker, WorkerError
 from experiments.benchmarks.workload import checked_sizes, config_of
-from meap_jax import checkpoint, convert, hub, models, tokenizers
+from meap_jax import checkpoint, export, hub, models, tokenizers
 from meap_jax.errors import ConfigError
 from meap_jax.hf.tokenizer import open_hub_tokenizer
 
@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
         for size in sizes:
             workdir = _fresh(Path(scratch, size), size)
             folder = Path(scratch, f"{size}-hub")
-            convert.export_model(epath.Path(workdir), epath.Path(folder), dtype="float32", keep_padding=True)
+            export.export_model(epath.Path(workdir), epath.Path(folder), dtype="float32", keep_padding=True)
             rows += [_generation(size, folder, T, num_new, args) for T in lengths]
             files.append(_files(size, Path(workdir), Path(scratch), args.repeats))
     note = f"Threads: {len(os.sched_getaffinity(0))} in each engine. Ratios are of speeds: above 1, ours is the faster."
@@ -108,13 +108,13 @@ def _generation(size: str, folder: Path, T: int, num_new: int, args: argparse.Na
 def _files(size: str, workdir: Path, scratch: Path, repeats: int) -> dict[str, Any]:
     """One row: reading and writing in turns with safetensors itself."""
     folder, ours, theirs = scratch / "written", scratch / "written again", scratch / "theirs.safetensors"
-    convert.export_model(epath.Path(workdir), epath.Path(folder), dtype="bfloat16", keep_padding=True)
+    export.export_model(epath.Path(workdir), epath.Path(folder), dtype="bfloat16", keep_padding=True)
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
 
     def write() -> None:
         shutil.rmtree(ours, ignore_errors=True)
-        convert.export_model(epath.Path(workdir), epath.Path(ours), dtype="bfloat16", keep_padding=True)
+        export.export_model(epath.Path(workdir), epath.Path(ours), dtype="bfloat16", keep_padding=True)
 
     def save() -> None:
         safetensors.numpy.save_file(tensors, theirs)

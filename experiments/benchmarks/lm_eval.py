@@ -29,7 +29,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.timing import interleave
 from experiments.benchmarks.worker import Worker, WorkerError
 from experiments.benchmarks.workload import checked_sizes, config_of
-from meap_jax import checkpoint, convert, models, tokenizers
+from meap_jax import checkpoint, export, models, tokenizers
 from meap_jax.errors import ConfigError
 
 OURS, THEIRS = "experiments.benchmarks.jax_lm_eval", "experiments.benchmarks.torch_lm_eval"
@@ -71,7 +71,7 @@ def _export_fresh(workdir: epath.Path, folder: Path, size: str) -> None:
     models.write_config(workdir, config)
     meta = {"tokenizer": models.save_tokenizer(workdir, tokenizer), "config": config.to_dict()}
     checkpoint.save_params(workdir, opened.params, meta)
-    convert.export_model(workdir, epath.Path(folder), dtype="float32", keep_padding=True)
+    export.export_model(workdir, epath.Path(folder), dtype="float32", keep_padding=True)
 
 
 def _requests(num_documents: int) -> list[tuple[str, str]]:

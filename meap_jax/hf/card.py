@@ -17,7 +17,9 @@ _SETTINGS = (
 _OF_MASKS = ("objective.mask_ratio", "objective.strategy")  # NTP ignores them.
 
 
-def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, Any], num_rows: int) -> str:
+def text(
+    workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, Any], num_rows: int, library: str
+) -> str:
     """The Markdown of a card.
 
     Args:
@@ -26,6 +28,7 @@ def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, 
       step: of the checkpoint.
       meta: of the checkpoint.
       num_rows: of the vocabulary, as exported.
+      library: that loads the folder: transformers or peft.
     """
     imported = meta.get("imported")
     origin = (
@@ -34,7 +37,7 @@ def text(workdir: epath.Path, config: ConfigDict, step: int, meta: Mapping[str, 
         else f"Trained for {step} of {config.num_steps} steps with meap-jax."
     )
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [meap-jax]", "---", "",
+        "---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [meap-jax]", "---", "",
         "# A decoder of meap-jax", "",
         f"{origin} `[MASK]` is token {config.objective.mask_id}: it belongs in inputs of training with masked "
         "inputs (MEAP, https://arxiv.org/abs/2502.07490) and is never generated. The vocabulary has "

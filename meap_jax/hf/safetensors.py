@@ -120,7 +120,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     raise DataError(f"{folder} holds neither {FILE} nor {INDEX}.")
 
 
-def write(folder: Path, tensors: Sequence[Any], dtype: str, largest_file: int = LARGEST_FILE) -> None:
+def write(folder: Path, tensors: Sequence[Any], dtype: str, largest_file: int = LARGEST_FILE, file: str = FILE) -> None:
     """Writes tensors into as many files as needed, with an index if these are several.
 
     Args:
@@ -128,6 +128,7 @@ def write(folder: Path, tensors: Sequence[Any], dtype: str, largest_file: int = 
       tensors: with `name`, `shape` and `blocks()`, which yields them row by row or more, in the order of writing.
       dtype: of all: float32, float16 or bfloat16.
       largest_file: bytes; a larger tensor has a file by itself.
+      file: its name, where one is enough.
     """
     itemsize = np.dtype(_NUMPY[dtype]).itemsize
     files: list[list[Any]] = [[]]
@@ -140,7 +141,7 @@ def write(folder: Path, tensors: Sequence[Any], dtype: str, largest_file: int = 
         files[-1].append(tensor)
         size += own
     names = (
-        [FILE]
+        [file]
         if len(files) == 1
         else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     )

@@ -61,7 +61,7 @@ class HubTensor(NamedTuple):
         """Axes of ours that are inputs: those of a matrix that is transposed; 0 where it is not."""
         if len(self.own_shape) == 1 or self.path[-1].endswith("bias") or self.path == ("embedding",):
             return 0
-        return 2 if self.path[-1] == "o_proj" else 1
+        return 2 if self.path[-1] in ("o_proj", "o_proj_lora_a") else 1
 
 
 def hub_tensors(model: ModelConfig, num_rows: int) -> list[HubTensor]:
@@ -281,6 +281,9 @@ def fill_rows(
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+Read = Callable[[tuple[str, ...]], jax.Array]  # (path of a parameter) -> the parameter, stacked, on the mesh.
+
+
 class Outgoing(NamedTuple):
     """A tensor that is to be written."""
 
@@ -289,17 +292,14 @@ class Outgoing(NamedTuple):
     blocks: Callable[[], Iterator[np.ndarray]]  # Of rows, in order; every process gets all.
 
 
-def outgoing(
-    read: Callable[[tuple[str, ...]], jax.Array], definition: Definition, mesh: Any, num_rows: int, dtype: str
-) -> list[Outgoing]:
-    """All tensors of a decoder as transformers has them; those of one parameter follow one another.
+def outgoing(read: Read, tensors: Sequence[HubTensor], mesh: Any, dtype: str) -> list[Outgoing]:
+    """Tensors as they are to be written; those of one parameter follow one another.
 
     Args:
-      read: (path of a parameter) -> the parameter, stacked, on the mesh. It is called when the first of the parameter's
-        tensors is fetched, and the parameter is kept until another one is.
-      definition: of them.
-      mesh: that they are laid out on.
-      num_rows: of the vocabulary that are written.
+      read: is called when the first of a parameter's tensors is fetched, and the parameter is kept until another one
+        is.
+      tensors: of `hub_tensors` or `adapter.tensors`.
+      mesh: that the parameters are laid out on.
       dtype: of the tensors.
     """
     kept: dict[tuple[str, ...], jax.Array] = {}
@@ -322,7 +322,6 @@ def outgoing(
             found = take(parameter, layer, sharding.put_whole(everywhere, np.int32(start)))
             yield jax.device_get(found)[first - start :]
 
-    tensors = hub_tensors(definition.config, num_rows)
     order = list(dict.fromkeys(tensor.path for tensor in tensors))
     tensors = sorted(tensors, key=lambda tensor: order.index(tensor.path))
     return [Outgoing(tensor.name, tensor.shape, functools.partial(blocks, tensor)) for tensor in tensors]

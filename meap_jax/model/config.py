@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import ml_collections
 
-from meap_jax.fields import windowed_layers
+from meap_jax.fields import linear_layers, windowed_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,20 @@ class RopeScaling:
     beta_fast: float
     attention_factor: float
     truncate: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The low-rank adapters of linear layers; as `model.lora` of fields."""
+
+    rank: int
+    alpha: float
+    targets: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The linear layers that have an adapter."""
+        return linear_layers(self.targets) if self.rank else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +58,7 @@ class ModelConfig:
     window_layers: str
     dtype: str
     init: str
+    lora: Lora
     attention: str
     unroll: int
     remat: str
@@ -59,7 +74,8 @@ class ModelConfig:
         """
         fields = config.to_dict()
         fields["attention"] = resolve(fields["attention"], platform or jax.default_backend())
-        return cls(**fields | {"rope_scaling": RopeScaling(**fields["rope_scaling"])})
+        parts = {"rope_scaling": RopeScaling(**fields["rope_scaling"]), "lora": Lora(**fields["lora"])}
+        return cls(**fields | parts)
 
     @property
     def has_window(self) -> tuple[bool, ...]:
@@ -67,11 +83,21 @@ class ModelConfig:
         return tuple(self.window > 0 and named for named in windowed_layers(self.window_layers, self.num_layers))
 
     @property
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear layer of a decoder layer."""
+        D, F, d = self.embed_dim, self.mlp_dim, self.head_dim
+        query, key = self.num_heads * d, self.num_kv_heads * d
+        attention = {"q_proj": (D, query), "k_proj": (D, key), "v_proj": (D, key), "o_proj": (query, D)}
+        return attention | {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+
+    @property
     def num_parameters(self) -> int:
-        """All of them: embedding, untied head, attention, SwiGLU, norms."""
-        attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
+        """All of them: embedding, untied head, attention, SwiGLU, norms, adapters."""
+        sizes = self.linear_sizes
+        weights = sum(inputs * outputs for inputs, outputs in sizes.values())
+        adapters = self.lora.rank * sum(sum(sizes[name]) for name in self.lora.layers)
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        layer = attention + biases + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
+        layer = weights + biases + adapters + 2 * self.embed_dim
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
         return self.num_layers * layer + tables + self.embed_dim
 

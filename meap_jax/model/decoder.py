@@ -219,7 +219,9 @@ class Definition:
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters, as nested dicts."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key), self.is_stacked), nnx.Param))
+        # fold_in with a number that the stream of the other parameters, which counts from 0, never comes to.
+        rngs = nnx.Rngs(params=key, lora=jax.random.fold_in(key, 2**31))
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, rngs, self.is_stacked), nnx.Param))
 
     def decoder(self, params: Params) -> Decoder:
         """The decoder with these parameters, to be used within one traced function."""

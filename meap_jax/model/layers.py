@@ -7,6 +7,7 @@ Names carry shapes: B batch, T sequence, D embed, H heads, K kv heads, d head_di
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from meap_jax.sharding import constrain
 
 # Known where the program is made, unless layers of both kinds share it: then it comes with each layer's weights.
 HasWindow = bool | Bool[Array, ""]
+NUM_INPUTS = {"o_proj": 2}  # Axes of a weight that are inputs, where it is not one.
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
@@ -46,14 +48,44 @@ def output_std(c: ModelConfig) -> float:
 
 
 def linear(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 1) -> Float[Array, "B T *outputs"]:
-    """Contracts the last `num_inputs` axes of x with the first of `weight`.
+    """Contracts the last `num_inputs` axes of x with the first of `weight`."""
+    return checkpoint_name(matmul(x, weight, num_inputs), "linear")
 
-    As one 2-D matmul, XLA's fastest form on CPU.
-    """
+
+def matmul(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 1) -> Float[Array, "B T *outputs"]:
+    """`linear` whose output has no name for rematerialisation; one 2-D matmul, XLA's fastest form on CPU."""
     w = gathered(weight[...].astype(x.dtype), weight.get_metadata("axes"))
     inputs, outputs, lead = w.shape[:num_inputs], w.shape[num_inputs:], x.shape[: x.ndim - num_inputs]
     size = math.prod(inputs)
-    return checkpoint_name((x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs), "linear")
+    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
+
+
+def add_adapters(module: nnx.Module, c: ModelConfig, rngs: nnx.Rngs) -> None:
+    """Gives each linear layer of a module that `lora.targets` names two more weights, A: inputs -> rank -> outputs: B.
+
+    A is drawn from U(-b, b) with b = 1 / sqrt(inputs), as PEFT draws it; B is 0, so that a fresh adapter adds nothing.
+    They have a stream of random numbers of their own: all other parameters are drawn as they are without adapters.
+    """
+    for name in c.lora.layers:
+        if not hasattr(module, name):
+            continue
+        weight, n, rank = getattr(module, name), NUM_INPUTS.get(name, 1), c.lora.rank
+        axes, inputs, outputs = weight.get_metadata("axes"), weight.shape[:n], weight.shape[n:]
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(rngs.lora(), (math.prod(inputs) * rank,), jnp.float32, -bound, bound)
+        setattr(module, f"{name}_lora_a", nnx.Param(a.reshape(*inputs, rank), axes=(*axes[:n], "rank")))
+        setattr(module, f"{name}_lora_b", nnx.Param(jnp.zeros((rank, *outputs), jnp.float32), axes=("rank", *axes[n:])))
+
+
+def adapted(module: Any, name: str, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
+    """The linear layer `name` of a module, with its adapter if it has one: x W + alpha / rank * (x A) B."""
+    n = NUM_INPUTS.get(name, 1)
+    out = matmul(x, getattr(module, name), n)
+    if name in module.config.lora.layers:
+        low_rank = linear(x, getattr(module, f"{name}_lora_a"), n)
+        lora = module.config.lora
+        out += lora.alpha / lora.rank * matmul(low_rank, getattr(module, f"{name}_lora_b"))
+    return checkpoint_name(out, "linear")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -98,6 +130,7 @@ class Attention(nnx.Module):
             self.q_bias = nnx.Param(jnp.zeros((H, d), jnp.float32), axes=("heads", "head_dim"))
             self.k_bias = nnx.Param(jnp.zeros((K, d), jnp.float32), axes=("kv_heads", "head_dim"))
             self.v_bias = nnx.Param(jnp.zeros((K, d), jnp.float32), axes=("kv_heads", "head_dim"))
+        add_adapters(self, c, rngs)
         self.config = c
 
     def __call__(
@@ -123,7 +156,7 @@ class Attention(nnx.Module):
             out_BTHd = attend(near if has_window else visibility)
         else:
             out_BTHd = jax.lax.cond(has_window, lambda: attend(near), lambda: attend(visibility))
-        return linear(out_BTHd, self.o_proj, num_inputs=2), cache
+        return adapted(self, "o_proj", out_BTHd), cache
 
     def queries_and_keys(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
@@ -137,7 +170,7 @@ class Attention(nnx.Module):
 
     def _project(self, x_BTD: Float[Array, "B T D"], name: str) -> Float[Array, "B T N d"]:
         """Queries ("q"), keys ("k") or values ("v") with their bias."""
-        x_BTNd = linear(x_BTD, getattr(self, f"{name}_proj"))
+        x_BTNd = adapted(self, f"{name}_proj", x_BTD)
         return x_BTNd + getattr(self, f"{name}_bias")[...].astype(x_BTD.dtype) if self.config.qkv_bias else x_BTNd
 
 
@@ -149,9 +182,12 @@ class MLP(nnx.Module):
         self.gate_proj = normal(rngs, (D, F), ("embed", "mlp"), input_std(c))
         self.up_proj = normal(rngs, (D, F), ("embed", "mlp"), input_std(c))
         self.down_proj = normal(rngs, (F, D), ("mlp", "embed"), output_std(c))
+        add_adapters(self, c, rngs)
+        self.config = c
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return linear(jax.nn.silu(linear(x_BTD, self.gate_proj)) * linear(x_BTD, self.up_proj), self.down_proj)
+        hidden_BTF = jax.nn.silu(adapted(self, "gate_proj", x_BTD)) * adapted(self, "up_proj", x_BTD)
+        return adapted(self, "down_proj", hidden_BTF)
 
 
 class Block(nnx.Module):

@@ -17,9 +17,10 @@ from flax import traverse_util
 
 from chat_templates import LLAMA3, chatting
 from hub_folders import BASE, NUM_IDS, read_tensors, write_tokenizer
-from meap_jax.convert import export_model, import_model, open_hub_model
+from meap_jax.convert import import_model, open_hub_model
+from meap_jax.export import export_model
 from meap_jax.generator import Generator
-from meap_jax.hf.weights import outgoing
+from meap_jax.hf.weights import hub_tensors, outgoing
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.models import open_model
 from meap_jax.sampling import Sampling, filtered
@@ -91,7 +92,7 @@ def test_logits_and_gradients_are_those_of_transformers(family):
         assert relative(ours[..., :ODD], logits.detach()) < 1e-4
         assert abs(float(value) - expected.item()) < 1e-4 * expected.item()
         gradient_of = traverse_util.flatten_dict(gradients).__getitem__
-        tensors = outgoing(gradient_of, definition, opened.model.mesh, ODD, "float32")
+        tensors = outgoing(gradient_of, hub_tensors(definition.config, ODD), opened.model.mesh, "float32")
         found = {tensor.name: np.concatenate([*tensor.blocks()]) for tensor in tensors}
     assert found.keys() == dict(theirs.named_parameters()).keys()
     for name, parameter in theirs.named_parameters():

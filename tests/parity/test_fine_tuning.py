@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax import traverse_util
 
-from meap_jax.hf.weights import outgoing
+from meap_jax.hf.weights import hub_tensors, outgoing
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.objective import Objective, make_inputs, named_keys
@@ -57,7 +57,8 @@ def model():
 
 def tensors_of(params, definition, mesh):
     """A tree like the parameters as {transformers' name: array}."""
-    tensors = outgoing(traverse_util.flatten_dict(params).__getitem__, definition, mesh, VOCAB, "float32")
+    flat = traverse_util.flatten_dict(params).__getitem__
+    tensors = outgoing(flat, hub_tensors(definition.config, VOCAB), mesh, "float32")
     return {tensor.name: np.concatenate([*tensor.blocks()]) for tensor in tensors}
 
 
