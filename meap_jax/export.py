@@ -26,7 +26,8 @@ from meap_jax.hf import card, safetensors, weights
 from meap_jax.hf import config as hf_config
 from meap_jax.hf.tokenizer import hub_files
 from meap_jax.model.decoder import Definition
-from meap_jax.models import StoredModel, open_stored_model, origin_of
+from meap_jax.models import Model, StoredModel, open_stored_model, origin_of
+from meap_jax.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -65,24 +66,26 @@ def export_stored(
     largest_file: int = safetensors.LARGEST_FILE,
     adapter: str = "merge",
     base: str | None = None,
+    replaces: bool = False,
 ) -> None:
     """Writes a model as a folder that transformers loads, or its adapters alone as one that PEFT loads.
 
     Args:
       opened: opens the model.
       workdir: that it is of, for its card.
-      out: that doesn't exist.
+      out: that doesn't exist, unless it is replaced.
       dtype: of the weights; default: that of the import, float32 for models that were trained here.
       keep_padding: rows of the vocabulary that no token has are written too.
       largest_file: bytes.
       adapter: "merge": weights are written with adapters in them; "peft": adapters are written, and nothing else.
       base: what "peft" says that adapters are added to: a name of the hub, or a folder.
+      replaces: takes the place of a folder that is there.
 
     Raises:
       ConfigError: transformers can't express the model, `out` exists, or adapters are asked for alone and are not all
         that was trained.
     """
-    with completed_folder(out) as partial:
+    with completed_folder(out, replaces) as partial:
         stored = opened()
         (config, placed_on, definition), tokenizer = stored.model, stored.tokenizer
         imported = origin_of(stored.meta)
@@ -110,6 +113,22 @@ def export_stored(
     _log.info("%s: %s, %s", out, what, dtype)
 
 
+def check_export(model: Model, tokenizer: Tokenizer, adapter: str) -> None:
+    """Stops a run whose model could not be written as `export_stored` does.
+
+    Raises:
+      ConfigError: transformers can't express it or its tokenizer, or adapters are asked for alone and are not all that
+        is trained.
+    """
+    if adapter == "peft":
+        _check_adapters_are_all(model.config, model.definition)
+    else:
+        hf_config.write(
+            model.definition.config, model.config.seq_len, model.definition.config.vocab_size, "float32", None
+        )
+        hub_files(tokenizer, model.config.seq_len)
+
+
 def _check_adapters_are_all(config: ml_collections.ConfigDict, definition: Definition) -> None:
     """Stops an export of adapters alone that would leave out something that was trained, or all.
 
@@ -117,13 +136,15 @@ def _check_adapters_are_all(config: ml_collections.ConfigDict, definition: Defin
       ConfigError: naming it.
     """
     if not definition.config.lora.rank:
-        raise ConfigError("--adapter is peft, but the model has no adapters: its model.lora.rank is 0.")
+        raise ConfigError(
+            "adapters are to be written alone (peft), but the model has no adapters: its model.lora.rank is 0."
+        )
     trained = traverse_util.flatten_dict(partition.split(definition.shapes(), config.trainable)[0], sep=".")
     others = [name for name in trained if "_lora_" not in name]
     if others:
         raise ConfigError(
-            f"--adapter is peft, but trainable is {config.trainable!r}, which trained {', '.join(others)} too: write "
-            "all of it with --adapter=merge."
+            f"adapters are to be written alone (peft), but trainable is {config.trainable!r}, which trained "
+            f"{', '.join(others)} too: write all of it merged (merge)."
         )
 
 
@@ -147,14 +168,14 @@ def _model_files(stored: StoredModel, rows: int, dtype: str) -> dict[str, bytes]
 
 
 @contextlib.contextmanager
-def completed_folder(out: epath.Path) -> Iterator[epath.Path]:
+def completed_folder(out: epath.Path, replaces: bool = False) -> Iterator[epath.Path]:
     """A folder beside `out` that gets its name if nothing goes wrong, and goes away otherwise.
 
     Raises:
-      ConfigError: `out` exists.
+      ConfigError: `out` exists, and is not to be replaced.
       DataError: it can't be written.
     """
-    if out.exists():
+    if out.exists() and not replaces:
         raise ConfigError(f"--out is {out}, which exists: name a folder that doesn't, or delete it.")
     partial = out.parent / f".{out.name}.partial"
     is_first = jax.process_index() == 0
@@ -166,6 +187,7 @@ def completed_folder(out: epath.Path) -> Iterator[epath.Path]:
         yield partial
         _wait("written")
         if is_first:
+            shutil.rmtree(out, ignore_errors=True)
             os.replace(partial, out)
     except OSError as error:
         raise DataError(f"--out is {out}, which can't be written: {error.strerror or error}.") from error

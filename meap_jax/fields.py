@@ -347,8 +347,8 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": Field(1_000, "Steps between checkpoints; 0: one at the end of each epoch.",
         at_least(0), NEEDS_EPOCHS),
     "checkpoint.keep": Field(2, "Checkpoints that are kept, the newest ones.", at_least(1)),
-    "checkpoint.export": Field("none", "What is written beside each checkpoint, as export/STEP in the workdir: merge: the "
-        "model as transformers loads it; peft: its adapters alone, as PEFT loads them; none.",
+    "checkpoint.export": Field("none", "What is written beside each checkpoint, as export/STEP in the workdir: merge: "
+        "the model as transformers loads it; peft: its adapters alone, as PEFT loads them; none.",
         one_of("none", "merge", "peft")),
     "log.every": Field(10, "Steps between records.", at_least(1)),
     "eval.every": Field(1_000, "Steps between evaluations; 0: at the end of each epoch.", at_least(0), NEEDS_EPOCHS),

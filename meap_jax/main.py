@@ -14,7 +14,7 @@ from meap_jax.checkpoint import Checkpointer
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import Setting, check_tasks, make_evaluators
-from meap_jax.export import export_stored
+from meap_jax.export import check_export, export_stored
 from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.model.decoder import Params
@@ -50,6 +50,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
     config = run.config  # With the steps of its epochs.
     _log.info("%s: %d parameters on %s", workdir, run.definition.config.num_parameters, dict(run.mesh.shape))
     _log.info("data %s (fingerprint %s)", run.prepared.folder, run.prepared.fingerprint[:12])
+
+    if config.checkpoint.export != "none":
+        check_export(run.model, run.prepared.tokenizer, config.checkpoint.export)
 
     # State: restored, imported or fresh, in this order.
     checkpointer = Checkpointer(workdir, config.checkpoint.keep)
@@ -122,12 +125,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
 def write_for_hub(run: Run, workdir: epath.Path, step: int, params: Params, meta: dict[str, Any]) -> None:
     """Writes the model of a step as `meap_jax.convert export` would, in place of what an interrupted run left there."""
     place = epath.Path(local_folder(workdir)) / EXPORT_FOLDER / str(step)
-    if jax.process_index() == 0 and place.exists():
-        place.rmtree()
-    read = traverse_util.flatten_dict(params).__getitem__
-    stored = StoredModel(run.model, run.prepared.tokenizer, step, meta, read)
+    stored = StoredModel(run.model, run.prepared.tokenizer, step, meta, traverse_util.flatten_dict(params).__getitem__)
+    adapter, base = run.config.checkpoint.export, run.config.init_from
     with jax.transfer_guard("allow"):  # Weights are to come to the host.
-        export_stored(lambda: stored, workdir, place, adapter=run.config.checkpoint.export, base=run.config.init_from)
+        export_stored(lambda: stored, workdir, place, adapter=adapter, base=base, replaces=True)
 
 
 def command(argv: list[str]) -> None:

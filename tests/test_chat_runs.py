@@ -1,6 +1,7 @@
 """Runs that are fine-tuned on conversations: from a file to checkpoints, evaluations and prompts."""
 
 import importlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from meap_jax.data.pipeline import TrainBatches
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals import Setting
 from meap_jax.generator import Generator
+from meap_jax.hub import open_hub_model
 from meap_jax.main import train
 from meap_jax.models import open_model, origin_of
 from meap_jax.run import open_run, start
@@ -37,6 +39,10 @@ def finished(tmp_path_factory):
     config, workdir = config_of(folder / "run", alpaca(folder / "alpaca.json"))
     train(config, workdir)
     return config, workdir
+
+
+def assert_equal(tree, other):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), tree, other)
 
 
 def steps_of(workdir, key):
@@ -194,3 +200,28 @@ def test_the_configs_of_the_paper_are_valid_and_differ_in_what_they_say():
     meap, same_time = configs["sft_llama3_8b_meap"], configs["sft_llama3_8b_ntp_equal_time"]
     assert same_time.sft.epoch_of == meap.sft.arrangement and same_time.num_epochs == meap.num_epochs
     assert config_lib.fine_tuning("llama3_8b", "ntp", "section_4_2").optimizer.weight_decay == 0.01
+
+
+def test_each_checkpoint_is_written_for_transformers_too(finished, tmp_path):
+    config, _ = finished
+    exporting = dict(checkpoint__export="merge", data__prepared=tmp_path / "data", num_epochs=1, checkpoint__every=2)
+    config, workdir = config_of(tmp_path / "run", config.data.path, **exporting)
+    state = train(config, workdir)
+    steps = sorted(int(path.name) for path in (workdir / "export").iterdir())
+    last = open_run(config, workdir).config.num_steps
+    assert steps == sorted({*range(2, last, 2), last}), "exports stay where checkpoints are cleared away"
+    newest = workdir / "export" / str(steps[-1])
+    opened = open_hub_model(Path(newest))
+    assert_equal(state.params["layers"], opened.params["layers"])
+    written = opened.tokenizer.num_own_ids  # Rows that pad the vocabulary are not.
+    assert_equal(state.params["embedding"][:written], opened.params["embedding"][:written])
+    assert "### Instruction:" in opened.tokenizer.chat_template
+    assert origin_of(opened.meta)["stop_ids"] == [opened.tokenizer.eos_id]
+
+
+def test_adapters_alone_are_refused_before_a_step_where_all_parameters_train(finished, tmp_path):
+    config, _ = finished
+    config, workdir = config_of(tmp_path / "run", config.data.path, checkpoint__export="peft")
+    with pytest.raises(ConfigError, match=r"adapters are to be written alone \(peft\), but the model has no adapters"):
+        train(config, workdir)
+    assert not (workdir / "metrics.jsonl").exists()
