@@ -78,7 +78,7 @@ def start_program(path, body):
     """Starts a Python program that may use what is imported here and the repr of a spec, in a group of processes."""
     imports = (
         "import functools\nfrom meap_jax.corpus import beam, shards\nfrom meap_jax.corpus.prepare import prepare\n"
-        "from meap_jax.data.spec import DataSpec, PlanSpec, TextSourceSpec\n"
+        "from meap_jax.data.spec import DataSpec, PlanSpec, SampleSpec, TextSourceSpec\n"
     )
     path.write_text(imports + body)
     # A shell's `&` has what it starts ignore SIGINT; the program is to be interrupted there too.
