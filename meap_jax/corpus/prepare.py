@@ -138,6 +138,7 @@ def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
         template = ""
         if isinstance(source, ChatSourceSpec):
             template = _chat_template(folder / name, spec.tokenizer, source, tokenizer)
+            tokenizer.chat_template = template  # Kept by a run, whose model is asked as it was taught.
         if not (folder / name).exists():
             _make_store(folder, name, spec, template, tokenizer_hash, shard_maker)
         check_options(f"data.sources.{name}", folder / name, _options(source, template))

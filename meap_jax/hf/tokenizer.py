@@ -41,12 +41,11 @@ def hub_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
       ConfigError: it can't be expressed there.
     """
     names: dict[str, str] = {}
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
         files = tokenizer.files()
         content = json.loads(files["tokenizer.json"])
         names = json.loads(files["tokenizer_config.json"])
-        extra = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     elif isinstance(tokenizer, BPETokenizer):
         content = _trained_here(tokenizer)
         names |= dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", mask_token="[MASK]")
