@@ -7,9 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 import tiny_data
 from chat_templates import LLAMA3, chatting
+from meap_jax import models
 from meap_jax.corpus import shards
 from meap_jax.corpus.prepare import prepare
 from meap_jax.corpus.sources import open_source
@@ -17,6 +19,7 @@ from meap_jax.data.manifest import read_manifest
 from meap_jax.data.prepared import open_store
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.hf.tokenizer import hub_files
 from meap_jax.readers import Skips
 
 WORDS = "the sea salt ship storm sail sand keeps under over while night day wind no".split()
@@ -79,6 +82,16 @@ def test_each_conversation_is_a_document_whose_answers_are_spans_with_the_line_o
         system = "Be brief. " if record["messages"][0]["role"] == "system" else ""
         assert text.startswith(f"<s>{system}USER: ") and text.count("<s>") == 1 and text.endswith("</s></s>")
     assert {split for split, *_ in found} == set(SPLITS)
+
+
+def test_the_model_of_a_run_is_asked_in_the_template_that_it_was_taught_in(prepared, tmp_path):
+    place = epath.Path(tmp_path)
+    kept = models.open_tokenizer(place, models.save_tokenizer(place, prepared.tokenizer))
+    store = open_store(prepared.folder / "text")
+    start = store.spans("answer")["start"][0]
+    assert kept.encode_chat(TALKS[0]["messages"][:2]) == store[0][:start].tolist()
+    config = json.loads(hub_files(kept, 256)["tokenizer_config.json"])
+    assert config["chat_template"] == prepared.manifest("text")["chat_template"]
 
 
 def test_a_conversations_split_depends_on_what_is_said_alone(prepared, lessons, tmp_path):
