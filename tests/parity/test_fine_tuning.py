@@ -62,6 +62,16 @@ def tensors_of(params, definition, mesh):
     return {tensor.name: np.concatenate([*tensor.blocks()]) for tensor in tensors}
 
 
+def torch_loss(theirs, rows):
+    """The mean loss of one micro-batch of rows, padded behind; (ids, labels) each."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids, labels = (
+        torch.tensor([[*row[i], *[fill] * (longest - len(row[i]))] for row in rows])
+        for i, fill in ((0, 0), (1, IGNORED))
+    )
+    return theirs(input_ids=ids, labels=labels).loss
+
+
 @pytest.mark.parametrize("arrangement", ["separate", "shared_prefix"])
 def test_loss_and_gradients_are_those_of_torch_on_the_official_codes_rows(model, tmp_path, arrangement):
     definition, mesh, params, theirs = model
@@ -70,29 +80,49 @@ def test_loss_and_gradients_are_those_of_torch_on_the_official_codes_rows(model,
     rows = [row for number, own in enumerate(documents) for row in official_rows(number, own)]
     assert len(rows) == 8
 
-    # Theirs: padded rows, the mean over all labels, as their trainer takes it in one micro-batch.
-    longest = max(len(ids) for ids, _ in rows)
-    ids, labels = (
-        torch.tensor([[*row[i], *[fill] * (longest - len(row[i]))] for row in rows])
-        for i, fill in ((0, 0), (1, IGNORED))
-    )
+    # Theirs: the mean over all labels, as their trainer takes it in one micro-batch.
     theirs.zero_grad()
-    expected = theirs(input_ids=ids, labels=labels)  # Padding is behind all that counts.
-    expected.loss.backward()
+    expected = torch_loss(theirs, rows)
+    expected.backward()
 
     # Ours: samples packed into rows.
     c = tiny_config(**{"sft.masks": "static"})
     c.objective.update(dict(name="meap", mask_ratio=RATIO))
     batch = batch_of(chat_store(tmp_path, documents), plan_spec(arrangement, 256))
     inputs = make_inputs(batch, Objective.of(c), named_keys(c), jnp.int32(0))
-    assert int(inputs.loss_weights.sum()) == int((labels[:, 1:] != IGNORED).sum())
+    assert int(inputs.loss_weights.sum()) == sum(label != IGNORED for _, labels in rows for label in labels)
 
     def mean_loss(params):
         return summed_loss(definition, params, inputs) / inputs.loss_weights.sum()
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
-    assert float(loss) == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     found = tensors_of(grads, definition, mesh)
     for name, parameter in theirs.named_parameters():
         error = np.abs(found[name] - parameter.grad.numpy()).max()
         assert error < 1e-4 * np.abs(parameter.grad.numpy()).max(), name
+
+
+def test_rows_per_mean_is_the_official_mean_over_micro_batches(model, tmp_path):
+    """Of rows with a sample each, as there: the mean of each two rows, and then over those means."""
+    definition, _, params, theirs = model
+    rng = np.random.default_rng(1)
+    documents = [document(rng, [turn]) for turn in ((10, 91), (60, 41), (5, 96), (45, 56))]
+    c = tiny_config(**{"sft.masks": "static", "sft.rows_per_mean": 2, "global_batch_size": 2})
+    c.objective.update(dict(name="meap", mask_ratio=RATIO))
+    batch = batch_of(chat_store(tmp_path, documents), plan_spec("separate", 110))
+    inputs = make_inputs(jax.tree.map(lambda x: x[:6], batch), Objective.of(c), named_keys(c), jnp.int32(0))
+    ours = summed_loss(definition, params, inputs) / inputs.loss_weights.sum()
+
+    # Their rows in the order of ours, found by the tokens that the decoder is given.
+    known = {}
+    for number, own in enumerate(documents):
+        for ids, labels in official_rows(number, own):
+            known[tuple(ids[:-1])] = ids, labels
+    lengths = [len(ids) for ids in known]
+    rows = [known[tuple(np.asarray(row)[: lengths[0]].tolist())] for row in inputs.tokens]
+    assert len(set(lengths)) == 1 and len(rows) == 6
+    with torch.no_grad():
+        expected = np.mean([torch_loss(theirs, rows[i : i + 2]).item() for i in (0, 2, 4)])
+        assert abs(torch_loss(theirs, rows).item() - expected) > 1e-3
+    assert float(ours) == pytest.approx(expected, rel=1e-5)
