@@ -1,5 +1,7 @@
 """Fine-tuning's loss and gradients beside PyTorch's, on rows with the official code's labels (MEAP-SFT/MEAP-SFT.py)."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,14 @@ from meap_jax.hf.weights import hub_tensors, outgoing
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.objective import Objective, make_inputs, named_keys
+from meap_jax.tokenizers import load
+from meap_jax.tokenizers.chat import template_source
 from meap_jax.train import summed_loss
 from tiny_models import mesh_of, numbers
 from tiny_runs import tiny_config
 from tiny_samples import END, MASK, RATIO, VOCAB, batch_of, chat_store, document, plan_spec, static_masks
+from tokenizer_kinds import byte_level
+from tokenizers import Tokenizer, processors
 
 IGNORED = -100  # What torch's cross-entropy leaves out.
 
@@ -126,3 +132,32 @@ def test_rows_per_mean_is_the_official_mean_over_micro_batches(model, tmp_path):
         expected = np.mean([torch_loss(theirs, rows[i : i + 2]).item() for i in (0, 2, 4)])
         assert abs(torch_loss(theirs, rows).item() - expected) > 1e-3
     assert float(ours) == pytest.approx(expected, rel=1e-5)
+
+
+SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful, excellent and smart assistant.<|eot_id|>"
+ASKED = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+TALKS = [("Where is the harbor?", "It lies beyond the old town."), ("Count.", "One, two.\nThree!"), (" a  b ", "c")]
+
+
+@pytest.mark.parametrize("specials", [["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], []])
+def test_samples_have_the_ids_that_the_official_code_gives_them(tmp_path, specials):
+    """Their template llama3, with tokenizers of Llama 3's kind that have its headers as special tokens or don't."""
+    made = Tokenizer.from_str(byte_level())
+    made.no_truncation(), made.no_padding()
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    made.add_special_tokens([begin, end, *specials])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, made.token_to_id(begin))]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = dict(bos_token=begin, eos_token=end, tokenizer_class="PreTrainedTokenizerFast")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
+    template = template_source("llama3", "")
+    for question, answer in TALKS:
+        source = theirs.encode(SYSTEM + ASKED.format(question), add_special_tokens=True)
+        target = theirs.encode(answer, add_special_tokens=False)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids, answers = ours.encode_conversation(messages, template)
+        assert ids == [*source, *target, theirs.eos_token_id]
+        assert answers == [(len(source), len(target) + 1)]
