@@ -17,6 +17,7 @@ from meap_jax.model.cache import SLOT_AXES, SlotCache
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, context_shards, unstack
 from meap_jax.model.visibility import Visibility
+from meap_jax.quantization import Quantized, dequantize, is_quantized
 from meap_jax.sampling import Sampling, choose, log_probability
 from meap_jax.sharding import constrain
 
@@ -48,7 +49,13 @@ class Rules(NamedTuple):
 
 def decoding_params(params: Params, config: ModelConfig) -> Params:
     """Parameters as decoding reads them: a tree for each layer, matrices in the compute dtype."""
-    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, unstack(params))
+
+    def read(x: jax.Array | Quantized) -> jax.Array:
+        if isinstance(x, Quantized):
+            return dequantize(x, config.dtype)
+        return x.astype(config.dtype) if x.ndim > 1 else x
+
+    return jax.tree.map(read, unstack(params), is_leaf=is_quantized)
 
 
 def bucket(length: int, smallest: int, largest: int) -> int:

@@ -204,7 +204,8 @@ FIELDS: dict[str, Field] = {
         at_least(1), divides("global_batch_size")),
     "seq_len": Field(128, "Tokens that the decoder sees; a block of data has one more.", at_least(2)),
     "trainable": Field("*", "Parameters that train, as globs of their names: layers.attn.*,head. *: all."),
-    "frozen_dtype": Field("float32", "Of parameters that don't train.", FLOATS),
+    "frozen_dtype": Field("float32", "Of parameters that don't train; int4 and nf4: weights of linear layers in 4 "
+        "bits, by the package qwix, and others in bfloat16.", one_of("float32", "bfloat16", "int4", "nf4")),
     "init_from": Field(str, "Workdir of another run: its parameters, with a fresh optimizer and step 0."),
 
     "model.num_layers": Field(2, "Layers.", at_least(1)),

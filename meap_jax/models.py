@@ -4,6 +4,7 @@ Such a folder holds `config.json`, `checkpoints/` and `tokenizer/`, the tokenize
 names. An imported one has a checkpoint of parameters alone, at step 0.
 """
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -26,6 +28,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.objective import Objective, named_keys
+from meap_jax.quantization import dequantize, is_quantized
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -98,7 +101,11 @@ def open_model(folder: epath.Path, step: int | None = None, mesh: Mapping[str, i
     model = _model_of(folder, mesh)
     restored = restore_params(folder, _placed_shapes(model), step)
     tokenizer = open_tokenizer(folder, restored.meta["tokenizer"])
-    return OpenModel(model, restored.state, tokenizer, restored.step, restored.meta)
+    params = restored.state
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        to_float32 = functools.partial(partition.cast, dtype="float32")
+        params = jax.jit(to_float32, out_shardings=model.definition.shardings(model.mesh))(params)
+    return OpenModel(model, params, tokenizer, restored.step, restored.meta)
 
 
 def origin_of(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,11 +151,12 @@ def open_stored_model(
     """Opens a model as `open_model` does, but for its parameters."""
     model = _model_of(folder, mesh)
     step, meta = read_meta(folder, step)
-    flat = traverse_util.flatten_dict(_placed_shapes(model))
+    flat, shardings = map(traverse_util.flatten_dict, (_placed_shapes(model), model.definition.shardings(model.mesh)))
 
     def read(path: tuple[str, ...]) -> jax.Array:
         alone = traverse_util.unflatten_dict({path: flat[path]})
-        return traverse_util.flatten_dict(restore_some_params(folder, alone, step))[path]
+        found = traverse_util.flatten_dict(restore_some_params(folder, alone, step))[path]
+        return jax.jit(dequantize, out_shardings=shardings[path])(found) if is_quantized(found) else found
 
     return StoredModel(model, open_tokenizer(folder, meta["tokenizer"]), step, meta, read)
 
@@ -160,9 +168,13 @@ def _model_of(folder: epath.Path, mesh: Mapping[str, int] | None) -> Model:
 
 
 def _placed_shapes(model: Model) -> Params:
-    """Parameters as ShapeDtypeStructs that carry shardings."""
-    shardings = model.definition.shardings(model.mesh)
-    return jax.tree.map(lambda x, s: x.update(sharding=s), model.definition.shapes(), shardings)
+    """Parameters as ShapeDtypeStructs that carry shardings: float32, or quantized as they were saved."""
+    shapes = partition.stored_shapes(model.config, model.definition, model.mesh)
+
+    def as_read(x: Any) -> Any:
+        return x if is_quantized(x) else x.update(dtype=jnp.float32)
+
+    return jax.tree.map(as_read, shapes, is_leaf=is_quantized)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

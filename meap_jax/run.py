@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import platform
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -28,6 +30,7 @@ from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.models import Model, define_model, origin_of
 from meap_jax.objective import named_keys
 from meap_jax.paths import absolute
+from meap_jax.quantization import is_quantized
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params
 
 _log = logging.getLogger(__name__)
@@ -248,11 +251,15 @@ def imported_params(run: Run) -> tuple[Params, dict[str, Any]]:
     template, _ = abstract_inputs(run.config, run.definition, run.mesh)
     step, meta = read_meta(folder)
     lacking = _lacking_adapters(run, meta)
-    if lacking:
-        _, shapes = partition.split(template.params, ",".join(lacking))
-        restored = Restored(step, restore_some_params(folder, shapes, step), meta)
+    wanted = partition.split(template.params, ",".join(lacking))[1] if lacking else template.params
+    of_run = read_back(meta["config"])
+    theirs = partition.stored_shapes(of_run, define(ModelConfig.of(of_run.model)), run.mesh)
+    if any(is_quantized(x) for tree in (wanted, theirs) for x in jax.tree.leaves(tree, is_leaf=is_quantized)):
+        restored = Restored(step, _converted(folder, step, wanted, theirs), meta)
+    elif lacking:
+        restored = Restored(step, restore_some_params(folder, wanted, step), meta)
     else:
-        restored = restore_params(folder, template.params)
+        restored = restore_params(folder, wanted)
     if restored.meta["tokenizer"] != run.prepared.tokenizer_hash:
         raise ConfigError(
             f"init_from is {run.config.init_from}, whose tokenizer ({restored.meta['tokenizer'][:12]}) is not that of "
@@ -261,6 +268,32 @@ def imported_params(run: Run) -> tuple[Params, dict[str, Any]]:
     _log.info("starting from the parameters of %s at step %d", run.config.init_from, restored.step)
     _warn_of_another_decoder(run.config, restored.meta)
     return restored.state, restored.meta
+
+
+def _converted(folder: epath.Path, step: int, wanted: Params, theirs: Params) -> Params:
+    """Reads parameters one by one, each as it was saved, and quantizes it or takes it out of 4 bits.
+
+    So a whole model never has to be there in float32.
+
+    Args:
+      folder: of the run.
+      step: of the checkpoint.
+      wanted: parameters as this run keeps them, as ShapeDtypeStructs that carry shardings.
+      theirs: the same as the other run keeps them.
+    """
+    params: dict[tuple[str, ...], Any] = {}
+    of_theirs = traverse_util.flatten_dict(theirs)
+    for path, ours in traverse_util.flatten_dict(wanted).items():
+        saved = of_theirs[path]
+        if not is_quantized(saved):
+            shape = ours.codes.shape if is_quantized(ours) else ours.shape
+            saved = saved.update(shape=shape, dtype=jnp.float32)
+        one = restore_some_params(folder, traverse_util.unflatten_dict({path: saved}), step)
+        dtype = ours.kind if is_quantized(ours) else ours.dtype.name
+        places = traverse_util.unflatten_dict({path: jax.tree.map(lambda x: x.sharding, ours)})
+        cast = functools.partial(partition.cast, dtype=dtype)
+        params |= traverse_util.flatten_dict(jax.jit(cast, out_shardings=places)(one))
+    return traverse_util.unflatten_dict(params)
 
 
 def _lacking_adapters(run: Run, meta: dict[str, Any]) -> list[str]:

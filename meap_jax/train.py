@@ -21,6 +21,7 @@ from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
+from meap_jax.quantization import is_quantized
 from meap_jax.results import Result
 from meap_jax.rounding import stochastically
 from meap_jax.rows import Row, abstract_rows
@@ -103,7 +104,7 @@ def train_step(
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(partition.cast(params, "float32")),
+        "param_norm": optax.tree.norm([x.astype(jnp.float32) for x in floats(params)]),
         "update_norm": optax.tree.norm(updates),
         "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
         "num_targets": num_targets,
@@ -116,6 +117,11 @@ def summed_loss(definition: Definition, params: Params, inputs: Inputs, **option
     return definition.decoder(params).loss(
         inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
     )
+
+
+def floats(params: Params) -> list[jax.Array]:
+    """All parameters but those that are quantized."""
+    return [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if not is_quantized(x)]
 
 
 def rounded_like(old: Params, new: Params, rounding: str, key: Key[Array, ""], step: jax.Array) -> Params:
@@ -155,10 +161,9 @@ def state_of_params(config: ml_collections.ConfigDict, params: Params) -> TrainS
     """Makes the state of step 0 with these parameters and a fresh optimizer."""
     keys = named_keys(config)
     key_data = {name: jax.random.key_data(keys[name]) for name in ("mask", "noise")}
-    trained, frozen = partition.split(params, config.trainable)
-    stored = partition.cast(trained, config.optimizer.param_dtype), partition.cast(frozen, config.frozen_dtype)
+    trained, _ = partition.split(params, config.trainable)
     opt_state = make_optimizer(config).init(partition.cast(trained, "float32"))
-    return TrainState(jnp.int32(0), partition.merge(*stored), opt_state, key_data)
+    return TrainState(jnp.int32(0), partition.stored(params, config), opt_state, key_data)
 
 
 def state_shardings(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> TrainState:
@@ -174,7 +179,8 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
         trained,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(everywhere, params, opt_state, {"mask": everywhere, "noise": everywhere})
+    stored = jax.tree.map(lambda x: x.sharding, partition.stored_shapes(config, definition, mesh))
+    return TrainState(everywhere, stored, opt_state, {"mask": everywhere, "noise": everywhere})
 
 
 def step_function(config: ml_collections.ConfigDict, definition: Definition) -> Callable:

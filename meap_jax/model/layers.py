@@ -20,6 +20,7 @@ from meap_jax.model.cache import Cache
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.rope import rope
 from meap_jax.model.visibility import Visibility
+from meap_jax.quantization import Quantized, dequantize
 from meap_jax.sharding import constrain
 
 # Known where the program is made, unless layers of both kinds share it: then it comes with each layer's weights.
@@ -53,8 +54,21 @@ def linear(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 
 
 
 def matmul(x: Float[Array, "B T *inputs"], weight: nnx.Param, num_inputs: int = 1) -> Float[Array, "B T *outputs"]:
-    """`linear` whose output has no name for rematerialisation; one 2-D matmul, XLA's fastest form on CPU."""
-    w = gathered(weight[...].astype(x.dtype), weight.get_metadata("axes"))
+    """`linear` whose output has no name for rematerialisation."""
+    value, axes = weight[...], weight.get_metadata("axes")
+    if not isinstance(value, Quantized):
+        return _product(x, gathered(value.astype(x.dtype), axes), num_inputs)
+
+    @jax.checkpoint  # The backward pass reads the 4 bits again, and keeps no copy in the compute dtype.
+    def from_4_bits(x: jax.Array, value: Quantized) -> jax.Array:
+        whole = dataclasses.replace(value, codes=constrain(value.codes, *_without_embed(axes)))  # Its scales follow.
+        return _product(x, dequantize(whole, x.dtype), num_inputs)
+
+    return from_4_bits(x, value)
+
+
+def _product(x: Float[Array, "B T *inputs"], w: jax.Array, num_inputs: int) -> Float[Array, "B T *outputs"]:
+    """As one 2-D matmul, XLA's fastest form on CPU."""
     inputs, outputs, lead = w.shape[:num_inputs], w.shape[num_inputs:], x.shape[: x.ndim - num_inputs]
     size = math.prod(inputs)
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *outputs)
@@ -95,7 +109,11 @@ def gathered(w: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "...
     Left to itself, the partitioner for TPUs multiplies shard by shard while they travel, and adds up the products of a
     contracted axis in memory: on v5p that was half of all memory traffic of a step of the 481M decoder.
     """
-    return constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    return constrain(w, *_without_embed(axes))
+
+
+def _without_embed(axes: tuple[str, ...]) -> list[str | None]:
+    return [None if axis == "embed" else axis for axis in axes]
 
 
 gathered.defvjp(
