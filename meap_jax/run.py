@@ -284,10 +284,9 @@ def _converted(folder: epath.Path, step: int, wanted: Params, theirs: Params) ->
     params: dict[tuple[str, ...], Any] = {}
     of_theirs = traverse_util.flatten_dict(theirs)
     for path, ours in traverse_util.flatten_dict(wanted).items():
-        saved = of_theirs[path]
-        if not is_quantized(saved):
-            shape = ours.codes.shape if is_quantized(ours) else ours.shape
-            saved = saved.update(shape=shape, dtype=jnp.float32)
+        saved, whole = of_theirs.get(path), ours.codes if is_quantized(ours) else ours
+        if not (is_quantized(saved) and saved.codes.shape == whole.shape):
+            saved = jax.ShapeDtypeStruct(whole.shape, jnp.float32, sharding=whole.sharding)
         one = restore_some_params(folder, traverse_util.unflatten_dict({path: saved}), step)
         dtype = ours.kind if is_quantized(ours) else ours.dtype.name
         places = traverse_util.unflatten_dict({path: jax.tree.map(lambda x: x.sharding, ours)})

@@ -1,27 +1,21 @@
 """Frozen weights in 4 bits: how near they are, how small, and that a step on them is one on what they stand for."""
 
 import functools
-import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
-from hub_folders import read_tensors
 from meap_jax import config as config_lib
-from meap_jax import main, partition, sharding, train
-from meap_jax.convert import export_model
-from meap_jax.decoding import decoding_params
+from meap_jax import partition, sharding, train
 from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
-from meap_jax.models import open_model
 from meap_jax.quantization import KINDS, dequantize, is_quantized, quantize
 from test_train import initial, on_mesh, random_batch
-from tiny_runs import flags, losses, tiny_config
+from tiny_runs import tiny_config
 
 leaves = functools.partial(jax.tree.leaves, is_leaf=is_quantized)
 
@@ -114,56 +108,3 @@ def test_no_copy_of_the_weights_of_all_layers_is_ever_made(remat):
     program = str(jax.make_jaxpr(train.step_function(config, definition))(state, random_batch()))
     assert "i4[2,32,48]" in program and "f32[32,48]" in program  # Codes of both layers, numbers of one.
     assert "f32[2,32,48]" not in program
-
-
-# -------------------------------------------------------------------------------------------------------------- in runs
-
-
-def run_training(workdir, folder, **changes):
-    fields = {"eval__tasks": "", "num_steps": 4, "data__prepared": folder / "data", **changes}
-    main.command(["main", *flags(workdir, **fields)])
-
-
-QLORA = dict(model__lora__rank=4, trainable="*lora*", frozen_dtype="nf4", optimizer__learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds the run `base`, and the run `adapted`, which trains adapters on it in 4 bits."""
-    pytest.importorskip("qwix", reason="needs qwix: pip install -r requirements-qlora.txt")
-    folder = tmp_path_factory.mktemp("quantized")
-    run_training(folder / "base", folder, num_steps=2)
-    run_training(folder / "adapted", folder, init_from=folder / "base", **QLORA)
-    return folder
-
-
-def test_a_run_keeps_the_base_in_4_bits_and_opens_as_what_they_stand_for(folder):
-    base, opened = (open_model(epath.Path(folder / name)) for name in ("base", "adapted"))
-    expected = jax.jit(lambda p: partition.cast(partition.cast(p, "nf4"), "float32"))(base.params)
-    jax.tree.map(np.testing.assert_array_equal, partition.split(opened.params, "*lora*")[1], expected)
-    assert all(x.any() for x in leaves(partition.split(opened.params, "*lora*")[0]))
-
-
-def test_a_run_in_4_bits_goes_on_bit_for_bit_and_starts_another(folder, tmp_path):
-    shutil.copytree(folder / "adapted", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
-    run_training(tmp_path / "again", folder, init_from=folder / "base", **QLORA)
-    assert losses(tmp_path / "again") == losses(folder / "adapted")
-    changes = QLORA | dict(optimizer__learning_rate=1e-30, frozen_dtype="float32", num_steps=1)
-    run_training(tmp_path / "whole", folder, init_from=folder / "adapted", **changes)
-    params = (open_model(epath.Path(name)).params for name in (tmp_path / "whole", folder / "adapted"))
-    jax.tree.map(np.testing.assert_array_equal, *params)
-
-
-def test_a_run_in_4_bits_goes_out_merged_and_is_what_generation_reads(folder, tmp_path):
-    opened = open_model(epath.Path(folder / "adapted"))
-    export_model(epath.Path(folder / "adapted"), epath.Path(tmp_path / "out"))
-    found = read_tensors(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
-    mlp = jax.device_get(opened.params["layers"]["mlp"])
-    product = mlp["down_proj_lora_a"][0] @ mlp["down_proj_lora_b"][0]
-    np.testing.assert_allclose(found.T, mlp["down_proj"][0] + 16 / 4 * product, atol=1e-6)
-    # Training's own parameters, which evaluations of a run are handed.
-    config = opened.model.config
-    kept = jax.jit(lambda p: partition.stored(p, config))(opened.params)
-    read = [decoding_params(params, opened.model.definition.config) for params in (kept, opened.params)]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2), *read)
