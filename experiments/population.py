@@ -37,7 +37,8 @@ from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.errors import ConfigError
 from meap_jax.rows import Row, stacked
-from meap_jax.run import Run, imported_params
+from meap_jax.run import Run
+from meap_jax.start import imported_params
 from meap_jax.train import Diverged, TrainState, init_state, state_of_params, step_function
 
 AXIS = "population"

@@ -19,7 +19,8 @@ from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.model.decoder import Params
 from meap_jax.models import StoredModel, save_tokenizer, write_config
-from meap_jax.run import Run, make_folder, open_run, start, versions
+from meap_jax.run import Run, make_folder, open_run, versions
+from meap_jax.start import start
 from meap_jax.timing import Clock, Trace, process_began
 from meap_jax.train import TrainState, compile_step, train_loop
 

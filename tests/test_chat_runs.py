@@ -22,7 +22,8 @@ from meap_jax.generator import Generator
 from meap_jax.hub import open_hub_model
 from meap_jax.main import train
 from meap_jax.models import open_model, origin_of
-from meap_jax.run import open_run, start
+from meap_jax.run import open_run
+from meap_jax.start import start
 from meap_jax.train import compile_step
 from tiny_models import mesh_of
 

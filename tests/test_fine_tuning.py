@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from hub_folders import read_tensors
-from meap_jax import cli, main, partition, run, train
+from meap_jax import cli, main, partition, run, start, train
 from meap_jax import config as config_lib
 from meap_jax.checkpoint import Checkpointer
 from meap_jax.convert import export_model
@@ -81,7 +81,7 @@ def begun(workdir, **overrides):
     config, workdir = cli.parse_config(["main", *flags(workdir, **overrides)])
     checkpointer = Checkpointer(workdir, 1)
     try:
-        return jax.device_get(run.start(run.open_run(config, workdir), checkpointer).state.params)
+        return jax.device_get(start.start(run.open_run(config, workdir), checkpointer).state.params)
     finally:
         checkpointer.close()
 
