@@ -42,7 +42,7 @@ def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
       run: with the mesh to evaluate on.
       params: of all members, host arrays with a leading [P].
     """
-    evaluators = make_evaluators(Setting.of(run, "validation", {}), run.config.eval.tasks)
+    evaluators = make_evaluators(Setting.of(run, "validation"), run.config.eval.tasks)
     everywhere = sharding.replicated(run.mesh)
     values: dict[str, list[float]] = {}
     with jax.set_mesh(run.mesh):

@@ -31,9 +31,9 @@ class Setting:
     fingerprint: str = ""  # Of the model's weights; no file of predictions holds those of another.
 
     @classmethod
-    def of(cls, run: Run, split: str, origin: dict[str, Any]) -> "Setting":
+    def of(cls, run: Run, split: str, origin: dict[str, Any] | None = None) -> "Setting":
         """The setting of a run, whose data is open; `origin` is that of its `Start`."""
-        return cls(run.model, split, lambda: run.prepared, lambda: run.prepared.tokenizer, origin)
+        return cls(run.model, split, lambda: run.prepared, lambda: run.prepared.tokenizer, origin or {})
 
     @classmethod
     def of_model(
