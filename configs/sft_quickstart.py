@@ -16,7 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     c = config.base()
     c.num_epochs = 3.0
     c.global_batch_size = 8
-    c.seq_len = 320  # A context of eight documents, its answer and a second copy of that take 281.
+    c.seq_len = (
+        448  # A context of eight documents, its answer and a second copy of that take 281; two samples fit in a row.
+    )
 
     c.objective.update(dict(name="meap", mask_ratio=0.10, mask_id=3))
     # Two heads of 32 learn to look facts up sooner than four of 16.

@@ -1,7 +1,7 @@
 """Fine-tunes a small model by NTP and by MEAP in all its arrangements, and compares how they answer from a context.
 
 python -m experiments.fine_tuning --workdir=DIR [--seeds=3] [--arms=ntp,meap_separate,...] [--config.field=value ...]
-    [--pretrain_steps=2000] [--texts=20000] [--samples=1500] [--documents=8,16] [--questions=300]
+    [--pretrain_steps=1200] [--texts=20000] [--samples=1000] [--documents=8,16] [--questions=200]
 
 Writes texts and pre-trains on them by NTP, exports the model to the form of the Hugging Face hub and imports it, writes
 an instruction set, fine-tunes each arm with each seed from the imported model, asks `mdqa` of each in its own chat
@@ -203,8 +203,8 @@ def _tokens(data: Prepared, num_rows: int) -> int:
 def command(argv: list[str]) -> None:
     """Runs the experiment that the command line describes."""
     parser = argparse.ArgumentParser(prog="python -m experiments.fine_tuning", add_help=False, allow_abbrev=False)
-    defaults = dict(seeds="3", arms=",".join(ARMS), documents="8,16", pretrain_steps="2000", texts="20000")
-    for name, value in (defaults | dict(samples="1500", questions="300", config="configs/sft_quickstart.py")).items():
+    defaults = dict(seeds="3", arms=",".join(ARMS), documents="8,16", pretrain_steps="1200", texts="20000")
+    for name, value in (defaults | dict(samples="1000", questions="200", config="configs/sft_quickstart.py")).items():
         parser.add_argument(f"--{name}", default=value)
     parser.add_argument("--workdir", default="runs/fine_tuning")
     args, rest = parser.parse_known_args(argv[1:])
