@@ -16,7 +16,7 @@ from meap_jax.corpus.retrieval import FACT, KEYS, QUESTION, VALUES
 from meap_jax.evals.mdqa import Document, shown
 
 NUM_WORDS = 16  # Keys, and values, that are used.
-QUESTIONS_PER_FACT = 4  # Of a text. With 2, looking up was learned three times as late, or not within 1,500 steps.
+QUESTIONS_PER_FACT = 4  # Of a text. With 2, looking up was learned twice as late, or not within 1,500 steps.
 PROMPT = "{search_results}\n\n{question}"  # As the template writes an instruction behind its input.
 _TITLE = "Note"
 
