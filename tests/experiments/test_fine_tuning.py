@@ -61,7 +61,7 @@ def test_questions_are_asked_in_the_words_that_were_trained():
     asked = looking_up.PROMPT.format(search_results=facts["input"], question=facts["instruction"])
     content = {"role": "user", "content": asked}
     assert chat.render(source, [content], {"bos_token": "<s>", "eos_token": "</s>"}) == trained
-    assert trained.startswith("<s>Document [1]") and trained.endswith(f"\n\n{facts['instruction']}:")
+    assert trained.startswith("<s>Document [1]") and trained.endswith(f"\n\n{facts['instruction']}")
 
 
 @pytest.mark.parametrize("seed", range(5))
