@@ -11,12 +11,11 @@ of the pre-trained model too. The same command again goes on from what is there.
 
 import argparse
 import copy
-import json
 import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -25,6 +24,7 @@ from etils import epath
 
 from experiments import fine_tuning_report, looking_up
 from experiments.jobs import Job, train_all
+from experiments.looking_up import Files, Sizes, write_files
 from meap_jax import cli
 from meap_jax import config as config_lib
 from meap_jax.convert import export_model, import_model
@@ -48,51 +48,8 @@ ARMS: Mapping[str, Mapping[str, str]] = {
     "ntp_equal_steps": {"objective.name": "ntp", "sft.arrangement": "none", "sft.epoch_of": "separate"},
 }
 BASELINE = "ntp"
-
-
-class Sizes(NamedTuple):
-    """How much is written, trained and asked."""
-
-    pretrain_steps: int
-    texts: int  # To pre-train on.
-    samples: int  # Of the instruction set.
-    documents: tuple[int, ...]  # Of the contexts of questions; the first is the largest number that is trained on.
-    questions: int  # For each number of documents.
-
-
-class Files(NamedTuple):
-    """What the experiment writes for its runs to read."""
-
-    texts: Path
-    instructions: Path
-    questions: dict[int, Path]  # By the number of documents.
-    prompt: Path
-
-
-def write_files(folder: Path, sizes: Sizes, seed: int) -> Files:
-    """Writes texts, instruction set and questions, the same for the same arguments; equal files stay as they are."""
-    trained_on = sizes.documents[0]
-    make = {
-        "texts.jsonl": (sizes.texts, lambda rng, _: looking_up.text(rng, 2, trained_on)),
-        "instructions.json": (sizes.samples, lambda rng, _: looking_up.sample(rng, max(2, trained_on - 2), trained_on)),
-    } | {
-        f"questions_{n}.jsonl": (sizes.questions, lambda rng, i, n=n: looking_up.question(rng, n, i % n))
-        for n in sizes.documents
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for stream, (name, (count, record)) in enumerate(make.items()):
-        rng = np.random.default_rng((seed, stream))
-        records = [record(rng, i) for i in range(count)]
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        _write(folder / name, lines if name.endswith(".jsonl") else json.dumps(records, indent=1))
-    _write(folder / "prompt.txt", looking_up.PROMPT)
-    questions = {n: folder / f"questions_{n}.jsonl" for n in sizes.documents}
-    return Files(folder / "texts.jsonl", folder / "instructions.json", questions, folder / "prompt.txt")
-
-
-def _write(file: Path, text: str) -> None:
-    if not file.exists() or file.read_text(encoding="utf-8") != text:
-        file.write_text(text, encoding="utf-8")
+# Of the pre-training, which has the sizes and batches of the fine-tunes.
+PRETRAINING = {"learning_rate": 2e-3, "final_fraction": 0.1}
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, files: Files, sizes: Sizes) -> epath.Path:
@@ -107,7 +64,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, files: File
     c = copy.deepcopy(config)
     c.update(dict(init_from=None, num_epochs=0.0, num_steps=sizes.pretrain_steps))
     c.objective.name, c.sft.arrangement = "ntp", "none"
-    c.optimizer.update(dict(learning_rate=2e-3, final_fraction=0.1))
+    c.optimizer.update(PRETRAINING)
     c.data.update(dict(path=str(files.texts), tokenizer="bpe", packing="best_fit", holdout=0.02))
     c.data.sources.text.format = "text"
     c.eval.every = c.checkpoint.every = max(1, sizes.pretrain_steps // 4)
@@ -173,17 +130,22 @@ def fine_tune(
     shared = {name: value for name, value in model.items() if value is not None} | {
         "init_from": imported, "data.path": files.instructions, "data.prepared": workdir / "data",
     }  # fmt: skip
-    jobs: dict[tuple[str, int], Job] = {}
-    tokens: dict[str, int] = {}
-    for seed in seeds:
-        for arm in arms:
-            fields = {**shared, **ARMS[arm], "seed": seed}
-            flags = [*words[1:], *(f"--config.{name}={value}" for name, value in fields.items())]
-            config, folder = cli.parse_config([words[0], *flags, f"--workdir={workdir / f'{arm}-seed{seed}'}"])
-            data = open_data(config, folder)  # Here, before runs that share it start side by side.
-            num_steps = with_steps(config, data).num_steps
-            tokens[arm] = _tokens(data, num_steps * config.global_batch_size)
-            jobs[arm, seed] = Job(f"{arm} seed {seed}", folder, flags, num_steps)
+    flags: dict[str, list[str]] = {}
+    num_steps, tokens = dict[str, int](), dict[str, int]()
+    for arm in arms:
+        fields = {**shared, **ARMS[arm]}
+        flags[arm] = [*words[1:], *(f"--config.{name}={value}" for name, value in fields.items())]
+        config, _ = cli.parse_config([words[0], *flags[arm]])
+        data = open_data(config, workdir)  # Here, before runs that share it start side by side.
+        num_steps[arm] = with_steps(config, data).num_steps
+        tokens[arm] = _tokens(data, num_steps[arm] * config.global_batch_size)
+    jobs = {
+        (arm, seed): Job(
+            f"{arm} seed {seed}", workdir / f"{arm}-seed{seed}", [*flags[arm], f"--config.seed={seed}"], num_steps[arm]
+        )
+        for seed in seeds
+        for arm in arms
+    }
     train_all(list(jobs.values()))
     bar = tqdm.tqdm(jobs.items(), desc="evaluating", disable=not sys.stderr.isatty())
     return [

@@ -1,4 +1,4 @@
-"""What `experiments.fine_tuning` reads: texts to pre-train on, an instruction set, and questions for `mdqa`.
+"""What `experiments.fine_tuning` trains on and asks: texts, an instruction set, and questions for `mdqa`.
 
     Document [1](Title: Note) The access code of the harbor is falcon.
     Document [2](Title: Note) The access code of the museum is otter.
@@ -8,11 +8,14 @@
 Contexts are written by the function that writes them for the evaluation `mdqa`.
 """
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from meap_jax.corpus.retrieval import FACT, KEYS, QUESTION, VALUES
+from meap_jax.errors import ConfigError
 from meap_jax.evals.mdqa import Document, shown
 
 NUM_WORDS = 16  # Keys, and values, that are used.
@@ -77,3 +80,65 @@ def question(rng: np.random.Generator, num_facts: int, position: int) -> dict[st
     facts = draw_facts(rng, num_facts)
     contexts = [{"title": _TITLE, "text": fact.sentence, "isgold": i == position} for i, fact in enumerate(facts)]
     return {"question": facts[position].question, "answers": [facts[position].value], "ctxs": contexts}
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+class Sizes(NamedTuple):
+    """How much is written, trained and asked."""
+
+    pretrain_steps: int
+    texts: int  # To pre-train on.
+    samples: int  # Of the instruction set.
+    documents: tuple[int, ...]  # Of the contexts of questions; the first is the largest number that is trained on.
+    questions: int  # For each number of documents.
+
+
+class Files(NamedTuple):
+    """What the experiment writes for its runs to read."""
+
+    texts: Path
+    instructions: Path
+    questions: dict[int, Path]  # By the number of documents.
+    prompt: Path
+
+
+def write_files(folder: Path, sizes: Sizes, seed: int) -> Files:
+    """Writes texts, instruction set and questions, the same for the same arguments.
+
+    Raises:
+      ConfigError: what was trained on before is something else.
+    """
+    most = sizes.documents[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = Files(
+        folder / "texts.jsonl",
+        folder / "instructions.json",
+        {n: folder / f"questions_{n}.jsonl" for n in sizes.documents},
+        folder / "prompt.txt",
+    )
+
+    def lines(records: list[dict[str, Any]]) -> str:
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    rng = np.random.default_rng((seed, 0))
+    _write_once(files.texts, lines([text(rng, 2, most) for _ in range(sizes.texts)]))
+    rng = np.random.default_rng((seed, 1))
+    samples = [sample(rng, max(2, most - 2), most) for _ in range(sizes.samples)]
+    _write_once(files.instructions, json.dumps(samples, indent=1))
+    for stream, (n, file) in enumerate(files.questions.items(), 2):
+        rng = np.random.default_rng((seed, stream))
+        file.write_text(lines([question(rng, n, i % n) for i in range(sizes.questions)]))
+    files.prompt.write_text(PROMPT)
+    return files
+
+
+def _write_once(file: Path, content: str) -> None:
+    """Writes a file that data is prepared from: what was prepared would not follow a change."""
+    if file.exists() and file.read_text() != content:
+        raise ConfigError(
+            f"{file} was written with other values of --texts, --samples, --documents or data.seed: use those, or "
+            "another --workdir."
+        )
+    file.write_text(content)

@@ -121,3 +121,12 @@ def test_flags_that_cannot_work_are_refused_in_a_sentence(tmp_path, flag, said):
     with pytest.raises(ConfigError, match=said):
         fine_tuning.command(["fine_tuning", f"--workdir={tmp_path}", flag])
     assert not list(tmp_path.iterdir())
+
+
+def test_other_sizes_never_take_the_place_of_what_was_trained_on(tmp_path):
+    sizes = looking_up.Sizes(pretrain_steps=1, texts=4, samples=4, documents=(4, 8), questions=2)
+    files = looking_up.write_files(tmp_path, sizes, 0)
+    assert looking_up.write_files(tmp_path, sizes._replace(questions=3), 0) == files
+    assert len(files.questions[8].read_text().splitlines()) == 3
+    with pytest.raises(ConfigError, match="instructions.json was written with other values of --texts, --samples"):
+        looking_up.write_files(tmp_path, sizes._replace(samples=5), 0)
