@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from experiments import fine_tuning, fine_tuning_report, looking_up
 from meap_jax import tokenizers
+from meap_jax.checkpoint import read_meta
+from meap_jax.convert import export_model
 from meap_jax.errors import ConfigError
 from meap_jax.evals.mdqa import read_questions, shown
 from meap_jax.readers.conversations import messages_of
@@ -41,9 +44,15 @@ def test_the_command_goes_from_text_to_table_and_a_second_start_trains_nothing(o
     masked = [json.loads(line) for line in (tmp_path / "meap_concat-seed0" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["mask_fraction"] > 0 for record in masked)
 
-    # The template that was trained goes with the model.
-    trained = tokenizers.load(tmp_path / "ntp-seed0" / "tokenizer")
+    # The template that was trained, and where answers end in it, go with the model, and to the hub's form.
+    run = epath.Path(tmp_path / "ntp-seed0")
+    trained = tokenizers.load(run / "tokenizer")
     assert trained.chat_template == TEMPLATE.read_text()
+    assert read_meta(run)[1]["origin"]["stop_ids"] == [trained.eos_id]
+    export_model(run, epath.Path(tmp_path / "exported"))
+    names = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
+    settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert names["chat_template"] == TEMPLATE.read_text() and settings["eos_token_id"] == trained.eos_id
 
     saved = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("_CHECKPOINT_METADATA")}
     answers = {file: file.read_bytes() for file in tmp_path.glob("*/answers_*/mdqa.jsonl")}
