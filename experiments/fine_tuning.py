@@ -27,11 +27,12 @@ from experiments.jobs import Job, train_all
 from experiments.looking_up import Files, Sizes, write_files
 from meap_jax import cli
 from meap_jax import config as config_lib
-from meap_jax.convert import export_model, import_model
+from meap_jax.convert import import_model
 from meap_jax.data.prepared import Prepared
 from meap_jax.errors import ConfigError
 from meap_jax.evals.scores import exact_match
 from meap_jax.evaluate import evaluate
+from meap_jax.export import export_model
 from meap_jax.main import train
 from meap_jax.metrics import read_metrics
 from meap_jax.models import read_config
