@@ -1,12 +1,13 @@
 """Fine-tunes a small model by NTP and by MEAP in all its arrangements, and compares how they answer from a context.
 
-python -m experiments.fine_tuning --workdir=DIR [--seeds=3] [--arms=ntp,meap_separate,...] [--config.field=value ...]
-    [--pretrain_steps=1200] [--texts=20000] [--samples=1000] [--documents=8,16] [--questions=200]
+python -m experiments.fine_tuning --workdir=DIR [--seeds=3] [--arms=ntp,meap_separate,...] [--pretrain_steps=1200]
+    [--texts=20000] [--samples=1000] [--documents=8,16] [--questions=200]
+    [--config=configs/sft_quickstart.py] [--config.field=value ...]
 
 Writes texts and pre-trains on them by NTP, exports the model to the form of the Hugging Face hub and imports it, writes
 an instruction set, fine-tunes each arm with each seed from the imported model, asks `mdqa` of each in its own chat
-template, and writes report.md and results.json. `--config` is configs/sft_quickstart.py by default; its sizes are those
-of the pre-trained model too. The same command again goes on from what is there.
+template, and writes report.md and results.json. The sizes of the config are those of the pre-trained model too. The
+same command again goes on from what is there.
 """
 
 import argparse

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 
+import tiny_runs
 from experiments import fine_tuning, fine_tuning_report, looking_up
 from meap_jax import tokenizers
 from meap_jax.checkpoint import read_meta
@@ -22,13 +24,13 @@ WORDS = [
     "--documents=6,8", "--questions=4",
     *(f"--config.{field}" for field in (
         "num_epochs=2", "model.num_layers=1", "model.embed_dim=16", "model.mlp_dim=24", "model.head_dim=8",
-        "seq_len=256", "sft.longer_than=30", "eval.batch_size=4",
+        "seq_len=256", "sft.longer_than=30", "eval.batch_size=4", "checkpoint.every=3", "log.every=1",
     )),
 ]  # fmt: skip
 TEMPLATE = Path("configs/sft_quickstart.jinja")
 
 
-def test_the_command_goes_from_text_to_table_and_a_second_start_trains_nothing(one_device, tmp_path, capfd):
+def test_the_command_goes_from_text_to_table_and_a_second_start_goes_on(one_device, tmp_path, capfd):
     words = [*WORDS, f"--workdir={tmp_path}"]
     fine_tuning.command(words)
     page = (tmp_path / "report.md").read_text()
@@ -54,13 +56,21 @@ def test_the_command_goes_from_text_to_table_and_a_second_start_trains_nothing(o
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     assert names["chat_template"] == TEMPLATE.read_text() and settings["eos_token_id"] == trained.eos_id
 
+    # A second start goes on in the middle of an epoch, where a run lost its newest checkpoint, and trains nothing else.
+    cut = tmp_path / "meap_concat-seed0"
+    losses, steps = tiny_runs.losses(cut), arms["meap_concat"]["steps"]
+    shutil.rmtree(cut / "checkpoints" / str(steps))
+    [left] = [int(file.name) for file in (cut / "checkpoints").iterdir() if file.name.isdigit()]
+    assert left % 3 == 0 and left * 2 not in (steps, 2 * steps)  # Two epochs.
     saved = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("_CHECKPOINT_METADATA")}
     answers = {file: file.read_bytes() for file in tmp_path.glob("*/answers_*/mdqa.jsonl")}
     assert len(saved) >= 4 and len(answers) == 6
     fine_tuning.command(words)
+    assert (cut / "checkpoints" / str(steps)).exists() and tiny_runs.losses(cut) == losses
     assert all(file.stat().st_mtime_ns == time for file, time in saved.items())
     assert all(file.read_bytes() == content for file, content in answers.items())
-    assert (tmp_path / "report.md").read_text() == page
+    again = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert [{**arm, "seconds": None} for arm in again.values()] == [{**arm, "seconds": None} for arm in arms.values()]
 
 
 def test_questions_are_asked_in_the_words_that_were_trained():
