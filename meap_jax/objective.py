@@ -157,7 +157,9 @@ def make_inputs(
         )
     inputs = clean_inputs(row)
     fraction = objective.mask_ratio if ratio is None else ratio
-    if not (isinstance(fraction, float) and fraction == 0):
+    is_zero = isinstance(fraction, float) and fraction == 0
+    # Under NTP a copy is a sample like any other; under other objectives one without masks has no targets.
+    if not is_zero or (row.is_copy is not None and objective.name != "ntp"):
         key = jax.random.fold_in(keys["mask"], step)
         if row.is_copy is None:
             gaps = _gaps(inputs, row.maskable, objective, key, step, fraction)

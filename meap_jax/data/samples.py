@@ -191,5 +191,7 @@ class SampleBlocks:
         """Which of an answer's tokens may be masked: all, or with static masks those that are."""
         if self._samples.masks == "fresh" or not self._has_copies:
             return np.arange(size)
+        if not self._samples.mask_ratio:
+            return np.arange(0)
         draws = np.random.default_rng((self._samples.seed, document, answer)).random(size)
         return np.argsort(draws, kind="stable")[: max(1, int(self._samples.mask_ratio * size))]

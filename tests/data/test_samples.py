@@ -233,6 +233,16 @@ def test_under_ntp_a_copy_is_a_second_sample(model, store, documents):
     assert inputs.loss_weights.sum() == expected
 
 
+@pytest.mark.parametrize("masks", ["fresh", "static"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_meap_at_ratio_0_learns_what_ntp_does_without_copies(model, store, arrangement, masks):
+    samples = dataclasses.replace(sample_spec(masks=masks), mask_ratio=0.0)
+    copies = inputs_of(batch_of(store, plan_spec(arrangement, 420), samples), mask_ratio=0.0, masks=masks)
+    plain = inputs_of(batch_of(store, plan_spec("none", 420)), name="ntp")
+    assert not copies.is_masked.any() and copies.loss_weights.sum() == plain.loss_weights.sum()
+    assert_close(*(loss_and_gradient(model, inputs) for inputs in (copies, plain)))
+
+
 # ---------------------------------------------------------------------------------------------------------- averaging
 
 
