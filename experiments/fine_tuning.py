@@ -75,7 +75,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, files: File
     # Named by their steps: a run that was made longer is exported anew.
     exported, imported = (workdir / f"{name}_{sizes.pretrain_steps}" for name in ("exported", "imported"))
     if not exported.exists():
-        export_model(workdir / "pretrained", exported)
+        export_model(workdir / "pretrained", exported, step=sizes.pretrain_steps)
     if not imported.exists():
         import_model(Path(exported), imported)
     return imported

@@ -41,7 +41,7 @@ PAPER_SIZES = {
 HUB_MODELS: dict[str, dict[str, Any]] = {
     "llama3_8b": dict(
         num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, embed_dim=4_096, mlp_dim=14_336,
-        vocab_size=128_256, num_tokens=128_256, mask_id=128_002, rope_base=500_000.0,
+        vocab_size=128_320, num_tokens=128_256, mask_id=128_002, rope_base=500_000.0,  # It lacks a padding token.
     ),
     "llama32_3b": dict(
         num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, embed_dim=3_072, mlp_dim=8_192, tie_embeddings=True,
@@ -280,10 +280,23 @@ def _check_chat(config: ml_collections.ConfigDict) -> None:
             f"sft.arrangement is 'none', but objective.name is {objective.name!r}, whose masks fall in copies of "
             "answers: set it to separate, shared_prefix or concat."
         )
+    for name in chats:
+        source = config.data.sources[name]
+        for field in ("field", "max_tokens", "long_from"):
+            if source[field] != SOURCE_FIELDS[field].default:
+                raise ConfigError(
+                    f"data.sources.{name}.{field} is {source[field]!r}, but a source of conversations is read whole: "
+                    "leave it out."
+                )
     if chats and objective.strategy == "official":
         raise ConfigError(
             "objective.strategy is 'official', but that is the official code's of pre-training: for its fine-tuning "
             "set objective.strategy=random and sft.masks=static."
+        )
+    if chats and config.sft.masks == "static" and objective.strategy != "random":
+        raise ConfigError(
+            f"objective.strategy is {objective.strategy!r}, but masks of sft.masks=static are drawn at random: set it "
+            "to random."
         )
 
 

@@ -290,6 +290,7 @@ FIELDS: dict[str, Field] = {
         "restart where that starts.", one_of("run_on", "restart")),
     "sft.masks": Field("fresh", "fresh: drawn anew in each step; static: once for each answer, as in the official "
         "code.", one_of("fresh", "static")),
+    "sft.packed": Field(True, "A row holds as many samples as it has room for; else one, as in the official code."),
     "sft.rows_per_mean": Field(0, "0: the loss is a mean over all targets of a step; N: over each N rows, and then "
         "over those means, as the official code's over micro-batches.", at_least(0), DIVIDES_BATCH),
 
@@ -329,7 +330,7 @@ FIELDS: dict[str, Field] = {
         at_least(0)),
     "data.packing": Field("concat", "concat: one stream cut into blocks, without a mask between documents (the "
         "official code's); concat_segments: the same, but no document sees another; best_fit: whole documents, padded. "
-        "Retrieval documents always are whole.", one_of("concat", "concat_segments", "best_fit")),
+        "Retrieval documents and conversations always are whole.", one_of("concat", "concat_segments", "best_fit")),
 
     "data.retrieval.num_keys": Field(16, "Things that a fact can be about.", WORDS),
     "data.retrieval.num_values": Field(16, "Words that can be an access code.", WORDS),

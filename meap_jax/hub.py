@@ -15,7 +15,7 @@ from meap_jax.hf import config as hf_config
 from meap_jax.hf import safetensors, weights
 from meap_jax.hf.tokenizer import open_hub_tokenizer
 from meap_jax.models import OpenModel, define_model
-from meap_jax.tokenizers.interface import round_up
+from meap_jax.tokenizers.interface import Tokenizer, round_up
 
 
 def open_hub_model(
@@ -54,11 +54,7 @@ def open_hub_model(
     config = config_lib.base()
     has_own_mask = tokenizer.mask_id < tokenizer.num_own_ids
     config.model.update(found.model)
-    config.model.update(
-        vocab_size=round_up(max(rows, tokenizer.num_tokens)),
-        num_tokens=max(rows, tokenizer.mask_id + 1),
-        dtype=hf_config.DTYPES[tensors.dtype()],
-    )
+    config.model.update(**sizes(rows, tokenizer), dtype=hf_config.DTYPES[tensors.dtype()])
     config.seq_len, config.objective.mask_id = found.seq_len, tokenizer.mask_id
     config.data.tokenizer = "./tokenizer"
     config.global_batch_size = jax.device_count()
@@ -77,6 +73,12 @@ def open_hub_model(
     )
     meta = {"config": config.to_dict(), "tokenizer": hash_of(tokenizer.files()), "imported": imported}
     return OpenModel(model, params, tokenizer, 0, meta)
+
+
+def sizes(rows: int, tokenizer: Tokenizer) -> dict[str, int]:
+    """The fields of `model` for a vocabulary: rows of the files, and those that the tokenizer needs besides."""
+    vocab_size = round_up(max(rows, tokenizer.num_tokens))
+    return {"vocab_size": vocab_size, "num_tokens": max(rows, tokenizer.mask_id + 1)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

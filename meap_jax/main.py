@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
-from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from meap_jax import cli, sharding
 from meap_jax.checkpoint import Checkpointer
@@ -18,7 +19,7 @@ from meap_jax.export import check_export, export_stored
 from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.model.decoder import Params
-from meap_jax.models import StoredModel, save_tokenizer, write_config
+from meap_jax.models import held_model, save_tokenizer, write_config
 from meap_jax.run import Run, make_folder, open_run, versions
 from meap_jax.start import start
 from meap_jax.timing import Clock, Trace, process_began
@@ -98,7 +99,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         }
         checkpointer.save(step, state, meta)
         if config.checkpoint.export != "none":
-            write_for_hub(run, workdir, step, state.params, meta)
+            write_for_hub(run, step, state.params, begin.origin)
+
+    if config.checkpoint.export != "none" and begin.step and not is_written_for_hub(run, begin.step):
+        write_for_hub(run, begin.step, begin.state.params, begin.origin)  # It was interrupted.
 
     # Steps.
     try:
@@ -123,13 +127,22 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         writer.close()
 
 
-def write_for_hub(run: Run, workdir: epath.Path, step: int, params: Params, meta: dict[str, Any]) -> None:
-    """Writes the model of a step as `meap_jax.convert export` would, in place of what an interrupted run left there."""
-    place = epath.Path(local_folder(workdir)) / EXPORT_FOLDER / str(step)
-    stored = StoredModel(run.model, run.prepared.tokenizer, step, meta, traverse_util.flatten_dict(params).__getitem__)
-    adapter, base = run.config.checkpoint.export, run.config.init_from
+def write_for_hub(run: Run, step: int, params: Params, origin: dict[str, Any]) -> None:
+    """Writes the model of a step as `meap_jax.convert export` would; what is there already is replaced."""
+    stored = held_model(run.model, params, run.prepared.tokenizer, step, {"origin": origin})
+    adapter = run.config.checkpoint.export
     with jax.transfer_guard("allow"):  # Weights are to come to the host.
-        export_stored(lambda: stored, workdir, place, adapter=adapter, base=base, replaces=True)
+        export_stored(lambda: stored, run.workdir, _export_folder(run, step), adapter=adapter, replaces=True)
+
+
+def is_written_for_hub(run: Run, step: int) -> bool:
+    """Whether the first process has written the model of a step; the same on every process."""
+    is_there = np.array(_export_folder(run, step).exists())
+    return bool(multihost_utils.broadcast_one_to_all(is_there) if jax.process_count() > 1 else is_there)
+
+
+def _export_folder(run: Run, step: int) -> epath.Path:
+    return epath.Path(local_folder(run.workdir)) / EXPORT_FOLDER / str(step)
 
 
 def command(argv: list[str]) -> None:

@@ -155,10 +155,19 @@ def open_stored_model(
 
     def read(path: tuple[str, ...]) -> jax.Array:
         alone = traverse_util.unflatten_dict({path: flat[path]})
-        found = traverse_util.flatten_dict(restore_some_params(folder, alone, step))[path]
-        return jax.jit(dequantize, out_shardings=shardings[path])(found) if is_quantized(found) else found
+        return _as_numbers(traverse_util.flatten_dict(restore_some_params(folder, alone, step))[path], shardings[path])
 
     return StoredModel(model, open_tokenizer(folder, meta["tokenizer"]), step, meta, read)
+
+
+def held_model(model: Model, params: Params, tokenizer: tokenizers.Tokenizer, step: int, meta: dict) -> StoredModel:
+    """A model whose parameters are in memory, as `open_stored_model` gives one that is stored."""
+    flat, shardings = map(traverse_util.flatten_dict, (params, model.definition.shardings(model.mesh)))
+    return StoredModel(model, tokenizer, step, meta, lambda path: _as_numbers(flat[path], shardings[path]))
+
+
+def _as_numbers(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.jit(dequantize, out_shardings=sharding)(x) if is_quantized(x) else x
 
 
 def _model_of(folder: epath.Path, mesh: Mapping[str, int] | None) -> Model:

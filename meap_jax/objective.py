@@ -149,12 +149,14 @@ def make_inputs(
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
 
     Raises:
-      ConfigError: for a ratio given to the official strategy, whose tables are made for the objective's own.
+      ConfigError: for a ratio where the official strategy or static masks are made for the objective's own.
     """
     if ratio is not None and objective.strategy == "official":
         raise ConfigError(
             "objective.strategy is 'official', which masks with objective.mask_ratio only: sweep another."
         )
+    if ratio is not None and objective.has_static_masks and row.is_copy is not None:
+        raise ConfigError("sft.masks is 'static', which masks with objective.mask_ratio only: sweep with fresh masks.")
     inputs = clean_inputs(row)
     fraction = objective.mask_ratio if ratio is None else ratio
     is_zero = isinstance(fraction, float) and fraction == 0

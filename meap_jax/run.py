@@ -1,7 +1,6 @@
 """Opens a run, which is a model and its data."""
 
 import copy
-import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -19,7 +18,7 @@ from meap_jax.checkpoint import newest_meta
 from meap_jax.config import changed_on_resume, mixture
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
-from meap_jax.data.spec import ChatPlanSpec, data_spec
+from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition
@@ -92,11 +91,7 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
                 f"{folder} differs between hosts ({prepared.fingerprint[:12]} on host {jax.process_index()}): prepare "
                 "it once, copy it to all of them, and set data.prepared to it."
             )
-    if prepared.tokenizer.mask_id != config.objective.mask_id:
-        raise ConfigError(
-            f"objective.mask_id is {config.objective.mask_id}, but [MASK] of the tokenizer in {folder} is "
-            f"{prepared.tokenizer.mask_id}."
-        )
+    prepared.check_mask_id(config.objective.mask_id)
     check_epochs(with_steps(config, prepared), prepared)
     return prepared
 
@@ -108,17 +103,8 @@ def with_steps(config: ml_collections.ConfigDict, prepared: Prepared) -> ml_coll
     """
     if not config.num_epochs:
         return config
-    if config.sft.epoch_of != "own":
-        plans = {
-            name: dataclasses.replace(plan, arrangement=config.sft.epoch_of) if isinstance(plan, ChatPlanSpec) else plan
-            for name, plan in prepared.spec.plans.items()
-        }
-        prepared = prepare(prepared.folder, dataclasses.replace(prepared.spec, plans=plans))
     weights = mixture(config)
-    rows = max(
-        prepared.plan_manifest(name)["splits"]["train"]["blocks"] * sum(weights.values()) / weight
-        for name, weight in weights.items()
-    )
+    rows = max(prepared.blocks_an_epoch(name) * sum(weights.values()) / weight for name, weight in weights.items())
     resolved = copy.deepcopy(config)
     resolved.num_steps = max(1, round(config.num_epochs * rows / config.global_batch_size))
     return resolved

@@ -107,7 +107,7 @@ def train_step(
         "param_norm": optax.tree.norm([x.astype(jnp.float32) for x in floats(params)]),
         "update_norm": optax.tree.norm(updates),
         "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
-        "num_targets": num_targets,
+        "num_targets": jnp.maximum((inputs.loss_weights > 0).sum(), 1).astype(jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, state.keys), metrics
 

@@ -1,6 +1,7 @@
 """Runs that are fine-tuned on conversations: from a file to checkpoints, evaluations and prompts."""
 
 import importlib
+import json
 from pathlib import Path
 
 import jax
@@ -19,13 +20,15 @@ from meap_jax.data.pipeline import TrainBatches
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals import Setting
 from meap_jax.generator import Generator
-from meap_jax.hub import open_hub_model
+from meap_jax.hf.tokenizer import open_hub_tokenizer
+from meap_jax.hub import open_hub_model, sizes
 from meap_jax.main import train
 from meap_jax.models import open_model, origin_of
 from meap_jax.run import open_run
 from meap_jax.start import start
 from meap_jax.train import compile_step
 from tiny_models import mesh_of
+from tokenizers import Tokenizer, models
 
 
 def config_of(workdir, path, **overrides):
@@ -148,6 +151,11 @@ def losses_on(mesh, config, workdir):
         (dict(data__sources__text__format="text"), "sft.arrangement is 'shared_prefix', but no source of data.mixture"),
         (dict(data__mixture="text=1,retrieval=1"), "data.mixture is 'text=1,retrieval=1', but retrieval has no conver"),
         (dict(objective__strategy="official"), "objective.strategy is 'official', but that is the official code's of "),
+        (dict(data__sources__text__max_tokens=99), "data.sources.text.max_tokens is 99, but a source of conversations"),
+        (
+            dict(sft__masks="static", objective__strategy="span"),
+            "objective.strategy is 'span', but masks of sft.masks=",
+        ),
         (dict(num_epochs=0), "checkpoint.every is 0, but must be 1 or more where num_epochs is 0"),
         (dict(sft__rows_per_mean=3), "sft.rows_per_mean is 3, but must be 0 or a divisor of global_batch_size (8)"),
     ],
@@ -162,7 +170,7 @@ def test_too_many_samples_longer_than_a_block_are_an_error_with_the_line_of_the_
     path = alpaca(tmp_path / "alpaca.json", number=60)
     skipping = dict(sft__too_long="skip", data__max_skipped=0, seq_len=100, data__holdout=0.2)
     config, workdir = config_of(tmp_path / "run", path, **skipping)
-    with pytest.raises(DataError, match=r"conversations of text \(the first on line \d+\) have more tokens than a blo"):
+    with pytest.raises(DataError, match=r"conversations of text \(the first on line \d+ of its file\) have more"):
         open_run(config, workdir)
     config, workdir = config_of(tmp_path / "run", path, **skipping | dict(data__max_skipped=50))
     assert open_run(config, workdir).prepared.plan_manifest("text")["splits"]["train"]["skipped"] > 0
@@ -226,3 +234,85 @@ def test_adapters_alone_are_refused_before_a_step_where_all_parameters_train(fin
     with pytest.raises(ConfigError, match=r"adapters are to be written alone \(peft\), but the model has no adapters"):
         train(config, workdir)
     assert not (workdir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, exported",
+    [
+        (dict(checkpoint__export="merge"), "model.safetensors"),
+        (dict(checkpoint__export="merge", frozen_dtype="nf4"), "model.safetensors"),
+        (dict(checkpoint__export="peft", frozen_dtype="bfloat16"), "adapter_model.safetensors"),
+    ],
+)
+def test_runs_with_adapters_write_each_checkpoint_too_and_go_on(finished, tmp_path, overrides, exported):
+    if "nf4" in overrides.values():
+        pytest.importorskip("qwix")
+    adapters = dict(model__lora__rank=2, trainable="*lora*", num_epochs=0, num_steps=4, eval__every=9)
+    fields = dict(checkpoint__every=2, data__prepared=tmp_path / "data") | adapters | overrides
+    config, workdir = config_of(tmp_path / "run", finished[0].data.path, **fields)
+    train(config, workdir)
+    files = [workdir / "export" / step / exported for step in ("2", "4")]
+    assert all(file.exists() for file in files) and files[0].read_bytes() != files[1].read_bytes()
+    # What was interrupted between a checkpoint and its export is made up for.
+    content = files[1].read_bytes()
+    files[1].parent.rmtree()
+    train(config, workdir)
+    assert files[1].read_bytes() == content
+
+
+def test_a_validation_loss_does_not_depend_on_how_training_averages(finished, tmp_path):
+    found = []
+    for rows in (0, 2):
+        fields = dict(sft__rows_per_mean=rows, num_epochs=0, num_steps=1, eval__every=1, checkpoint__every=9)
+        config, workdir = config_of(tmp_path / str(rows), finished[0].data.path, **fields)
+        train(config, workdir)
+        [record] = tiny_runs.records(workdir)
+        found.append(record)
+    means, plain = found[1], found[0]
+    assert means["num_targets"] == plain["num_targets"] > 8
+    for name in ("loss", "masked_loss"):
+        assert means[f"validation_text/{name}"] == pytest.approx(plain[f"validation_text/{name}"], rel=0.01)
+
+
+def test_a_row_holds_one_sample_where_they_are_not_packed(finished, tmp_path):
+    config, workdir = config_of(tmp_path / "run", finished[0].data.path, sft__packed=False, sft__arrangement="separate")
+    run = open_run(config, workdir)
+    counts = run.prepared.plan_manifest("text")["splits"]["train"]
+    assert counts["blocks"] == counts["samples"] + counts["with_copy"]
+    blocks = run.prepared.blocks("text", "train")
+    assert all(blocks[i].segment_ids.max() == 1 for i in range(len(blocks)))
+
+
+def test_samples_without_room_for_their_copy_are_counted_and_said(finished, tmp_path, caplog):
+    config, workdir = config_of(tmp_path / "run", finished[0].data.path, sft__arrangement="concat", seq_len=110)
+    counts = open_run(config, workdir).prepared.plan_manifest("text")["splits"]["train"]
+    assert counts["without_room"] > 0
+    assert f"{counts['without_room']} samples have no room for their copy in a row" in caplog.text
+
+
+def model_of_ids(folder, words, specials):
+    """A tokenizer of the hub with so many words and these special tokens behind them."""
+    made = Tokenizer(models.BPE(vocab={f"w{i}": i for i in range(words)}, merges=[]))
+    made.add_special_tokens(specials)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(bos_token=specials[0], eos_token=specials[1])))
+    return open_hub_tokenizer(folder)[0]
+
+
+@pytest.mark.parametrize(
+    "name, rows, words, specials",
+    [
+        ("llama3_8b", 128_256, 128_000, ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                                         *(f"<|reserved_special_token_{i}|>" for i in range(1, 254))]),
+        ("llama32_3b", 128_256, 128_000, ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                                          "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+                                          *(f"<|reserved_special_token_{i}|>" for i in range(2, 253))]),
+        ("qwen25_14b", 152_064, 151_643, ["<|endoftext|>", "<|im_start|>", *(f"<|other_{i}|>" for i in range(20))]),
+    ],
+)  # fmt: skip
+def test_configs_have_the_sizes_that_an_import_gives_the_papers_models(tmp_path, name, rows, words, specials):
+    """By tokenizers with as many words and special tokens as theirs have."""
+    tokenizer = model_of_ids(tmp_path, words, specials)
+    shape = config_lib.HUB_MODELS[name]
+    assert sizes(rows, tokenizer) == dict(vocab_size=shape["vocab_size"], num_tokens=shape["num_tokens"])
+    assert tokenizer.mask_id == shape["mask_id"]

@@ -35,7 +35,7 @@ def chat_store(folder, documents, split=0):
 
 def plan_spec(arrangement, block_len, longer_than=50, too_long="truncate", loss="answers_and_masked"):
     """How samples are packed."""
-    return ChatPlanSpec(0, 0, 1.0, "best_fit", block_len - 1, 0, arrangement, longer_than, too_long, loss)
+    return ChatPlanSpec(0, 0, 1.0, "best_fit", block_len - 1, 0, arrangement, longer_than, too_long, loss, True)
 
 
 def sample_spec(positions="run_on", masks="static"):
@@ -71,11 +71,11 @@ def static_masks(number, document, longer_than=50):
     return is_masked
 
 
-def answers_of(document):
-    """Whether each token is the assistant's."""
+def answers_of(document, up_to=2**30):
+    """Whether each token is the assistant's, in answers of so many tokens at most, their ends not counted."""
     is_answer = np.zeros(len(document.ids), bool)
     for start, length, *_ in document.spans:
-        is_answer[start : start + length] = True
+        is_answer[start : start + length] = length - 1 <= up_to
     return is_answer
 
 
@@ -103,6 +103,7 @@ class Alone(NamedTuple):
     is_answer: jax.Array  # [S, N], in the clean part.
     is_masked: jax.Array  # [S, N], in the copy.
     positions: jax.Array  # [S, N], of RoPE.
+    is_short: jax.Array  # [S, N], of answers without masks, in the clean part.
 
     @property
     def has_copy(self):
@@ -110,11 +111,11 @@ class Alone(NamedTuple):
         return self.is_masked.any(axis=1)
 
     def losses(self, definition, params, masks):
-        """The summed losses of [S] answers and of [S] masked tokens, where `masks` are put into the inputs or not."""
+        """The summed losses of [S] answers, masked tokens and short answers; `masks` are put into the inputs or not."""
 
         def one(sample):
             losses = masked_losses(definition, params, sample.ids, sample.is_masked & masks, sample.positions)
-            return (losses * sample.is_answer[1:]).sum(), (losses * sample.is_masked[1:]).sum()
+            return tuple((losses * x[1:]).sum() for x in (sample.is_answer, sample.is_masked, sample.is_short))
 
         return jax.lax.map(one, self)
 
@@ -122,7 +123,7 @@ class Alone(NamedTuple):
 def samples_alone(documents):
     """Samples by themselves; their masked copies are sequences of their own."""
     rows = [
-        (own.ids, answers_of(own), static_masks(number, own), range(len(own.ids)))
+        (own.ids, answers_of(own), static_masks(number, own), range(len(own.ids)), answers_of(own, up_to=50))
         for number, own in enumerate(documents)
     ]
     return Alone(*(jnp.array([list(x) for x in column]) for column in zip(*rows, strict=True)))
@@ -136,5 +137,6 @@ def samples_in_one_sequence(documents, restarts):
         is_masked, is_answer, no = static_masks(number, own), answers_of(own), np.zeros(n - tail, bool)
         positions = [*range(n), *(range(tail, n) if restarts else range(n, 2 * n - tail))]
         of_copy = np.concatenate([np.zeros(n, bool), is_masked[tail:]])
-        rows.append(([*own.ids, *own.ids[tail:]], np.concatenate([is_answer, no]), of_copy, positions))
+        is_short = np.concatenate([answers_of(own, up_to=50), no])
+        rows.append(([*own.ids, *own.ids[tail:]], np.concatenate([is_answer, no]), of_copy, positions, is_short))
     return Alone(*(jnp.array([list(x) for x in column]) for column in zip(*rows, strict=True)))

@@ -5,6 +5,7 @@ with a copy whose answers are masked, samples that lost their beginning or were 
 as they are in their rows, with the masks of a step: on a terminal in colour, elsewhere as [MASK:what it hides].
 """
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ from meap_jax.tokenizers import Tokenizer
 
 _BINS = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)  # Upper ends of the lengths of answers in the histogram.
 _CHUNK = 4_096  # Documents that are read at a time.
+_ROWS = 64  # In which samples to show are looked for.
 
 
 class Style(NamedTuple):
@@ -69,13 +71,15 @@ def _of_source(
     store, manifest = open_store(prepared.folder / name), prepared.manifest(name)
     lines = [f"{name}: {prepared.folder / name}", ""]
     lines += _table(
-        ["split", "samples", "rows", "tokens", "padding", "masked", "truncated", "left out"],
+        ["split", "samples", "rows", "tokens", "padding", "with copy", "no room", "truncated", "left out"],
         [_split_row(split, counts) for split, counts in prepared.plan_manifest(name)["splits"].items()],
     )
     lines += [
-        "  rows of "
-        f"{prepared.block_len:,} tokens; masked: samples with an answer of more than {config.sft.longer_than} tokens, "
-        f"which MEAP copies ({config.sft.arrangement})",
+        f"  rows of {prepared.block_len:,} tokens",
+        f"  with copy: samples with an answer of more than {config.sft.longer_than} tokens, which MEAP masks in a copy "
+        f"({config.sft.arrangement})",
+        "  no room: samples that don't fit into a row with their copy; shared_prefix gives it a place of its own, "
+        "concat leaves it out",
         "",
     ]
     skipped = manifest["skipped"]
@@ -90,7 +94,8 @@ def _split_row(split: str, counts: dict[str, Any]) -> list[str]:
     share = counts["with_copy"] / max(1, counts["samples"])
     return [
         split, f"{counts['samples']:,}", f"{counts['blocks']:,}", f"{counts['tokens']:,}",
-        f"{counts['padding_share']:.1%}", f"{share:.1%}", f"{counts['truncated']:,}", f"{counts['skipped']:,}",
+        f"{counts['padding_share']:.1%}", f"{share:.1%}", f"{counts['without_room']:,}", f"{counts['truncated']:,}",
+        f"{counts['skipped']:,}",
     ]  # fmt: skip
 
 
@@ -128,9 +133,10 @@ def _samples(
 ) -> list[str]:
     """The first samples of the training rows, with the masks of step 0; samples with masks come first."""
     blocks = prepared.blocks(name, "train")
-    first = stacked([blocks[i].only(prepared.spec.row_fields) for i in range(min(len(blocks), 8))])
+    first = stacked([blocks[i].only(prepared.spec.row_fields) for i in range(min(len(blocks), _ROWS))])
     rows = jax.tree.map(jnp.asarray, first)
-    inputs = make_inputs(rows, Objective.of(config), named_keys(config), jnp.int32(0))
+    objective = dataclasses.replace(Objective.of(config), rows_per_mean=0)
+    inputs = make_inputs(rows, objective, named_keys(config), jnp.int32(0))
     segment_ids = np.asarray(rows.segment_ids)
     segments = [(row, n) for row, own in enumerate(segment_ids) for n in range(1, int(own.max()) + 1)]
     is_masked, of_input = np.asarray(inputs.is_masked), segment_ids[:, :-1]
@@ -166,6 +172,7 @@ def command(argv: list[str]) -> None:
         raise ConfigError(" ".join(str(error).split())) from error
     config, workdir = cli.parse_config(rest)
     prepared = prepare(config.data.prepared or str(epath.Path(workdir) / "data"), data_spec(config))
+    prepared.check_mask_id(config.objective.mask_id)
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(report(config, prepared, values.samples, COLOURED if is_coloured else PLAIN))
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from meap_jax.corpus.workers import map_ahead, worker_pool
 from meap_jax.data import plans
-from meap_jax.data.manifest import hash_of_files, write_manifest
+from meap_jax.data.manifest import hash_of_files, read_manifest, write_manifest
 from meap_jax.data.prepared import open_store, plan_folder
-from meap_jax.data.samples import Pieces, plan_pieces
+from meap_jax.data.samples import plan_pieces
 from meap_jax.data.spec import ChatPlanSpec, PlanSpec, RetrievalSourceSpec, SourceSpec, TextSourceSpec
 from meap_jax.data.store import SPLITS, Store
 from meap_jax.errors import DataError
@@ -27,7 +27,7 @@ _RANGE = 1 << 17  # Documents that are planned at a time.
 _log = logging.getLogger(__name__)
 
 
-def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec, max_skipped: int = 0) -> None:
+def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec) -> None:
     """Packs every split of a source in one way, beside the plans that are there.
 
     Where that leaves a split of text without one full block, the whole source is packed, and the share `holdout` of its
@@ -37,11 +37,9 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec, max_skipp
       store_folder: of a store that is complete; has the name of its source.
       spec: how to pack.
       source: what the store was made from.
-      max_skipped: samples of conversations that may be left out because they are longer than a block.
 
     Raises:
-      DataError: too little for a block in every split, a document that is too long to be packed whole, or too many
-        samples that are.
+      DataError: too little for a block in every split, or a document that is too long to be packed whole.
     """
     store, name = open_store(store_folder), store_folder.name
     lengths = store.index["length"]
@@ -56,9 +54,10 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec, max_skipp
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    with _packer(spec.packing, len(store)) as pack:
+    one_each = isinstance(spec, ChatPlanSpec) and not spec.packed
+    with contextlib.nullcontext(plans.one_each) if one_each else _packer(spec.packing, len(store)) as pack:
         if isinstance(spec, ChatPlanSpec):
-            split_by, counts = "document", _pack_samples(pack, partial, store, spec, max_skipped)
+            split_by, (counts, first_skipped_line) = "document", _pack_samples(pack, partial, store, spec)
         else:
             split_by, counts = _pack(pack, partial, store, spec, source)
     for split in SPLITS:
@@ -68,7 +67,14 @@ def make_plans(store_folder: Path, spec: PlanSpec, source: SourceSpec, max_skipp
         _log.info("packed %s-%s: %s", name, split, ", ".join(f"{k} {v:,}" for k, v in counts[split].items()))
     # Not all that decides on blocks is in the spec: the holdout of a cut by blocks, or the version of grain.
     digest = hash_of_files(partial / f"{split}.{kind}" for split in SPLITS for kind in ("slices", "bounds"))
-    manifest = {"options": dataclasses.asdict(spec), "sha256": digest, "split_by": split_by, "splits": counts}
+    manifest: dict[str, Any] = {
+        "options": dataclasses.asdict(spec),
+        "sha256": digest,
+        "split_by": split_by,
+        "splits": counts,
+    }
+    if isinstance(spec, ChatPlanSpec):
+        manifest["first_skipped_line"] = first_skipped_line
     write_manifest(partial, manifest)
     partial.rename(place)
 
@@ -87,13 +93,18 @@ def _packer(packing: str, num_documents: int) -> Iterator[Callable[..., Iterator
 
 
 def _pack_samples(
-    pack: Callable[..., Iterator[plans.Plan]], partial: Path, store: Store, spec: ChatPlanSpec, max_skipped: int
-) -> dict[str, Any]:
-    """Saves the plans of all splits of conversations, and returns the counts of each split."""
+    pack: Callable[..., Iterator[plans.Plan]], partial: Path, store: Store, spec: ChatPlanSpec
+) -> tuple[dict[str, Any], int]:
+    """Saves the plans of all splits of conversations.
+
+    Returns:
+      The counts of each split, and the line of the first record that was left out; 0 for none, or none that is known.
+    """
     name, counts = store.folder.name, {}
-    pieces = {split: plan_pieces(store, split, spec) for split in SPLITS}
-    _check_skipped(name, spec, pieces, max_skipped)
-    for split, (slices, of_samples, _) in pieces.items():
+    lines = []
+    for split in SPLITS:
+        slices, of_samples, skipped_lines = plan_pieces(store, split, spec)
+        lines += skipped_lines.tolist()
         if not len(slices):
             raise DataError(
                 f"The source {name} has no conversation for {split} among its {len(store):,}: raise data.holdout, or "
@@ -104,17 +115,26 @@ def _pack_samples(
         ranges = (slices[first : first + _RANGE] for first in range(0, len(slices), _RANGE))
         saved = plans.save(partial, split, pack(ranges, spec.block_len), lengths, spec.block_len)
         counts[split] = {key: saved[key] for key in ("blocks", "tokens", "padding_share")} | of_samples
-    return counts
+    if spec.arrangement == "concat" and (without := counts["train"]["without_room"]):
+        _log.warning("%s: %d samples have no room for their copy in a row, and are trained without it", name, without)
+    return counts, min(lines, default=0)
 
 
-def _check_skipped(name: str, spec: ChatPlanSpec, pieces: dict[str, Pieces], max_skipped: int) -> None:
-    skipped = sum(of_split.counts["skipped"] for of_split in pieces.values())
-    if skipped > max_skipped:
-        lines = np.sort(np.concatenate([of_split.skipped_lines for of_split in pieces.values()]))
-        first = f" (the first on line {lines[0]})" if len(lines) else ""
+def check_skipped(store_folder: Path, spec: ChatPlanSpec, max_skipped: int) -> None:
+    """Stops where too many samples are longer than a block and left out, bad records counted too.
+
+    Raises:
+      DataError: naming their number, and the line of the first.
+    """
+    plan = read_manifest(plan_folder(store_folder, spec))
+    skipped = sum(counts["skipped"] for counts in plan["splits"].values())
+    bad = sum(read_manifest(store_folder)["skipped"].values())
+    if skipped and skipped + bad > max_skipped:
+        first = f" (the first on line {plan['first_skipped_line']} of its file)" if plan["first_skipped_line"] else ""
         raise DataError(
-            f"{skipped} conversations of {name}{first} have more tokens than a block of {spec.block_len} "
-            f"(seq_len + 1), more than data.max_skipped = {max_skipped}: raise seq_len, or set sft.too_long=truncate."
+            f"{skipped} conversations of {store_folder.name}{first} have more tokens than a block of {spec.block_len} "
+            f"(seq_len + 1); with {bad} bad records that is more than data.max_skipped = {max_skipped}: raise seq_len, "
+            "or set sft.too_long=truncate."
         )
 
 

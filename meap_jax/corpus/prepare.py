@@ -29,12 +29,12 @@ from typing import IO, Any
 import numpy as np
 
 from meap_jax import tokenizers
-from meap_jax.corpus.packing import make_plans
+from meap_jax.corpus.packing import check_skipped, make_plans
 from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, skips_by_reason
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
-from meap_jax.data.spec import ChatSourceSpec, DataSpec, SourceSpec, TextSourceSpec, data_spec
+from meap_jax.data.spec import ChatPlanSpec, ChatSourceSpec, DataSpec, SourceSpec, TextSourceSpec, data_spec
 from meap_jax.data.store import MAX_DOCUMENTS, SPLITS, EncodedDocument, completed, index_files, merge_indices
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import is_path
@@ -143,8 +143,11 @@ def _prepare(folder: Path, spec: DataSpec, shard_maker: ShardMaker) -> Prepared:
             _make_store(folder, name, spec, template, tokenizer_hash, shard_maker)
         check_options(f"data.sources.{name}", folder / name, _options(source, template))
         _check_tokenizer(folder / name, tokenizer_hash)
-        if not plan_folder(folder / name, spec.plans[name]).exists():
-            make_plans(folder / name, spec.plans[name], source, spec.max_skipped)
+        for plan in dict.fromkeys((spec.plans[name], spec.epoch_plans.get(name, spec.plans[name]))):
+            if not plan_folder(folder / name, plan).exists():
+                make_plans(folder / name, plan, source)
+            if isinstance(plan, ChatPlanSpec):
+                check_skipped(folder / name, plan, spec.max_skipped)
     return Prepared(folder, tokenizer, tokenizer_hash, spec)
 
 

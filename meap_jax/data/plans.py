@@ -100,6 +100,12 @@ def best_fit(ranges: Iterable[np.ndarray], block_len: int, each: Callable[..., I
     return each(functools.partial(_fit, block_len), ranges)
 
 
+def one_each(ranges: Iterable[np.ndarray], block_len: int) -> Iterator[Plan]:
+    """Puts each document into a block of its own; none is longer than a block. Arguments and result as of `concat`."""
+    for slices in ranges:
+        yield Plan(slices, np.arange(len(slices) + 1, dtype=np.int64))
+
+
 def _fit(block_len: int, documents: np.ndarray) -> Plan:
     slices = _cut(documents, block_len)
     blocks = list(_packed(slices["length"], block_len))

@@ -14,7 +14,7 @@ from meap_jax.data.manifest import damaged, hash_of, read_manifest
 from meap_jax.data.samples import SampleBlocks, spec_of
 from meap_jax.data.spec import ChatPlanSpec, DataSpec, PlanSpec
 from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
-from meap_jax.errors import DataError
+from meap_jax.errors import ConfigError, DataError
 from meap_jax.rows import Row
 from meap_jax.tokenizers import Tokenizer
 
@@ -116,6 +116,18 @@ class Prepared:
         """The names of the sources."""
         return list(self.spec.plans)
 
+    def check_mask_id(self, mask_id: int) -> None:
+        """Stops a config whose [MASK] is not the tokenizer's.
+
+        Raises:
+          ConfigError: naming both.
+        """
+        if self.tokenizer.mask_id != mask_id:
+            raise ConfigError(
+                f"objective.mask_id is {mask_id}, but [MASK] of the tokenizer in {self.folder} is "
+                f"{self.tokenizer.mask_id}."
+            )
+
     def manifest(self, name: str) -> dict[str, Any]:
         """The manifest of a source: its options and counts."""
         return read_manifest(self.folder / name)
@@ -123,6 +135,11 @@ class Prepared:
     def plan_manifest(self, name: str) -> dict[str, Any]:
         """The manifest of its plan: counts by split."""
         return read_manifest(plan_folder(self.folder / name, self.spec.plans[name]))
+
+    def blocks_an_epoch(self, name: str) -> int:
+        """How many training blocks of a source make an epoch."""
+        plan = self.spec.epoch_plans.get(name, self.spec.plans[name])
+        return read_manifest(plan_folder(self.folder / name, plan))["splits"]["train"]["blocks"]
 
     def counts(self, name: str) -> dict[str, Any]:
         """Counts of a source: documents, tokens and bad records in all, and its blocks by split."""

@@ -31,7 +31,7 @@ class Pieces(NamedTuple):
     """The pieces of a split, in the order in which they are packed."""
 
     slices: np.ndarray  # [P] of plans.SLICE_DTYPE; `document` is kind * (documents of the store) + document.
-    counts: dict[str, int]  # Of samples: all, those with a copy, truncated and skipped ones, and lines.
+    counts: dict[str, int]  # Of samples: all, those with a copy, without room for one, truncated and skipped ones.
     skipped_lines: np.ndarray  # Of their records, where the store knows them.
 
 
@@ -58,6 +58,7 @@ def plan_pieces(store: Store, split: str, spec: ChatPlanSpec) -> Pieces:
     joint = lengths + tail + (spec.arrangement == "shared_prefix")
     copied = has_long & (spec.arrangement != "none")
     fits = joint <= spec.block_len
+    without_room = copied & ~fits & (spec.arrangement != "separate")
     if spec.arrangement == "concat":
         copied &= fits  # There is no other place for it.
     is_joint = copied & fits & (spec.arrangement != "separate")
@@ -75,6 +76,7 @@ def plan_pieces(store: Store, split: str, spec: ChatPlanSpec) -> Pieces:
     counts = dict(
         samples=len(documents),
         with_copy=int(np.count_nonzero(copied[documents])),
+        without_room=int(np.count_nonzero(without_room[documents])),
         truncated=int(np.count_nonzero(is_long[documents])),
         skipped=len(skipped),
     )
@@ -152,10 +154,11 @@ class SampleBlocks:
         bounds = np.searchsorted(self._documents, [document, document + 1])
         own = self._spans[slice(*bounds)]
         starts, sizes = kept_answers(own["start"], own["length"], cut)
-        is_target, maskable = np.zeros((2, len(ids)), bool)
+        is_target, is_long, maskable = np.zeros((3, len(ids)), bool)
         for answer, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
             is_target[start : start + max(size, 0)] = True
             if size - 1 > self._spec.longer_than:
+                is_long[start : start + size] = True
                 maskable[start + self._chosen(document, answer, size - 1)] = True
         index = np.arange(len(ids), dtype=np.int32)
         no, zeros = np.zeros(len(ids), bool), np.zeros(len(ids), np.int32)
@@ -164,7 +167,9 @@ class SampleBlocks:
         weights = is_target.astype(np.float32)
         in_clean = no if self._has_copies else maskable
         clean = Row(ids, zeros + segment, index, index, zeros, weights, in_clean, no)
-        copy = clean._replace(maskable=maskable, is_copy=~no)
+        # Where the clean answers are left out, short ones are learned in the copy.
+        leaves_out = self._spec.loss == "masked" and self._has_copies
+        copy = clean._replace(maskable=maskable, is_copy=is_long if leaves_out and kind == COPY else ~no)
         if kind != JOINT:
             return copy if kind == COPY else clean
 
@@ -179,8 +184,8 @@ class SampleBlocks:
             copy = copy._replace(
                 positions=behind, rope_positions=behind if self._samples.positions == "run_on" else index
             )
-            if self._spec.loss == "masked":
-                clean = clean._replace(loss_weights=np.zeros_like(weights))
+            if leaves_out:
+                clean = clean._replace(loss_weights=weights * ~is_long)
         return joined([clean, copy.behind(tail)])
 
     @property

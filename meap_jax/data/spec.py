@@ -42,6 +42,7 @@ class ChatPlanSpec(PlanSpec):
     longer_than: int
     too_long: str
     loss: str
+    packed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class DataSpec:
     plans: Mapping[str, PlanSpec]
     max_skipped: int  # Bad records of a source that are passed over.
     samples: SampleSpec
+    epoch_plans: Mapping[str, PlanSpec] = dataclasses.field(default_factory=dict)  # Whose blocks make an epoch.
 
     @property
     def row_fields(self) -> tuple[str, ...]:
@@ -161,9 +163,13 @@ def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
                 sft = config.sft
                 sources[name] = ChatSourceSpec(*text, sft.template, sft.system, sft.turns)
                 whole = dataclasses.asdict(plan) | {"packing": "best_fit"}
-                of_samples = {key: sft[key] for key in ("arrangement", "longer_than", "too_long", "loss")}
+                of_samples = {key: sft[key] for key in ("arrangement", "longer_than", "too_long", "loss", "packed")}
                 plan = ChatPlanSpec(**whole, **of_samples)
         plans[name] = plan
     sft = config.sft
     samples = SampleSpec(sft.positions, sft.masks, config.objective.mask_ratio, seed_of(config, "mask"))
-    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped, samples)
+    epoch_plans: dict[str, PlanSpec] = {}
+    if sft.epoch_of != "own":
+        chats = {name: plan for name, plan in plans.items() if isinstance(plan, ChatPlanSpec)}
+        epoch_plans |= {name: dataclasses.replace(plan, arrangement=sft.epoch_of) for name, plan in chats.items()}
+    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped, samples, epoch_plans)

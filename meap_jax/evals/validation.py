@@ -33,8 +33,9 @@ class Validation:
         (config, self._mesh, definition), self._blocks = setting.model, blocks
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         meap = dataclasses.replace(
-            Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random"
-        )
+            Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random",
+            rows_per_mean=0,
+        )  # fmt: skip
         losses = functools.partial(_losses, definition, meap, config.loss.chunk_size)
         self._step = jax.jit(losses, out_shardings=sharding.replicated(self._mesh))
         # A stream of its own: never the masks of a training step.

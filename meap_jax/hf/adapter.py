@@ -49,6 +49,7 @@ def merged(read: Read, lora: Lora) -> Read:
 
     def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = a.reshape(len(a), -1, lora.rank), b.reshape(len(b), lora.rank, -1)  # [layers, ...]
+        w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
         return w + lora.alpha / lora.rank * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(w.shape)
 
     def read_merged(path: tuple[str, ...]) -> jax.Array:
@@ -56,6 +57,6 @@ def merged(read: Read, lora: Lora) -> Read:
         if path[-1] not in lora.layers:
             return weight
         pair = (read((*path[:-1], f"{path[-1]}_lora_{part}")) for part in "ab")
-        return jax.jit(add, donate_argnums=0, out_shardings=weight.sharding)(weight, *pair)
+        return jax.jit(add, out_shardings=weight.sharding)(weight, *pair)  # Training goes on with the weight.
 
     return read_merged

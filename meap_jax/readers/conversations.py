@@ -19,6 +19,7 @@ from meap_jax.readers.storage import open_part
 _COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "system_prompt")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_PART_BYTES = 2**30  # Large, since what comes before a part is read for the number of its first line.
 _HEAD, _CHUNK = 2**14, 2**20  # Bytes that are read at once, to see how a file begins, and otherwise.
 
 
@@ -50,7 +51,8 @@ def open_conversations(path: str, *, where: str = "") -> "ConversationCorpus":
     if path.startswith("tfds:"):
         raise ConfigError(f"the path is {path!r}, but conversations are read from .json, .jsonl and .parquet files.")
     suffixes = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
-    return ConversationCorpus(FileCorpus(path, Selection.parse("messages", where), suffixes=suffixes))
+    selection = Selection.parse("messages", where)
+    return ConversationCorpus(FileCorpus(path, selection, part_bytes=_PART_BYTES, suffixes=suffixes))
 
 
 @dataclass(frozen=True)

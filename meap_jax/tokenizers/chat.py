@@ -105,7 +105,8 @@ def render(
                 raise DataError(f"the chat template writes more than {limit:,} characters for these messages.")
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template can't render these messages: {error}.") from error
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # In what the template computes.
+    except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as error:
+        # In what the template computes.
         raise DataError(f"the chat template fails ({type(error).__name__}: {error}).") from error
     return "".join(pieces)
 
@@ -169,6 +170,32 @@ def prompts_and_answers(
             )
         yield prompt[len(written) :], answer[: end.end()]
         written = text[: len(prompt) + end.end()]
+
+
+def check_announces(
+    template: str, talk: Sequence[Message], names: Mapping[str, str], specials: re.Pattern[str]
+) -> None:
+    """Stops a template that has words in front of an answer, but not where `add_generation_prompt` asks for them.
+
+    A model would be trained to write them, as part of the answer.
+
+    Args:
+      template: in Jinja.
+      talk: a question and its answer, of a word that the template has nowhere else.
+      names: of special tokens, as of `prompts_and_answers`.
+      specials: finds them.
+
+    Raises:
+      DataError: naming the words.
+    """
+    asked = (render(template, talk[:1], names, add_generation_prompt=is_asked, now=_DAY) for is_asked in (False, True))
+    [(_, answer)] = prompts_and_answers(template, talk, names, specials)
+    words = specials.sub("", answer.partition(talk[1]["content"])[0]).strip()
+    if len(set(asked)) == 1 and words:
+        raise DataError(
+            f"the chat template writes {words!r} in front of an answer, but nothing for add_generation_prompt, so that "
+            "a model would have to write that itself."
+        )
 
 
 def plain_markers(template: str, specials: re.Pattern[str]) -> list[str]:

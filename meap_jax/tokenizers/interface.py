@@ -157,9 +157,13 @@ class Tokenizer(abc.ABC):
         """The id of the special token that ends an answer in a template, at which generation stops.
 
         Raises:
-          DataError: as `encode_conversation`.
+          DataError: as `encode_conversation`, or the template doesn't write what announces an answer where it is asked
+            for that alone.
         """
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        from meap_jax.tokenizers import chat
+
+        talk = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Reply"}]
+        chat.check_announces(template, talk, self._names, self.special_names)
         return self.encode_conversation(talk, template)[0][-1]
 
     @functools.cached_property

@@ -24,7 +24,7 @@ def flags(tmp_path_factory):
 def test_it_counts_what_a_run_would_read(flags, capsys):
     command(["chat_report", *flags])
     out = capsys.readouterr().out
-    counts = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if len(words) == 8}
+    counts = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if len(words) == 9}
     assert sum(int(counts[split][0]) for split in ("train", "validation", "test")) == 121
     assert re.search(r"bad records: 1\n  1 x is blank", out)
     assert "duplicates: 1 samples have the tokens of an earlier one" in out

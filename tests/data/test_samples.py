@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import tiny_samples
 from meap_jax.data.samples import plan_pieces
 from meap_jax.data.store import EncodedDocument, TokenSpan
+from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.objective import Objective, make_inputs, named_keys
@@ -90,9 +91,10 @@ def test_loss_and_gradient_are_those_of_clean_samples_and_of_masked_copies_by_th
     @jax.jit
     @jax.value_and_grad
     def alone(params):
-        clean, _ = samples.losses(model[0], params, masks=False)
-        _, masked = samples.losses(model[0], params, masks=True)
-        counts = clean if loss == "answers_and_masked" else jnp.where(samples.has_copy, 0.0, clean)
+        clean, *_ = samples.losses(model[0], params, masks=False)
+        _, masked, short = samples.losses(model[0], params, masks=True)
+        # Without the clean answers of a sample, its short ones are learned in the copy.
+        counts = clean if loss == "answers_and_masked" else jnp.where(samples.has_copy, short, clean)
         return counts.sum() + masked.sum()
 
     assert_close(loss_and_gradient(model, inputs), alone(model[1]))
@@ -110,8 +112,8 @@ def test_concat_is_prompt_clean_answer_and_masked_answer_in_one_causal_sequence(
     @jax.jit
     @jax.value_and_grad
     def alone(params):
-        clean, masked = samples.losses(model[0], params, masks=True)
-        return masked.sum() + (0.0 if loss == "masked" else clean.sum())
+        clean, masked, short = samples.losses(model[0], params, masks=True)
+        return masked.sum() + (short if loss == "masked" else clean).sum()
 
     assert_close(loss_and_gradient(model, inputs_of(batch)), alone(model[1]))
 
@@ -215,6 +217,12 @@ def test_static_masks_are_the_same_in_every_step(store):
     np.testing.assert_array_equal(first.is_masked, second.is_masked)
 
 
+def test_a_sweep_over_ratios_needs_fresh_masks(store):
+    batch = batch_of(store, plan_spec("separate", 420))
+    with pytest.raises(ConfigError, match="sft.masks is 'static', which masks with objective.mask_ratio only"):
+        make_inputs(batch, objective_of(), named_keys(tiny_config()), jnp.int32(0), jnp.float32(0.3))
+
+
 def test_an_answer_of_50_tokens_has_no_copy_and_one_of_51_has_five_masks(tmp_path):
     rng = np.random.default_rng(1)
     for size, copies in ((50, 0), (51, 1)):
@@ -308,6 +316,8 @@ def test_every_sample_is_in_the_rows_once_whole_or_without_its_beginning(
         is_copy = row.maskable & False if row.is_copy is None else row.is_copy
         for segment in range(1, row.segment_ids.max() + 1):
             is_own = row.segment_ids == segment
+            if loss == "masked" and arrangement in ("separate", "shared_prefix"):  # A piece is a sample or its copy.
+                is_copy = is_own & row.maskable[is_own].any()
             for found, chosen in ((clean, is_own & ~is_copy), (copies, is_own & is_copy)):
                 if chosen.any():
                     found.append(row.tokens[chosen].tolist())
@@ -324,7 +334,7 @@ def test_a_row_of_a_sample_longer_than_a_block_keeps_bos_and_the_end_of_its_answ
     own = document(np.random.default_rng(0), [(300, 20)])
     store = chat_store(tmp_path, [own])
     pieces = plan_pieces(store, "train", plan_spec("none", 65))
-    assert pieces.counts == dict(samples=1, with_copy=0, truncated=1, skipped=0)
+    assert pieces.counts == dict(samples=1, with_copy=0, without_room=0, truncated=1, skipped=0)
     [row] = [blocks_of(store, plan_spec("none", 65), sample_spec())[0]]
     assert row.tokens.tolist() == [BOS, *own.ids[-64:]]
     assert row.loss_weights.sum() == 20 and row.loss_weights[-20:].all()
@@ -335,7 +345,7 @@ def test_too_long_samples_are_left_out_where_the_config_says_so_and_their_lines_
     long, short = document(rng, [(300, 20)]), document(rng, [(5, 20)])
     long = EncodedDocument(long.ids, tuple(TokenSpan(*span[:3], {"line": 17.0}) for span in long.spans))
     pieces = plan_pieces(chat_store(tmp_path, [short, long]), "train", plan_spec("none", 65, too_long="skip"))
-    assert pieces.counts == dict(samples=1, with_copy=0, truncated=0, skipped=1)
+    assert pieces.counts == dict(samples=1, with_copy=0, without_room=0, truncated=0, skipped=1)
     assert pieces.skipped_lines.tolist() == [17] and len(pieces.slices) == 1
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from chat_templates import LLAMA3, chatting
 from meap_jax import models, tokenizers
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.tokenizers import chat
 from meap_jax.tokenizers.chat import plain_markers, template_source
 from meap_jax.tokenizers.interface import MAX_CHUNK
 from tokenizer_kinds import EXACT, KINDS, kind
@@ -307,3 +308,18 @@ def test_a_template_in_a_file_beside_any_kind_of_tokenizer_is_its_own(tmp_path):
             (place / file).write_bytes(content)
         found = tokenizers.make(str(place)).encode_chat(LESSON[2:3])
         assert kind(name).decode(found).endswith("<|start|>user<|end|>\n\nAnd 日本?</s><|start|>assistant<|end|>\n\n")
+
+
+def test_a_template_that_trains_the_announcement_of_an_answer_is_refused():
+    """It ignores add_generation_prompt: `assistant: ` would be the model's to write."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(DataError, match="writes 'assistant:' in front of an answer, but nothing for add_generation_p"):
+        kind("bpe").end_of_answer(template)
+    silent = "{% for m in messages %}{{ ' ' if m.role == 'assistant' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert kind("bpe").end_of_answer(silent) == kind("bpe").eos_id, "a blank in front is no announcement, as Mistral's"
+
+
+@pytest.mark.parametrize("computes", ["1 // 0", "'{} {}'.format('a')", "'{a}'.format(b=1)", "'a' * 10**14"])
+def test_what_a_template_computes_may_fail_in_any_way(computes):
+    with pytest.raises(DataError, match="the chat template (fails|can't render)"):
+        chat.render(f"{{{{ {computes} }}}}", [], {})
