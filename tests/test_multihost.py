@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import chat_files
 import tiny_data
 import tiny_runs
 from meap_jax.corpus.prepare import prepare
@@ -169,3 +170,20 @@ def test_two_hosts_go_on_from_the_answers_that_the_first_has(alone, tmp_path):
     found = json.loads((tmp_path / "two.json").read_text())
     assert found["metrics"] == expected["metrics"] and len(found["examples"]["kv"]) == 8
     assert (tmp_path / "two" / "kv.jsonl").read_bytes().count(b"\n") == 9
+
+
+def test_two_hosts_fine_tune_and_write_what_they_trained_for_transformers(tmp_path):
+    path = chat_files.alpaca(tmp_path / "alpaca.json")
+    fields = chat_files.CHAT | dict(num_epochs=0, num_steps=2, eval__every=2, checkpoint__every=2, data__path=path)
+    fields |= dict(checkpoint__export="merge", mesh__data=1, mesh__fsdp=-1)
+    run_on_hosts(2, 2, tmp_path / "two", **fields)
+    tiny_runs.run(tmp_path / "one", **fields)
+    ours, theirs = (tiny_runs.losses(tmp_path / name) for name in ("two", "one"))
+    assert list(ours) == list(theirs) and np.allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
+
+    # As if they had been stopped between the last checkpoint and its export.
+    written = tmp_path / "two" / "export" / "2" / "model.safetensors"
+    content = written.read_bytes()
+    shutil.rmtree(written.parent)
+    run_on_hosts(2, 2, tmp_path / "two", **fields)
+    assert written.read_bytes() == content
