@@ -63,6 +63,8 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
     prepared = open_data(config, workdir)
     if meta is not None:
         check_data(prepared, meta, workdir)
+    if config.objective.name == "ntp" and config.sft.arrangement != "none":
+        _log.warning("sft.arrangement is %s: NTP learns MEAP's copies too, without masks", config.sft.arrangement)
     resolved = with_steps(config, prepared)
     if config.num_epochs:
         _log.info("num_epochs = %g: %d steps", config.num_epochs, resolved.num_steps)

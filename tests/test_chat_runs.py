@@ -110,6 +110,12 @@ def test_ntp_takes_as_many_steps_as_meap_where_its_epochs_are_those_of_meap(fini
     assert steps["equal time"] == steps["meap"] > steps["ntp"]
 
 
+def test_ntp_on_copies_is_said_since_it_may_be_a_slip(finished, tmp_path, caplog):
+    config, workdir = config_of(tmp_path / "run", finished[0].data.path, objective__name="ntp")
+    open_run(config, workdir)
+    assert "sft.arrangement is shared_prefix: NTP learns MEAP's copies too, without masks" in caplog.text
+
+
 @pytest.mark.parametrize(
     "arrangement, mesh",
     [
