@@ -186,6 +186,16 @@ SPARES_THE_LAST = Check(
                "position",
     wrong=(1.0,), given={"objective.strategy": "official"},
 )  # fmt: skip
+BEHIND_RAMP_BEGIN = Check(
+    lambda value, of: value > of["objective.ramp_begin"],
+    lambda of: f"above objective.ramp_begin ({of['objective.ramp_begin']})",
+    wrong=(0.2,), given={"objective.ramp_begin": 0.5},
+)  # fmt: skip
+DRAWN_IN_EACH_STEP = Check(
+    lambda value, of: of["objective.strategy"] != "official" and of["sft.masks"] != "static",
+    lambda _: "unset with objective.strategy=official and with sft.masks=static, whose masks are made for one ratio",
+    wrong=(0.05,), given={"objective.strategy": "official"},
+)  # fmt: skip
 NEEDS_LONG_FROM = Check(
     lambda value, of: value == 1 or of["long_from"] > 0,
     lambda _: "1 unless long_from says below what length",
@@ -264,6 +274,10 @@ FIELDS: dict[str, Field] = {
         one_of(*STRATEGIES)),
     "objective.mask_ratio": Field(0.15, "Share of input tokens; ntp ignores it. Paper: 0.15 in pre-training.",
         SHARE, SPARES_THE_LAST),
+    "objective.ramp_from": Field(float, "Share of input tokens up to ramp_begin; from there to ramp_end it goes in a "
+        "straight line to mask_ratio, up or down. Unset: it is mask_ratio all along.", SHARE, DRAWN_IN_EACH_STEP),
+    "objective.ramp_begin": Field(0.0, "Share of num_steps.", SHARE),
+    "objective.ramp_end": Field(1.0, "Share of num_steps.", SHARE, BEHIND_RAMP_BEGIN),
     "objective.span_length": Field(5, "Tokens; only span reads it. Paper, Table 15: 5 and 50.", at_least(1)),
     "objective.mask_id": Field(32_000, "[MASK]; must be the tokenizer's.", ID),
     "loss.chunk_size": Field(2_048, "Positions of a device whose logits exist at a time; 0: all.", at_least(0)),

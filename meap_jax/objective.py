@@ -35,6 +35,10 @@ class Objective:
     span_length: int
     mask_id: int
     vocab_size: int
+    ramp_from: float | None = None  # None: the ratio is mask_ratio all along.
+    ramp_begin: float = 0.0
+    ramp_end: float = 1.0
+    num_steps: int = 1  # Of the run, which the ramp's ends are shares of.
     has_static_masks: bool = False  # Data says where the masks of copies are; else they are drawn in each step.
     rows_per_mean: int = 0  # 0: the loss is a mean over all targets; else over each so many rows, then over the means.
 
@@ -49,9 +53,17 @@ class Objective:
         if fields["name"] not in OBJECTIVES:
             raise ConfigError(f"objective.name is {fields['name']!r}, but must be one of {', '.join(OBJECTIVES)}.")
         if fields["name"] == "ntp":
-            fields["mask_ratio"] = 0.0
+            fields |= {"mask_ratio": 0.0, "ramp_from": None}
         sft = dict(has_static_masks=config.sft.masks == "static", rows_per_mean=config.sft.rows_per_mean)
-        return cls(vocab_size=config.model.vocab_size, **sft, **fields)
+        return cls(vocab_size=config.model.vocab_size, num_steps=config.num_steps, **sft, **fields)
+
+    def ratio_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
+        """The mask ratio of a step, counted from 0: a Python number where it is the same in all of them."""
+        if self.ramp_from is None:
+            return self.mask_ratio
+        begin, end = (share * self.num_steps for share in (self.ramp_begin, self.ramp_end))
+        done = jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
+        return jnp.asarray(self.ramp_from + done * (self.mask_ratio - self.ramp_from), jnp.float32)
 
 
 class Inputs(NamedTuple):
@@ -158,7 +170,7 @@ def make_inputs(
     if ratio is not None and objective.has_static_masks and row.is_copy is not None:
         raise ConfigError("sft.masks is 'static', which masks with objective.mask_ratio only: sweep with fresh masks.")
     inputs = clean_inputs(row)
-    fraction = objective.mask_ratio if ratio is None else ratio
+    fraction = objective.ratio_at(step) if ratio is None else ratio
     is_zero = isinstance(fraction, float) and fraction == 0
     # Under NTP a copy is a sample like any other; under other objectives one without masks has no targets.
     if not is_zero or (row.is_copy is not None and objective.name != "ntp"):

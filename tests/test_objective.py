@@ -188,6 +188,43 @@ def test_the_mask_key_moves_the_gaps_and_the_noise_key_fills_them(seed, changes_
     assert (before.tokens != after.tokens).any()
 
 
+# --------------------------------------------------------------------------------------------------------------- ramps
+
+
+def ramp(step, **fields):
+    """Inputs of a step of twenty, masked by a ramp."""
+    return inputs_of(step=step, **dict(ramp_from=0.0, ramp_begin=0.25, ramp_end=0.75, mask_ratio=0.6) | fields)
+
+
+def test_a_ramp_is_ntp_before_it_begins_and_the_constant_ratio_behind_its_end():
+    for step in (0, 3, 5):
+        assert_equal(ramp(step), clean_inputs(BATCH))
+    for step in (15, 19):
+        assert_equal(ramp(step), inputs_of(step=step, ratio=jnp.float32(0.6)))
+
+
+def test_between_its_ends_a_ramp_is_a_straight_line_up_or_down():
+    objective = Objective.of(run_config(ramp_from=0.1, ramp_begin=0.25, ramp_end=0.75, mask_ratio=0.5))
+    ratios = [float(objective.ratio_at(jnp.int32(step))) for step in range(20)]
+    expected = np.interp(np.arange(20), [5, 15], [0.1, 0.5])
+    np.testing.assert_allclose(ratios, expected, rtol=1e-6)
+    down = Objective.of(run_config(ramp_from=0.5, mask_ratio=0.1))
+    assert [round(float(down.ratio_at(jnp.int32(step))), 3) for step in (0, 10, 20)] == [0.5, 0.3, 0.1]
+
+
+def test_a_ramp_masks_what_the_ratio_of_its_step_would():
+    for step in (8, 12):
+        objective = Objective.of(run_config(ramp_from=0.0, ramp_begin=0.25, ramp_end=0.75, mask_ratio=0.6))
+        ratio = objective.ratio_at(jnp.int32(step))
+        assert_equal(ramp(step), inputs_of(step=step, ratio=ratio))
+    fractions = [float(ramp(step).is_masked.mean()) for step in (6, 10, 14)]
+    assert fractions[0] < fractions[1] < fractions[2]
+
+
+def test_ntp_has_no_ramp():
+    assert_equal(ramp(19, name="ntp"), clean_inputs(BATCH))
+
+
 # -------------------------------------------------------------------------------------------------------- micro-batches
 
 

@@ -13,8 +13,9 @@ STEPS = 240
 
 
 def setting(folder):
-    """Of all runs here: they share their data, in `folder`, and nothing is evaluated."""
-    return dict(data__prepared=folder / "data", num_steps=STEPS, checkpoint__every=20, eval__tasks="")
+    """Of all runs here: they share their data, in `folder`, nothing is evaluated, and the mask ratio goes up."""
+    sizes = dict(num_steps=STEPS, checkpoint__every=20, eval__tasks="")
+    return dict(data__prepared=folder / "data", objective__ramp_from=0.0, **sizes)
 
 
 @pytest.fixture(scope="module")
