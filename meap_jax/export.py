@@ -190,7 +190,7 @@ def completed_folder(out: epath.Path, replaces: bool = False) -> Iterator[epath.
             shutil.rmtree(out, ignore_errors=True)
             os.replace(partial, out)
     except OSError as error:
-        raise DataError(f"--out is {out}, which can't be written: {error.strerror or error}.") from error
+        raise DataError(f"{out} can't be written: {error.strerror or error}.") from error
     finally:
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)

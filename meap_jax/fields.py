@@ -320,7 +320,6 @@ FIELDS: dict[str, Field] = {
     "optimizer.clip_norm": Field(1.0, "Global norm of the gradient; inf: it is not clipped.",
         rule(lambda v: v > 0, "positive", 0.0, -1.0)),
     "optimizer.moment_dtype": Field("float32", "Of both moments between steps; bfloat16: half the memory.", FLOATS),
-
     "optimizer.param_dtype": Field("float32", "Of parameters that train, between steps; bfloat16: each update is "
         "rounded, and there is no float32 copy.", FLOATS),
     "optimizer.rounding": Field("stochastic", "Of updates to bfloat16 parameters: stochastic, right in the mean; "

@@ -101,11 +101,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         if config.checkpoint.export != "none":
             write_for_hub(run, step, state.params, begin.origin)
 
-    if config.checkpoint.export != "none" and begin.step and not is_written_for_hub(run, begin.step):
-        write_for_hub(run, begin.step, begin.state.params, begin.origin)  # It was interrupted.
-
     # Steps.
     try:
+        if config.checkpoint.export != "none" and begin.step and not is_written_for_hub(run, begin.step):
+            write_for_hub(run, begin.step, begin.state.params, begin.origin)  # It was interrupted.
         with jax.set_mesh(run.mesh):
             state = train_loop(
                 config,

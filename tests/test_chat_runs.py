@@ -251,8 +251,6 @@ def test_adapters_alone_are_refused_before_a_step_where_all_parameters_train(fin
     ],
 )
 def test_runs_with_adapters_write_each_checkpoint_too_and_go_on(finished, tmp_path, overrides, exported):
-    if "nf4" in overrides.values():
-        pytest.importorskip("qwix")
     adapters = dict(model__lora__rank=2, trainable="*lora*", num_epochs=0, num_steps=4, eval__every=9)
     fields = dict(checkpoint__every=2, data__prepared=tmp_path / "data") | adapters | overrides
     config, workdir = config_of(tmp_path / "run", finished[0].data.path, **fields)

@@ -113,7 +113,6 @@ def adapted(folder):
 @pytest.fixture(scope="module")
 def in_4_bits(folder):
     """A run that trains adapters on the base in 4 bits."""
-    pytest.importorskip("qwix", reason="needs qwix: pip install -r requirements-qlora.txt")
     run_training(folder / "in_4_bits", **adapters(folder, frozen_dtype="nf4"))
     return folder / "in_4_bits"
 

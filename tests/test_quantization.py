@@ -26,12 +26,6 @@ def test_without_qwix_a_sentence_says_what_to_install(monkeypatch):
         quantize(jnp.ones((1, 64, 2)), "nf4", 0)
 
 
-@pytest.fixture(autouse=True)
-def needs_qwix(request):
-    if "without_qwix" not in request.node.name:
-        pytest.importorskip("qwix", reason="needs qwix: pip install -r requirements-qlora.txt")
-
-
 # ------------------------------------------------------------------------------------------------------------ the codes
 
 

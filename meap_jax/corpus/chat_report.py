@@ -131,11 +131,11 @@ def _histogram(store: Store) -> list[str]:
 def _samples(
     config: ml_collections.ConfigDict, prepared: Prepared, name: str, num_samples: int, style: Style
 ) -> list[str]:
-    """The first samples of the training rows, with the masks of step 0; samples with masks come first."""
+    """The first samples of the training rows, masked as in step 0 with the full ratio; those with masks come first."""
     blocks = prepared.blocks(name, "train")
     first = stacked([blocks[i].only(prepared.spec.row_fields) for i in range(min(len(blocks), _ROWS))])
     rows = jax.tree.map(jnp.asarray, first)
-    objective = dataclasses.replace(Objective.of(config), rows_per_mean=0)
+    objective = dataclasses.replace(Objective.of(config), ramp_from=None, rows_per_mean=0)
     inputs = make_inputs(rows, objective, named_keys(config), jnp.int32(0))
     segment_ids = np.asarray(rows.segment_ids)
     segments = [(row, n) for row, own in enumerate(segment_ids) for n in range(1, int(own.max()) + 1)]

@@ -61,10 +61,10 @@ def plan_pieces(store: Store, split: str, spec: ChatPlanSpec) -> Pieces:
     without_room = copied & ~fits & (spec.arrangement != "separate")
     if spec.arrangement == "concat":
         copied &= fits  # There is no other place for it.
-    is_joint = copied & fits & (spec.arrangement != "separate")
-    is_clean = ~is_joint
-    if spec.loss == "masked" and spec.arrangement != "concat":
-        is_joint, is_clean = is_joint & False, ~copied  # The clean answer has no target, and nobody sees it.
+    # Where the clean answers have no targets and no copy sees them, they are left out.
+    needs_clean = spec.loss != "masked" or spec.arrangement == "concat"
+    is_joint = copied & fits & (spec.arrangement != "separate") & needs_clean
+    is_clean = ~is_joint if needs_clean else ~copied
     kinds = (
         (CLEAN, documents[is_clean[documents]], lengths),
         (COPY, documents[(copied & ~is_joint)[documents]], lengths),
@@ -192,8 +192,8 @@ class SampleBlocks:
     def _has_copies(self) -> bool:
         return self._spec.arrangement != "none"
 
-    def _chosen(self, document: int, answer: int, size: int) -> np.ndarray | slice:
-        """Which of an answer's tokens may be masked: all, or with static masks those that are."""
+    def _chosen(self, document: int, answer: int, size: int) -> np.ndarray:
+        """Which of an answer's `size` tokens may be masked: all, or with static masks those that are."""
         if self._samples.masks == "fresh" or not self._has_copies:
             return np.arange(size)
         if not self._samples.mask_ratio:

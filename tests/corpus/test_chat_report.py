@@ -57,3 +57,8 @@ def test_a_config_without_conversations_is_refused(tmp_path, capsys):
     words += ["--config.data.retrieval.num_eval_documents=5"]
     with pytest.raises(ConfigError, match="data.mixture is 'retrieval=1', which names no source of the format chat"):
         command(["chat_report", *words])
+
+
+def test_masks_are_shown_where_training_begins_without_them(flags):
+    config, _ = parse_config(["main", *flags, "--config.objective.ramp_from=0.0"])
+    assert "[MASK:" in report(config, prepare(config.data.prepared, data_spec(config)), 1, PLAIN)
