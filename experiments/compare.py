@@ -1,76 +1,102 @@
-"""Trains NTP and MEAP on the same blocks from the same weights, evaluates both and writes the report.
+"""Trains NTP, MEAP and a control on the same blocks from the same weights, asks all of them, and writes the report.
 
 python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--seeds=3] [--config.field=value ...]
 
-Runs that are finished are kept, and interrupted ones go on where they were: the same command again picks up the rest.
+MEAP is trained twice: with its mask ratio from the start, and with one that ramps up as `objective.ramp_*` of the config
+say. An interrupted comparison goes on where it was: the same command again does the rest. Every model is left as a run
+in a folder of its own, as `meap_jax.main` leaves it.
 """
 
 import argparse
+import json
 import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import ml_collections
-import tqdm
 from etils import epath
 
-from experiments import report
-from experiments.jobs import Job, last_step, train_all
+from experiments import population, report
+from experiments.arms import Arm
+from experiments.population import Member
 from meap_jax import cli
+from meap_jax.checkpoint import Checkpointer
+from meap_jax.data.pipeline import TrainBatches
 from meap_jax.errors import ConfigError
-from meap_jax.evaluate import evaluate
-from meap_jax.metrics import read_metrics
-from meap_jax.run import make_folder, open_data, versions
+from meap_jax.evals.facts import FactSet, Kind, make_set
+from meap_jax.metrics import METRICS_FILE
+from meap_jax.models import save_tokenizer, write_config
+from meap_jax.run import Run, make_folder, open_run, versions
 
-OBJECTIVES = ("ntp", "meap")
-
-
-class PairRun(NamedTuple):
-    """One training run of the comparison."""
-
-    objective: str
-    seed: int
-    workdir: epath.Path
-
-    def job(self, config_flags: list[str], data: str, num_steps: int) -> Job:
-        """Its command; `data` is the prepared data that all runs share."""
-        own = {"objective.name": self.objective, "seed": self.seed, "data.prepared": data}
-        flags = [*config_flags, *(f"--config.{name}={value}" for name, value in own.items())]
-        return Job(f"{self.objective} seed {self.seed}", self.workdir, flags, num_steps)
+ARMS = (
+    Arm("ntp", "NTP", {"objective.name": "ntp"}),
+    Arm("meap", "MEAP from the start", {"objective.name": "meap", "objective.ramp_from": None}),
+    Arm("meap_ramped", "MEAP ramped up", {"objective.name": "meap", "objective.ramp_from": 0.0}),
+    Arm("random_ramped", "random tokens ramped up", {"objective.name": "random_tokens", "objective.ramp_from": 0.0}),
+)
+STATES = "states"  # Folder of what an interrupted comparison goes on from.
+DOCUMENTS = 3  # Of each kind that is asked for during training: a sixteenth of the time.
 
 
-def collect(runs: list[PairRun]) -> Iterator[report.RunResult]:
-    """Evaluates every run on the test split."""
-    for run in tqdm.tqdm(runs, desc="evaluating", disable=not sys.stderr.isatty()):
-        yield report.RunResult(run.objective, run.seed, read_metrics(run.workdir), evaluate(run.workdir, "test"))
+def probes(run: Run) -> dict[str, FactSet]:
+    """What is asked during training: documents like those trained on ("trained"), and like those held out ("longer")."""
+    r, tokenizer = run.config.data.retrieval, run.prepared.tokenizer
+    fillers = range(r.max_fillers + 1)
+    trained = [Kind(n, f, DOCUMENTS) for n in range(r.min_facts, r.num_facts + 1) for f in fillers]
+    longer = [Kind(r.num_eval_facts, f, 2 * DOCUMENTS) for f in fillers]
+    sets = {"trained": trained, "longer": longer}
+    return {name: make_set(tokenizer, kinds, r.num_keys, r.num_values, run.config.seed) for name, kinds in sets.items()}
 
 
-def compare(
-    config: ml_collections.ConfigDict, workdir: epath.Path, num_seeds: int, config_flags: list[str]
-) -> dict[str, Any]:
-    """Prepares the data, trains, evaluates and writes the report; returns the content of results.json."""
+def write_run(run: Run, member: Member, folder: epath.Path) -> None:
+    """Writes a member as the run that `meap_jax.main` would have made of it, with a checkpoint of its last step."""
+    config = ml_collections.ConfigDict(member.config.to_dict())
+    config.data.prepared = str(run.prepared.folder)
+    make_folder("workdir", folder)
+    write_config(folder, config)
+    tokenizer = save_tokenizer(folder, run.prepared.tokenizer)
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2))
+    (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in member.records))
+    checkpointer = Checkpointer(folder, config.checkpoint.keep)
+    meta = {
+        "config": config.to_dict(),
+        "fingerprint": run.prepared.fingerprint,
+        "tokenizer": tokenizer,
+        "data": TrainBatches.state_at(member.step),
+        "origin": {},
+    }
+    checkpointer.save(member.step, jax.tree.map(jax.numpy.asarray, member.trained), meta)
+    checkpointer.close()
+
+
+def compare(config: ml_collections.ConfigDict, workdir: epath.Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Trains, evaluates and writes runs and report; returns the content of results.json."""
     began = time.perf_counter()
-    runs = [
-        PairRun(objective, config.seed + i, workdir / f"{objective}-seed{config.seed + i}")
-        for i in range(num_seeds)
-        for objective in OBJECTIVES
-    ]
-    is_fresh = not any(last_step(run.workdir) for run in runs)
-    data = open_data(config, workdir)  # Once, before runs that share it start side by side.
-    train_all([run.job(config_flags, str(data.folder), config.num_steps) for run in runs])
+    is_fresh = not (workdir / STATES).exists()
+    run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
+    asked = probes(run)
+    prepared = time.perf_counter()
+    members = population.train(run, ARMS, seeds, every=config.eval.every, questions=asked, folder=workdir / STATES)
+    trained = time.perf_counter()
+    results = population.evaluate(run, members, "test", "validation,facts")
+    for member in members:
+        write_run(run, member, workdir / member.name)
+    evaluated = time.perf_counter()
+    seconds = {"data": prepared - began, "training": trained - prepared, "evaluation": evaluated - trained}
     return report.write(
         workdir,
-        list(collect(runs)),
+        ARMS,
+        [report.RunResult(m.arm.name, m.seed, m.records, of) for m, of in zip(members, results, strict=True)],
+        chance={name: of_set.chance for name, of_set in asked.items()},
         setting={
             "config": config.to_dict(),
-            "data": {name: data.plan_manifest(name)["splits"] for name in data.sources},
-            "fingerprint": data.fingerprint,
+            "data": {name: run.prepared.plan_manifest(name)["splits"] for name in run.prepared.sources},
+            "fingerprint": run.prepared.fingerprint,
             "versions": versions(),
             "cores": os.cpu_count(),
-            "minutes": round((time.perf_counter() - began) / 60, 1) if is_fresh else None,
+            "seconds": {part: round(of, 1) for part, of in seconds.items()} if is_fresh else None,
         },
     )
 
@@ -87,10 +113,10 @@ def command(argv: list[str]) -> None:
     config, workdir = cli.parse_config([argv[0], *rest, *own])
     if config.seed + int(args.seeds) > 2**32:
         raise ConfigError(f"--seeds is {args.seeds}, but from seed {config.seed} on there are not so many below 2^32.")
+    population.check_mesh(config)
     make_folder("workdir", workdir)
-    # A scheduler's SIGTERM ends the runs too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    compare(config, workdir, int(args.seeds), rest)
+    population.use_all_cores()
+    compare(config, workdir, [config.seed + i for i in range(int(args.seeds))])
     print(f"report: {workdir / 'report.md'}")
 
 

@@ -8,7 +8,6 @@ python -m experiments.mask_ratio --config=configs/quickstart.py --workdir=runs/m
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,43 +15,24 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import AxisType, Mesh
 from matplotlib.figure import Figure
 
 from experiments import population
-from meap_jax import cli, sharding
+from experiments.arms import Arm
+from experiments.population import Member
+from meap_jax import cli
 from meap_jax.errors import ConfigError
-from meap_jax.evals import Setting, make_evaluators
-from meap_jax.model.decoder import Params
 from meap_jax.run import Run, make_folder, open_run, versions
 from meap_jax.statistics import paired_t_interval
 
-
-def evaluation_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
-    """One model at a time, the rows of a batch over as many devices as divide it."""
-    num = math.gcd(config.global_batch_size // config.grad_accum_steps, len(devices))
-    shape = [num if axis == "data" else 1 for axis in sharding.AXES]
-    return Mesh(np.reshape(devices[:num], shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+MOST_STEPS_A_TURN = 50
 
 
-def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
-    """Every metric on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}.
-
-    Args:
-      run: with the mesh to evaluate on.
-      params: of all members, host arrays with a leading [P].
-    """
-    evaluators = make_evaluators(Setting.of(run, "validation"), run.config.eval.tasks)
-    everywhere = sharding.replicated(run.mesh)
-    values: dict[str, list[float]] = {}
-    with jax.set_mesh(run.mesh):
-        for i in range(len(jax.tree.leaves(params)[0])):
-            own = jax.tree.map(lambda x, i=i: sharding.put_whole(everywhere, x[i]), params)
-            for name, evaluator in evaluators.items():
-                for key, metric in evaluator.run(own).metrics.items():
-                    if key != "masked_loss":
-                        values.setdefault(f"{name}/{key}", []).append(metric.estimate)
-    return {name: np.array(of_members) for name, of_members in values.items()}
+def measure(run: Run, members: Sequence[Member]) -> dict[str, np.ndarray]:
+    """Every metric on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}."""
+    results = population.evaluate(run, members, "validation", run.config.eval.tasks)
+    names = [name for name in results[0].metrics if not name.endswith("/masked_loss")]
+    return {name: np.array([result.metrics[name].estimate for result in results]) for name in names}
 
 
 def summarize(values: np.ndarray, ratios: Sequence[float]) -> list[dict[str, Any]]:
@@ -92,6 +72,17 @@ def plot(file: epath.Path, metrics: dict[str, list[dict[str, Any]]]) -> None:
         figure.savefig(out, format="png", dpi=150)
 
 
+def train(run: Run, ratios: Sequence[float], num_seeds: int) -> list[Member]:
+    """Trains a model with each ratio and seed; returns them ratio by ratio."""
+    config = run.config
+    name = "meap" if config.objective.name == "ntp" else config.objective.name  # NTP would ignore the ratio.
+    arms = [Arm(f"ratio{r:g}", f"{r:g}", {"objective.name": name, "objective.mask_ratio": r}) for r in ratios]
+    seeds = [config.seed + i for i in range(num_seeds)]
+    every = max(n for n in range(1, MOST_STEPS_A_TURN + 1) if config.num_steps % n == 0)
+    members = {(m.arm.name, m.seed): m for m in population.train(run, arms, seeds, every=every)}
+    return [members[arm.name, seed] for arm in arms for seed in seeds]
+
+
 def parse_ratios(text: str) -> tuple[float, ...]:
     """Reads "0,.05,.1"; all others are compared with ratio 0.
 
@@ -120,8 +111,9 @@ def command(argv: list[str]) -> None:
     population.check_mesh(config)
 
     make_folder("workdir", workdir)
-    run = open_run(config, workdir, evaluation_mesh(config, jax.devices()))
-    measured = measure(run, population.train(run, ratios, int(args.seeds)).params)
+    population.use_all_cores()
+    run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
+    measured = measure(run, train(run, ratios, int(args.seeds)))
     metrics = {name: summarize(values, ratios) for name, values in measured.items()}
     setting = {"config": config.to_dict(), "fingerprint": run.prepared.fingerprint, "versions": versions()}
     (workdir / "mask_ratio.json").write_text(json.dumps({"metrics": metrics, "setting": setting}, indent=1))

@@ -1,58 +1,100 @@
-"""Many small models, each with its own mask ratio and seed, trained by one compiled program over all devices.
+"""Many small models, the arms of an experiment with all seeds, trained side by side on all devices.
 
-A member of the population is one (ratio, seed), and sees what `meap_jax.main` with them sees on one device. Members of
-one seed share initial weights, data order and mask keys, so that ratios are paired within a seed.
+A member of the population is one (arm, seed), and sees what `meap_jax.main` with its config sees on one device.
+Members of one seed share initial weights, the order of data and the keys of masks, so that arms are paired by seed.
 
-Every array has a leading [P] that is sharded over the one axis of the mesh, `population`: a member is whole on its
-device, and devices exchange nothing. Members of one device take turns (`jax.lax.map`). Each comes out bit-equal to the
-same model trained alone with `train_step` on one device, as tests show on CPU; XLA promises it for no backend, since it
-compiles a program for several devices by other passes than one for one.
+Members take turns. In a turn every device trains one member for some steps and asks it some questions, by one program
+that is compiled once: what arms differ in (mask ratios, and what fills the gaps) is data of it. Arms with another loss
+or optimizer have a program of their own. Between turns states are on the host. An arm that begins as next-token
+prediction (NTP) is no member until its ratio leaves 0: then it starts from the state of its seed's NTP member.
 
-Seconds for 15 members of 2 layers on one device, 2 busy CPU cores with jax 0.12, and in brackets the median of the
-ratio to lax.map (24 November 2026, 5 to 7 interleaved rounds):
+Each member comes out bit-equal to the same model trained alone with `train_step` on one device, as tests show on CPU;
+XLA promises it for no backend, since it compiles a program for several devices by other passes than one for one.
 
-| width, rows x tokens, steps a call | lax.map | vmap        | Python loop |
-| ---------------------------------- | ------- | ----------- | ----------- |
-| 64, 8 x 240, 1 (the quickstart)    | 0.60    | 0.79 (1.21) | 0.63 (0.99) |
-| 32, 8 x 64, 5                      | 0.50    | 0.64 (1.28) | 0.52 (0.96) |
-| 16, 2 x 32, 20                     | 0.24    | 0.21 (0.85) | 0.34 (1.43) |
-
-vmap wins only at a size that no config has, and its losses are 1e-6 off from the first step on: it is not offered.
+Two models at a time, one on each core, take 0.71 of the time that one after the other take with both cores each
+(the quickstart's model, jax 0.10.2).
 """
 
+import dataclasses
+import functools
+import json
 import logging
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.arms import Arm, config_of, family, filler_of, fork_step, program
 from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.errors import ConfigError
+from meap_jax.evals import Setting, make_evaluators
+from meap_jax.evals.facts import FactSet, hits
+from meap_jax.model.decoder import Definition
+from meap_jax.objective import FILLERS, Objective
+from meap_jax.results import Interval
 from meap_jax.rows import Row, stacked
-from meap_jax.run import Run
+from meap_jax.run import Run, open_data
 from meap_jax.start import imported_params
 from meap_jax.train import Diverged, TrainState, init_state, state_of_params, step_function
 
 AXIS = "population"
-MOST_STEPS_A_CALL = 50
+SECONDS_BETWEEN_SAVES = 60.0
 
 _log = logging.getLogger("meap_jax.experiments.population")
 
 
-class Population(NamedTuple):
-    """All members, ratio by ratio; P = ratios x seeds, and more where the mesh does not divide that."""
+@dataclasses.dataclass
+class Member:
+    """One model in training."""
 
-    state: TrainState  # Every array with a leading [P].
-    ratio: jax.Array  # [P] float32.
-    seed_index: jax.Array  # [P] int32: whose of the S batches of a step are the member's.
+    arm: Arm
+    seed: int
+    config: ml_collections.ConfigDict
+    state: TrainState | None = None  # Of host arrays; None until it starts.
+    step: int = 0
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # One for each turn.
+    forks: list["Member"] = dataclasses.field(default_factory=list)  # That start from this one.
+    is_asked_for: bool = True  # False: it is trained for its forks alone.
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm.name}-seed{self.seed}"
+
+    @property
+    def trained(self) -> TrainState:
+        """Its state, where it has one."""
+        assert self.state is not None
+        return self.state
+
+    def last_step(self, every: int) -> int:
+        """Of its training, in turns of `every` steps."""
+        if self.is_asked_for:
+            return self.config.num_steps
+        return max(fork_step(fork.config, every) for fork in self.forks)
+
+
+class Treatment(NamedTuple):
+    """What a program is told of an arm."""
+
+    ratios: np.ndarray  # [steps] float32: the mask ratio of each.
+    filler: np.ndarray  # int32: its place among FILLERS.
+
+
+def use_all_cores() -> None:
+    """Makes each core a device where jax would take all cores for one; before anything else asks jax for devices."""
+    asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # Not in jax's stubs.
+    if "device_count" not in os.environ.get("XLA_FLAGS", "") and asked < 0:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:
@@ -69,114 +111,308 @@ def check_mesh(config: ml_collections.ConfigDict) -> None:
             )
 
 
+# -------------------------------------------------------------------------------------------------------------- program
+
+
 def population_mesh(num_members: int, devices: Sequence[jax.Device]) -> Mesh:
-    """The fewest devices on which the members need no more turns than on all of them, along the axis `population`."""
-    turns = math.ceil(num_members / len(devices))
-    used = math.ceil(num_members / turns)
-    return Mesh(np.array(devices[:used]), (AXIS,), axis_types=(AxisType.Auto,))
+    """The devices, or as many as there are members, along the axis `population`."""
+    return Mesh(np.array(devices[:num_members]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def compile_steps(run: Run, mesh: Mesh) -> Callable[[Population, Row], tuple[Population, jax.Array]]:
-    """(population, batches [steps, S, B, T + 1]) -> (population, losses [P, steps]), jitted for `population_mesh`."""
-    step_fn = step_function(run.config, run.definition)
+def compile_turn(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
+    """(states [D], treatments [D], batches [D, steps, B, T + 1], questions) -> (states, losses [D, steps], hits).
 
-    def on_device(population: Population, batches: Row) -> tuple[Population, jax.Array]:
-        def train_member(member: Population) -> tuple[TrainState, jax.Array]:
-            def step(state: TrainState, batch: Row) -> tuple[TrainState, jax.Array]:
-                state, metrics = step_fn(state, batch, member.ratio)
-                return state, metrics["loss"]
+    Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1], at [N, A])}, which all devices have. Jitted for
+    a mesh of D devices, each of which trains and asks one member and sends nothing to others.
+    """
+    step_fn = step_function(config, definition)
 
-            own = jax.tree.map(lambda x: x[:, member.seed_index], batches)
-            return jax.lax.scan(step, member.state, own)
+    def on_device(
+        state: TrainState, treatment: Treatment, batches: Row, questions: Mapping[str, tuple[Row, jax.Array]]
+    ) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
+        state, treatment, batches = jax.tree.map(lambda x: x[0], (state, treatment, batches))
+        filler = treatment.filler if filler_of(config) is not None else None
 
-        state, losses = jax.lax.map(train_member, population)
-        return population._replace(state=state), losses
+        def step(state: TrainState, own: tuple[Row, Any]) -> tuple[TrainState, jax.Array]:
+            batch, ratio = own
+            state, metrics = step_fn(state, batch, ratio, filler)
+            return state, metrics["loss"]
+
+        state, losses = jax.lax.scan(step, state, (batches, treatment.ratios))
+        found = {name: hits(definition, state.params, rows, at) for name, (rows, at) in questions.items()}
+        return jax.tree.map(lambda x: x[None], (state, losses, found))
 
     members, everywhere = PartitionSpec(AXIS), PartitionSpec()
     # The model finds no axis in this mesh that it knows, so attention and loss take the path of a single device.
     sharded = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(members, everywhere), out_specs=(members, members), check_vma=False
+        on_device,
+        mesh=mesh,
+        in_specs=(members, members, members, everywhere),
+        out_specs=members,
+        check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=0)
 
 
-def seed_configs(config: ml_collections.ConfigDict, num: int) -> list[ml_collections.ConfigDict]:
-    """The config of each seed from `config.seed` on; what `seeds.*` sets alone is theirs in common."""
-    configs = [ml_collections.ConfigDict(config.to_dict()) for _ in range(num)]
-    for i, own in enumerate(configs):
-        own.seed = config.seed + i
-    return configs
+class _Program:
+    """What trains the members whose configs have one key: the compiled turn, and their data."""
+
+    def __init__(self, run: Run, config: ml_collections.ConfigDict, mesh: Mesh, every: int):
+        self._config, self._every, self._mesh = config, every, mesh
+        self._prepared = open_data(config, run.workdir)
+        named = ml_collections.ConfigDict(config.to_dict())
+        if filler_of(config) is not None:
+            named.objective.name = FILLERS[0]
+        self._turn = compile_turn(named, run.definition, mesh)
+        # Of members that take the next turns, and of those that share their seeds.
+        self.batches = functools.lru_cache(maxsize=4 * mesh.size)(self._batches)
+
+    def _batches(self, seed: int, step: int) -> Row:
+        """The batches of the steps after `step`, [steps, B, T + 1]."""
+        size = self._config.global_batch_size
+        first = step * size
+        rows = [self._sequence(seed)[first + i] for i in range(self._every * size)]
+        return jax.tree.map(lambda x: x.reshape(self._every, size, -1), stacked(rows))
+
+    @functools.cache  # noqa: B019  A program lives as long as its experiment.
+    def _sequence(self, seed: int) -> Any:
+        return global_sequence(self._prepared, mixture(self._config), seed)
+
+    def dispatch(self, members: Sequence[Member], questions: Any) -> tuple[TrainState, jax.Array, dict]:
+        """Starts a turn of these members, as many as there are devices or fewer."""
+        filled = [*members, *[members[-1]] * (self._mesh.size - len(members))]
+        over_members = NamedSharding(self._mesh, PartitionSpec(AXIS))
+
+        def of_members(*own: np.ndarray) -> jax.Array:
+            shape = (len(own), *np.shape(own[0]))
+            return sharding.put(over_members, shape, lambda index: np.asarray(own[index[0].start or 0])[None])
+
+        states = jax.tree.map(of_members, *(member.state for member in filled))
+        treatments = jax.tree.map(of_members, *(self._treatment(member) for member in filled))
+        batches = [self.batches(seed_of(member.config, "data"), member.step) for member in filled]
+        return self._turn(states, treatments, jax.tree.map(of_members, *batches), questions)
+
+    def _treatment(self, member: Member) -> Treatment:
+        steps = np.arange(member.step, member.step + self._every, dtype=np.int32)
+        ratios = jax.jit(jax.vmap(lambda step: Objective.of(member.config).ratio_at(step) + np.float32(0)))(steps)
+        return Treatment(np.asarray(ratios, np.float32), np.array(filler_of(member.config) or 0, np.int32))
 
 
-def init_population(run: Run, ratios: Sequence[float], num_seeds: int, mesh: Mesh) -> Population:
-    """Step 0 of every member, and of copies of the last one where the mesh does not divide their number."""
-    ratio = np.repeat(np.asarray(ratios, np.float32), num_seeds)
-    seed_index = np.tile(np.arange(num_seeds, dtype=np.int32), len(ratios))
-    copies = (0, -len(ratio) % mesh.size)
-    ratio, seed_index = np.pad(ratio, copies, mode="edge"), np.pad(seed_index, copies, mode="edge")
-
-    configs = seed_configs(run.config, num_seeds)
-    if run.config.init_from is None:
-        states = [jax.jit(lambda c=c: init_state(c, run.definition))() for c in configs]
-    else:
-        params, _ = imported_params(run)
-        states = [jax.jit(lambda p, c=c: state_of_params(c, p))(params) for c in configs]
-
-    over_members = NamedSharding(mesh, PartitionSpec(AXIS))
-
-    def of_members(*of_seeds: np.ndarray) -> jax.Array:
-        shape = (len(seed_index), *of_seeds[0].shape)
-        return sharding.put(over_members, shape, lambda index: np.stack([of_seeds[i] for i in seed_index[index[0]]]))
-
-    state = jax.tree.map(of_members, *jax.device_get(states))
-    return Population(state, sharding.put_whole(over_members, ratio), sharding.put_whole(over_members, seed_index))
+# ---------------------------------------------------------------------------------------------------------------- turns
 
 
-def population_batches(run: Run, num_seeds: int, steps: int, mesh: Mesh) -> Iterator[Row]:
-    """What every seed sees in the next `steps` steps, on every device, without end: [steps, S, B, T + 1] int32."""
-    sequences = [
-        global_sequence(run.prepared, mixture(config), seed_of(config, "data"))
-        .batch(config.global_batch_size)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=steps))
-        for config in seed_configs(run.config, num_seeds)
-    ]
-    seeds_of_steps = zip(*sequences, strict=True)
-    while True:
-        batches = [batch for _ in range(steps) for batch in next(seeds_of_steps)]
-        shape = (steps, num_seeds, *batches[0].tokens.shape)
-        yield jax.tree.map(
-            lambda x, shape=shape: sharding.put_whole(sharding.replicated(mesh), x.reshape(shape)), stacked(batches)
-        )
+def make_members(run: Run, arms: Sequence[Arm], seeds: Sequence[int], every: int) -> list[Member]:
+    """All members, NTP ones before those that start from them; an NTP member that no arm asks for is added."""
+    asked = [Member(arm, seed, config_of(run.config, arm, seed)) for seed in seeds for arm in arms]
+    trunks: dict[tuple[str, int], Member] = {}
+    for member in asked:
+        if fork_step(member.config, every) == member.config.num_steps:
+            trunks.setdefault((family(member.config), member.seed), member)
+    for member in asked:
+        key = family(member.config), member.seed
+        if 0 < fork_step(member.config, every) < member.config.num_steps:
+            if key not in trunks:
+                arm = Arm(f"ntp_of_{member.arm.name}", "", dict(member.arm.changes) | {"objective.name": "ntp"})
+                trunks[key] = Member(arm, member.seed, config_of(run.config, arm, member.seed), is_asked_for=False)
+            trunks[key].forks.append(member)
+    hidden = [trunk for trunk in trunks.values() if not trunk.is_asked_for]
+    return [*hidden, *asked]
 
 
-def train(run: Run, ratios: Sequence[float], num_seeds: int) -> TrainState:
-    """Trains every member to `config.num_steps`.
+def train(
+    run: Run,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    *,
+    every: int,
+    questions: Mapping[str, FactSet] | None = None,
+    folder: epath.Path | None = None,
+) -> list[Member]:
+    """Trains every arm with every seed to `config.num_steps`.
+
+    Args:
+      run: its config is what arms change.
+      arms: with different names.
+      seeds: of the members; `seeds.*` of the config take their place where they are set.
+      every: steps of a turn; divides `num_steps`.
+      questions: that every member is asked at the end of each turn.
+      folder: keeps states, from which the same call goes on when it was interrupted; None: nothing is kept.
 
     Returns:
-      The last state of all members as host arrays, with a leading [ratios x seeds], ratio by ratio.
+      The members, arm by arm in each seed. Their records are {"step", "loss": mean over the turn, "SET/accuracy"}.
 
     Raises:
+      ConfigError: for a number of steps that `every` does not divide, or an arm that no run can be.
       Diverged: naming the first member with a loss that is not finite.
     """
-    num_steps, num_members = run.config.num_steps, len(ratios) * num_seeds
-    steps = max(n for n in range(1, MOST_STEPS_A_CALL + 1) if num_steps % n == 0)
-    mesh = population_mesh(num_members, jax.devices())
-    population = init_population(run, ratios, num_seeds, mesh)
-    batches = population_batches(run, num_seeds, steps, mesh)
-    program = compile_steps(run, mesh)
-    _log.info("%d ratios x %d seeds, %d steps each, on %d devices", len(ratios), num_seeds, num_steps, mesh.size)
+    num_steps = run.config.num_steps
+    if num_steps % every:
+        raise ConfigError(f"num_steps is {num_steps}, but must be a multiple of the {every} steps between evaluations.")
+    members = make_members(run, arms, seeds, every)
+    _start(run, members, every, folder)
+    mesh = population_mesh(len(members), jax.devices())
+    programs: dict[str, _Program] = {}
+    everywhere = sharding.replicated(mesh)
+    asked = {
+        name: jax.tree.map(lambda x: sharding.put_whole(everywhere, x), (of_set.rows, of_set.at))
+        for name, of_set in (questions or {}).items()
+    }
+    _log.info("%d members, %d steps each, on %d devices", len(members), num_steps, mesh.size)
 
-    began = time.perf_counter()
-    for done in range(steps, num_steps + 1, steps):
-        population, losses = program(population, next(batches))
-        losses_PxS = jax.device_get(losses)[:num_members]
-        for member in np.flatnonzero(~np.isfinite(losses_PxS).all(axis=1)):
-            ratio, seed = ratios[member // num_seeds], run.config.seed + member % num_seeds
+    began = saved = time.perf_counter()
+    total, at_first = _steps_to_do(members, every), None
+    while chosen := _next_turn(members, mesh.size, every):
+        key = program(chosen[0].config)
+        if key not in programs:
+            programs[key] = _Program(run, chosen[0].config, mesh, every)
+        turn = programs[key].dispatch(chosen, asked)
+        for member in chosen:  # Meanwhile, what they need next.
+            if member.step + every < member.last_step(every):
+                programs[key].batches(seed_of(member.config, "data"), member.step + every)
+        _settle(chosen, jax.device_get(turn), every, questions or {})
+        for member in chosen:
+            _fork(member, every)
+        if folder is not None and time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
+            _save(folder, members)
+            saved = time.perf_counter()
+        left = _steps_to_do(members, every)
+        at_first = at_first or (left, time.perf_counter())
+        done = at_first[0] - left
+        seconds = (time.perf_counter() - at_first[1]) / done * left if done else float("nan")
+        newest = "  ".join(f"{m.name} {m.step}: {m.records[-1]['loss']:.3f}" for m in chosen)
+        _log.info("%d of %d steps, %.0f s left   %s", total - left, total, seconds, newest)
+    if folder is not None:
+        _save(folder, members)
+    _log.info("trained in %.0f s", time.perf_counter() - began)
+    return [member for member in members if member.is_asked_for]
+
+
+def _steps_to_do(members: Sequence[Member], every: int) -> int:
+    todo = 0
+    for member in members:
+        step = member.step if member.state is not None else fork_step(member.config, every)
+        todo += member.last_step(every) - step
+    return todo
+
+
+def _next_turn(members: Sequence[Member], num_devices: int, every: int) -> list[Member]:
+    """Those that have come least far, of one program, so that all devices stay busy to the end."""
+    ready = [m for m in members if m.state is not None and m.step < m.last_step(every)]
+    ready.sort(key=lambda m: (m.step, -len(m.forks)))
+    return [m for m in ready if program(m.config) == program(ready[0].config)][:num_devices]
+
+
+def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping[str, FactSet]) -> None:
+    """Gives members their new states and records."""
+    states, losses, found = turn
+    for i, member in enumerate(members):
+        if not np.isfinite(losses[i]).all():
             raise Diverged(
-                f"the loss of ratio {ratio:g} with seed {seed} is not finite by step {done}: "
+                f"the loss of {member.arm.name} with seed {member.seed} is not finite by step {member.step + every}: "
                 "try a lower optimizer.learning_rate or a longer warm-up."
             )
-        seconds_left = (time.perf_counter() - began) / done * (num_steps - done)
-        low, high = losses_PxS[:, -1].min(), losses_PxS[:, -1].max()
-        _log.info("step %d/%d  loss %.4f to %.4f  %.0f s left", done, num_steps, low, high, seconds_left)
-    return jax.tree.map(lambda x: x[:num_members], jax.device_get(population.state))
+        member.state = jax.tree.map(lambda x, i=i: x[i], states)
+        member.step += every
+        accuracies = {
+            f"{name}/accuracy": float(of_set.correct(found[name][i]).mean()) for name, of_set in questions.items()
+        }
+        member.records.append({"step": member.step, "loss": float(losses[i].mean())} | accuracies)
+
+
+def _fork(member: Member, every: int) -> None:
+    """Starts what begins with the state that a member has come to."""
+    for fork in member.forks:
+        if fork.state is None and fork_step(fork.config, every) == member.step:
+            fork.state, fork.step, fork.records = member.state, member.step, list(member.records)
+
+
+def _start(run: Run, members: Sequence[Member], every: int, folder: epath.Path | None) -> None:
+    """Gives members the states that they start from, or were left with; forks without one wait for it."""
+    imported = None
+    if run.config.init_from is not None:
+        imported = jax.device_get(imported_params(run)[0])
+    first: dict[int, TrainState] = {}
+    for member in members:
+        config = member.config
+        if member.seed not in first:
+            make = functools.partial(init_state, config, run.definition)
+            if imported is not None:
+                make = functools.partial(state_of_params, config, imported)
+            first[member.seed] = jax.device_get(jax.jit(make)())
+        if folder is not None and _restore(folder, member, first[member.seed]):
+            continue
+        if not 0 < fork_step(config, every) < config.num_steps:
+            member.state = first[member.seed]
+    for member in members:
+        _fork(member, every)
+
+
+def _save(folder: epath.Path, members: Sequence[Member]) -> None:
+    """Writes the states of members, each into a file that is there whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # What others start from comes last: it has passed the step where they do only if they are on disk.
+    for member in sorted(members, key=lambda m: len(m.forks)):
+        if member.state is None:
+            continue
+        file, whole = folder / f"{member.name}.part", folder / f"{member.name}.npz"
+        with file.open("wb") as out:
+            arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(member.state))}
+            about = json.dumps({"config": member.config.to_dict(), "records": member.records})
+            np.savez(out, about=np.array(about), **arrays)
+        file.replace(whole)
+
+
+def _restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
+    """Reads what `_save` wrote of a member; whether there is anything."""
+    file = folder / f"{member.name}.npz"
+    if not file.exists():
+        return False
+    with file.open("rb") as stream, np.load(stream) as saved:
+        about = json.loads(str(saved["about"]))
+        if about["config"] != json.loads(json.dumps(member.config.to_dict())):
+            raise ConfigError(
+                f"{file} is of another config: use another --workdir, or the fields that it was made with."
+            )
+        leaves, tree = jax.tree.flatten(template)
+        member.state = jax.tree.unflatten(tree, [saved[str(i)] for i in range(len(leaves))])
+    member.records = about["records"]
+    member.step = int(member.state.step)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Evaluation(NamedTuple):
+    """What evaluators found of one model."""
+
+    metrics: dict[str, Interval]  # {"test_retrieval/loss": ..., ...}
+    examples: dict[str, list[dict[str, Any]]]  # By evaluator.
+
+
+def evaluation_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """One model at a time, the rows of a batch over as many devices as divide it."""
+    num = math.gcd(config.global_batch_size // config.grad_accum_steps, len(devices))
+    shape = [num if axis == "data" else 1 for axis in sharding.AXES]
+    return Mesh(np.reshape(devices[:num], shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def evaluate(run: Run, members: Sequence[Member], split: str, tasks: str) -> list[Evaluation]:
+    """Runs evaluators on members that are trained, one after the other.
+
+    Args:
+      run: with the mesh to evaluate on.
+      members: whose parameters are evaluated.
+      split: of the data.
+      tasks: names of evaluators, as in `eval.tasks`.
+    """
+    evaluators = make_evaluators(Setting.of(run, split), tasks)
+    everywhere = sharding.replicated(run.mesh)
+    found = []
+    with jax.set_mesh(run.mesh):
+        for member in members:
+            params = jax.tree.map(lambda x: sharding.put_whole(everywhere, x), member.trained.params)
+            results = {name: evaluator.run(params) for name, evaluator in evaluators.items()}
+            metrics = {f"{name}/{key}": m for name, result in results.items() for key, m in result.metrics.items()}
+            found.append(Evaluation(metrics, {name: result.examples for name, result in results.items()}))
+    return found

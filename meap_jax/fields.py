@@ -163,6 +163,7 @@ LAYERS = Check(
 TARGETS = rule(_are_linear_layers, f"globs of {', '.join(LINEAR_LAYERS)}", "", "q_proj,head")
 NUMBERS = rule(lambda v: bool(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", v)), "whole numbers from 1 on, such as 1,5,10", "",
                "0,1", "1-3")  # fmt: skip
+COUNTS = rule(lambda v: bool(re.fullmatch(r"\d+(,\d+)*", v)), "whole numbers from 0 on, such as 0,1,8", "", "-1", "1-3")
 PERCENTS = rule(lambda v: bool(re.fullmatch(r"(\d\d?|100)(,(\d\d?|100))*", v)), "whole numbers from 0 to 100, such as "
                 "0,50,100", "", "101", "-1")  # fmt: skip
 DIVIDES_BATCH = Check(
@@ -374,6 +375,9 @@ FIELDS: dict[str, Field] = {
         "seq_len a model is asked for more than it was trained on. 0: seq_len.", at_least(0)),
     "eval.chat": Field(False, "Puts each prompt into the model's chat template, as the message of a user."),
     "eval.seed": Field(0, "Of the questions that a task generates or draws.", SEED),
+    "eval.facts.counts": Field("2,4,7,10,13,16", "Facts of a document, each number for itself.", NUMBERS),
+    "eval.facts.fillers": Field("0,1", "Sentences between the facts and the questions of a document.", COUNTS),
+    "eval.facts.documents": Field(30, "With each number of facts and of fillers.", at_least(1)),
     "eval.niah.haystack": Field(str, "Text that needles are put into, as in data.path; unset: Python's documentation."),
     "eval.niah.needles": Field(str, "A .jsonl with needle, question and answer in each line; unset: built-in ones."),
     "eval.niah.prompt": Field(str, "A file with {context} and {question} in it; unset: a built-in prompt."),

@@ -119,6 +119,8 @@ OBJECTIVES: dict[str, Corruption] = {
     "random_tokens": put_random_tokens,
     "token_dropout": drop_embeddings,
 }
+# Those that put tokens into gaps and do nothing else: one program can train them all, with `filler` of `make_inputs`.
+FILLERS = ("meap", "random_tokens")
 
 
 def named_keys(config: ml_collections.ConfigDict) -> dict[str, Key[Array, ""]]:
@@ -150,6 +152,7 @@ def make_inputs(
     keys: dict[str, Key[Array, ""]],
     step: Int[Array, ""],
     ratio: Float[Array, ""] | None = None,
+    filler: Int[Array, ""] | None = None,
 ) -> Inputs:
     """Makes the inputs of one step from the whole global batch, before it is cut into micro-batches; not under remat.
 
@@ -159,6 +162,7 @@ def make_inputs(
       keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
       step: scalar int, counted from 0.
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
+      filler: a place in FILLERS, whose objective fills the gaps in place of this one; may be traced too.
 
     Raises:
       ConfigError: for a ratio where the official strategy or static masks are made for the objective's own.
@@ -181,10 +185,23 @@ def make_inputs(
             gaps, is_target = _gaps_of_copies(row, objective, key, fraction)
             inputs = inputs._replace(loss_weights=jnp.where(is_target, inputs.loss_weights, 0.0))
         noise_key = jax.random.fold_in(keys["noise"], step)
-        inputs = OBJECTIVES[objective.name](inputs, gaps, noise_key, objective)._replace(is_masked=gaps)
+        fill = OBJECTIVES[objective.name] if filler is None else _fill_by(filler)
+        inputs = fill(inputs, gaps, noise_key, objective)._replace(is_masked=gaps)
     if objective.rows_per_mean:
         inputs = inputs._replace(loss_weights=_per_mean(inputs.loss_weights, objective.rows_per_mean))
     return inputs
+
+
+def _fill_by(filler: Int[Array, ""]) -> Corruption:
+    """What does as the objective in this place of FILLERS."""
+
+    def fill(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+        def way(name: str) -> Callable[..., Inputs]:
+            return lambda clean, gaps, key: OBJECTIVES[name](clean, gaps, key, objective)
+
+        return jax.lax.switch(filler, [way(name) for name in FILLERS], clean, gaps, key)
+
+    return fill
 
 
 def _gaps(

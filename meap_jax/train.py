@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Key, Shaped
+from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
 from meap_jax import partition, sharding
 from meap_jax.config import is_due
@@ -46,6 +46,7 @@ def train_step(
     state: TrainState,
     batch: Row,
     ratio: Float[Array, ""] | None = None,
+    filler: Int[Array, ""] | None = None,
     *,
     definition: Definition,
     objective: Objective,
@@ -61,7 +62,7 @@ def train_step(
     Args:
       state: before the step.
       batch: rows of T + 1 tokens, the whole global batch.
-      ratio: replaces the objective's mask ratio; may be traced.
+      ratio, filler: replace the objective's mask ratio, and what fills the gaps; see `make_inputs`.
       definition, objective, optimizer, schedule, trainable, grad_accum_steps: static. `trainable` is the field of the
         config that names the parameters which train: gradients, moments and updates exist for those only.
       rounding: static, of updates to parameters that are kept in bfloat16.
@@ -72,7 +73,7 @@ def train_step(
     """
     # Mask: for the whole batch at once, so that micro-batches don't change the draw.
     keys = jax.tree.map(jax.random.wrap_key_data, state.keys)
-    inputs = make_inputs(batch, objective, keys, state.step, ratio)
+    inputs = make_inputs(batch, objective, keys, state.step, ratio, filler)
 
     # Forward, loss, gradient: sums over micro-batches, divided once by the number of targets.
     num_targets = jnp.maximum(inputs.loss_weights.sum(), 1)
@@ -184,7 +185,7 @@ def state_shardings(config: ml_collections.ConfigDict, definition: Definition, m
 
 
 def step_function(config: ml_collections.ConfigDict, definition: Definition) -> Callable:
-    """Binds the static arguments of `train_step` to a config: (state, batch, ratio=None) -> (state, metrics)."""
+    """Binds the static arguments of `train_step` to a config: (state, batch, [ratio, filler]) -> (state, metrics)."""
     return functools.partial(
         train_step,
         definition=definition,

@@ -72,6 +72,7 @@ class RetrievalSpec:
     questions_per_fact: float | None
     max_fillers: int
     min_facts: int | None = None
+    min_fillers: int = 0
 
 
 def generate(spec: RetrievalSpec, seed: int | Sequence[int], num_documents: int) -> Iterator[Document]:
@@ -106,7 +107,7 @@ def document(rng: np.random.Generator, spec: RetrievalSpec) -> Document:
     asked = _asked(rng, spec, num_facts)
     keys = [KEYS[i] for i in _choose(rng, spec.num_keys, num_facts)]
     values = [VALUES[i] for i in _choose(rng, spec.num_values, num_facts)]
-    num_fillers = int(rng.random() * (spec.max_fillers + 1))
+    num_fillers = spec.min_fillers + int(rng.random() * (spec.max_fillers - spec.min_fillers + 1))
 
     text, spans = "", []
 

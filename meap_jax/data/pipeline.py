@@ -66,6 +66,11 @@ class TrainBatches(Iterator[Row]):
         """Where the sequence goes on; the same on every process."""
         return self._iterator.get_state()
 
+    @staticmethod
+    def state_at(step: int) -> dict[str, Any]:
+        """The state of which `step` batches were taken."""
+        return {"next_index": step}
+
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a state that `get_state` returned."""
         self._iterator.set_state(state)

@@ -7,7 +7,7 @@ An evaluator has `run(params) -> Result`. Under each name is a function that mak
 from collections.abc import Callable, Mapping
 
 from meap_jax.errors import ConfigError
-from meap_jax.evals import commonsense, kv, mdqa, mneedle, niah, retrieval, ruler, summaries, validation
+from meap_jax.evals import commonsense, facts, kv, mdqa, mneedle, niah, retrieval, ruler, summaries, validation
 from meap_jax.evals.setting import Setting
 from meap_jax.train import Evaluator
 
@@ -16,6 +16,7 @@ __all__ = ["EVALUATORS", "Setting", "check_tasks", "make_evaluators"]
 EVALUATORS: dict[str, Callable[[Setting], Mapping[str, Evaluator]]] = {
     "validation": validation.make,
     "retrieval": retrieval.make,
+    "facts": facts.make,
     "niah": niah.make,
     "ruler": ruler.make,
     "mdqa": mdqa.make,

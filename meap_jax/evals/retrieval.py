@@ -42,7 +42,7 @@ class Retrieval:
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         answers = questions(blocks.spans("fact"), blocks.spans("answer"))
         self._answers = answers[answers["row"] < config.eval.max_rows]
-        self._step = jax.jit(functools.partial(_hits, definition), out_shardings=sharding.replicated(self._mesh))
+        self._step = jax.jit(functools.partial(hits_at, definition), out_shardings=sharding.replicated(self._mesh))
 
     def run(self, params: Params) -> Result:
         """Computes the accuracy, and of every answer whether it is right, its depth and its distance.
@@ -120,7 +120,7 @@ def exact_matches(hits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return np.array([hits[r, start - 1 : start - 1 + n].all() for r, start, n in answers[SPAN].tolist()], bool)
 
 
-def _hits(definition: Definition, params: Params, row: Row, at: jax.Array) -> jax.Array:
+def hits_at(definition: Definition, params: Params, row: Row, at: jax.Array) -> jax.Array:
     """[B, N] bool: whether the most likely token after each of the positions `at` is the row's next one."""
     inputs = clean_inputs(row)
     logits = definition.apply(params, inputs.tokens, inputs.visibility, at_BN=at)

@@ -1,0 +1,63 @@
+"""The arms of an experiment: how each changes a config, and until when it is still next-token prediction (NTP)."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from meap_jax.config import check, flatten
+from meap_jax.objective import FILLERS, Objective
+
+
+class Arm(NamedTuple):
+    """One treatment, which runs with every seed."""
+
+    name: str  # In tables and folders: "meap_ramped".
+    label: str  # On pages: "MEAP 15 %, ramped".
+    changes: Mapping[str, Any]  # Fields of objective.* and optimizer.* that it sets; others are the experiment's.
+
+
+def config_of(base: ml_collections.ConfigDict, arm: Arm, seed: int) -> ml_collections.ConfigDict:
+    """The config that trains this arm with this seed, by itself.
+
+    Raises:
+      ConfigError: for changes that no run can have.
+    """
+    config = ml_collections.ConfigDict(base.to_dict())  # Without placeholders, so that a field can be None.
+    config.update_from_flattened_dict(dict(arm.changes))
+    config.seed = seed
+    check(config)
+    return config
+
+
+def fork_step(config: ml_collections.ConfigDict, every: int) -> int:
+    """Until which step, a multiple of `every`, a run is the NTP run of its seed; `num_steps` for NTP itself."""
+    objective = Objective.of(config)
+    if objective.mask_ratio == 0 and not objective.ramp_from:
+        return config.num_steps
+    begins = objective.ramp_begin if objective.ramp_from == 0 else 0.0
+    return int(begins * config.num_steps) // every * every
+
+
+def family(config: ml_collections.ConfigDict) -> str:
+    """Equal for configs that differ in their objective alone: they share the NTP run of their seed."""
+    return _key(config, lambda name: name.startswith("objective."))
+
+
+def program(config: ml_collections.ConfigDict) -> str:
+    """Equal for configs that one compiled program trains: what differs is data of the program."""
+    of_data = ["objective.mask_ratio", "objective.ramp_from", "objective.ramp_begin", "objective.ramp_end"]
+    if filler_of(config) is not None:
+        of_data.append("objective.name")
+    return _key(config, lambda name: name in of_data or name.split(".")[0] in ("seed", "seeds"))
+
+
+def filler_of(config: ml_collections.ConfigDict) -> int | None:
+    """The place among FILLERS of what an objective puts into gaps; None if it does something else. NTP has no gaps."""
+    name = "meap" if config.objective.name == "ntp" else config.objective.name
+    return FILLERS.index(name) if name in FILLERS else None
+
+
+def _key(config: ml_collections.ConfigDict, leaves_out: Any) -> str:
+    return json.dumps({k: v for k, v in sorted(flatten(config).items()) if not leaves_out(k)})
