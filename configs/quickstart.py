@@ -13,20 +13,22 @@ from meap_jax import config
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart's run; its objective is MEAP."""
     c = config.base()
-    c.num_steps = 1_300
+    c.num_steps = 1_500
     c.global_batch_size = 8  # Splits over up to 8 devices, as a small TPU has.
     c.seq_len = 240  # The longest document, sixteen facts and as many questions, takes 235.
 
     c.objective.name = "meap"
+    c.objective.update(dict(ramp_from=0.0, ramp_begin=0.4, ramp_end=0.6))
     c.objective.mask_id = 3  # [MASK] of a tokenizer that is trained on the corpus.
 
     c.model.num_layers = 2
-    c.model.num_heads = 4
-    c.model.num_kv_heads = 4
-    c.model.head_dim = 16
+    c.model.num_heads = 2
+    c.model.num_kv_heads = 2
+    c.model.head_dim = 32
     c.model.embed_dim = 64
     c.model.mlp_dim = 176
     c.model.vocab_size = 512
+    c.model.unroll = 2
 
     c.optimizer.learning_rate = 2e-3
 
@@ -46,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
     c.log.every = 25
-    c.eval.every = 130
+    c.eval.every = 25
     c.eval.max_rows = 300
     c.checkpoint.every = 325
     return c

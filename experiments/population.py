@@ -15,9 +15,7 @@ Two models at a time, one on each core, take 0.71 of the time that one after the
 (the quickstart's model, jax 0.10.2).
 """
 
-import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -31,7 +29,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.arms import Arm, config_of, family, filler_of, fork_step, program
+from experiments.arms import Arm, filler_of, fork_step
+from experiments.members import Member, fork, make_members, next_turn, restore, save, steps_to_do
 from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
@@ -39,7 +38,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, hits
 from meap_jax.model.decoder import Definition
-from meap_jax.objective import FILLERS, Objective
+from meap_jax.objective import FILLERS
 from meap_jax.results import Interval
 from meap_jax.rows import Row, stacked
 from meap_jax.run import Run, open_data
@@ -50,37 +49,6 @@ AXIS = "population"
 SECONDS_BETWEEN_SAVES = 60.0
 
 _log = logging.getLogger("meap_jax.experiments.population")
-
-
-@dataclasses.dataclass
-class Member:
-    """One model in training."""
-
-    arm: Arm
-    seed: int
-    config: ml_collections.ConfigDict
-    state: TrainState | None = None  # Of host arrays; None until it starts.
-    step: int = 0
-    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # One for each turn.
-    forks: list["Member"] = dataclasses.field(default_factory=list)  # That start from this one.
-    is_asked_for: bool = True  # False: it is trained for its forks alone.
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        return f"{self.arm.name}-seed{self.seed}"
-
-    @property
-    def trained(self) -> TrainState:
-        """Its state, where it has one."""
-        assert self.state is not None
-        return self.state
-
-    def last_step(self, every: int) -> int:
-        """Of its training, in turns of `every` steps."""
-        if self.is_asked_for:
-            return self.config.num_steps
-        return max(fork_step(fork.config, every) for fork in self.forks)
 
 
 class Treatment(NamedTuple):
@@ -193,30 +161,11 @@ class _Program:
         return self._turn(states, treatments, jax.tree.map(of_members, *batches), questions)
 
     def _treatment(self, member: Member) -> Treatment:
-        steps = np.arange(member.step, member.step + self._every, dtype=np.int32)
-        ratios = jax.jit(jax.vmap(lambda step: Objective.of(member.config).ratio_at(step) + np.float32(0)))(steps)
-        return Treatment(np.asarray(ratios, np.float32), np.array(filler_of(member.config) or 0, np.int32))
+        ratios = member.ratios[member.step : member.step + self._every]
+        return Treatment(ratios, np.array(filler_of(member.config) or 0, np.int32))
 
 
 # ---------------------------------------------------------------------------------------------------------------- turns
-
-
-def make_members(run: Run, arms: Sequence[Arm], seeds: Sequence[int], every: int) -> list[Member]:
-    """All members, NTP ones before those that start from them; an NTP member that no arm asks for is added."""
-    asked = [Member(arm, seed, config_of(run.config, arm, seed)) for seed in seeds for arm in arms]
-    trunks: dict[tuple[str, int], Member] = {}
-    for member in asked:
-        if fork_step(member.config, every) == member.config.num_steps:
-            trunks.setdefault((family(member.config), member.seed), member)
-    for member in asked:
-        key = family(member.config), member.seed
-        if 0 < fork_step(member.config, every) < member.config.num_steps:
-            if key not in trunks:
-                arm = Arm(f"ntp_of_{member.arm.name}", "", dict(member.arm.changes) | {"objective.name": "ntp"})
-                trunks[key] = Member(arm, member.seed, config_of(run.config, arm, member.seed), is_asked_for=False)
-            trunks[key].forks.append(member)
-    hidden = [trunk for trunk in trunks.values() if not trunk.is_asked_for]
-    return [*hidden, *asked]
 
 
 def train(
@@ -260,46 +209,32 @@ def train(
     _log.info("%d members, %d steps each, on %d devices", len(members), num_steps, mesh.size)
 
     began = saved = time.perf_counter()
-    total, at_first = _steps_to_do(members, every), None
-    while chosen := _next_turn(members, mesh.size, every):
-        key = program(chosen[0].config)
+    total, at_first = steps_to_do(members, every), None
+    while chosen := next_turn(members, mesh.size, every):
+        key = chosen[0].program
         if key not in programs:
             programs[key] = _Program(run, chosen[0].config, mesh, every)
         turn = programs[key].dispatch(chosen, asked)
-        for member in chosen:  # Meanwhile, what they need next.
-            if member.step + every < member.last_step(every):
-                programs[key].batches(seed_of(member.config, "data"), member.step + every)
+        for member in next_turn(members, mesh.size, every, running=chosen):  # Meanwhile, what comes next is read.
+            step = member.step + every * (member in chosen)
+            if member.program == key:
+                programs[key].batches(seed_of(member.config, "data"), step)
         _settle(chosen, jax.device_get(turn), every, questions or {})
         for member in chosen:
-            _fork(member, every)
+            fork(member, every)
         if folder is not None and time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
-            _save(folder, members)
+            save(folder, members)
             saved = time.perf_counter()
-        left = _steps_to_do(members, every)
+        left = steps_to_do(members, every)
         at_first = at_first or (left, time.perf_counter())
         done = at_first[0] - left
         seconds = (time.perf_counter() - at_first[1]) / done * left if done else float("nan")
         newest = "  ".join(f"{m.name} {m.step}: {m.records[-1]['loss']:.3f}" for m in chosen)
         _log.info("%d of %d steps, %.0f s left   %s", total - left, total, seconds, newest)
     if folder is not None:
-        _save(folder, members)
+        save(folder, members)
     _log.info("trained in %.0f s", time.perf_counter() - began)
     return [member for member in members if member.is_asked_for]
-
-
-def _steps_to_do(members: Sequence[Member], every: int) -> int:
-    todo = 0
-    for member in members:
-        step = member.step if member.state is not None else fork_step(member.config, every)
-        todo += member.last_step(every) - step
-    return todo
-
-
-def _next_turn(members: Sequence[Member], num_devices: int, every: int) -> list[Member]:
-    """Those that have come least far, of one program, so that all devices stay busy to the end."""
-    ready = [m for m in members if m.state is not None and m.step < m.last_step(every)]
-    ready.sort(key=lambda m: (m.step, -len(m.forks)))
-    return [m for m in ready if program(m.config) == program(ready[0].config)][:num_devices]
 
 
 def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping[str, FactSet]) -> None:
@@ -319,13 +254,6 @@ def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping
         member.records.append({"step": member.step, "loss": float(losses[i].mean())} | accuracies)
 
 
-def _fork(member: Member, every: int) -> None:
-    """Starts what begins with the state that a member has come to."""
-    for fork in member.forks:
-        if fork.state is None and fork_step(fork.config, every) == member.step:
-            fork.state, fork.step, fork.records = member.state, member.step, list(member.records)
-
-
 def _start(run: Run, members: Sequence[Member], every: int, folder: epath.Path | None) -> None:
     """Gives members the states that they start from, or were left with; forks without one wait for it."""
     imported = None
@@ -339,45 +267,12 @@ def _start(run: Run, members: Sequence[Member], every: int, folder: epath.Path |
             if imported is not None:
                 make = functools.partial(state_of_params, config, imported)
             first[member.seed] = jax.device_get(jax.jit(make)())
-        if folder is not None and _restore(folder, member, first[member.seed]):
+        if folder is not None and restore(folder, member, first[member.seed]):
             continue
         if not 0 < fork_step(config, every) < config.num_steps:
             member.state = first[member.seed]
     for member in members:
-        _fork(member, every)
-
-
-def _save(folder: epath.Path, members: Sequence[Member]) -> None:
-    """Writes the states of members, each into a file that is there whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # What others start from comes last: it has passed the step where they do only if they are on disk.
-    for member in sorted(members, key=lambda m: len(m.forks)):
-        if member.state is None:
-            continue
-        file, whole = folder / f"{member.name}.part", folder / f"{member.name}.npz"
-        with file.open("wb") as out:
-            arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(member.state))}
-            about = json.dumps({"config": member.config.to_dict(), "records": member.records})
-            np.savez(out, about=np.array(about), **arrays)
-        file.replace(whole)
-
-
-def _restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
-    """Reads what `_save` wrote of a member; whether there is anything."""
-    file = folder / f"{member.name}.npz"
-    if not file.exists():
-        return False
-    with file.open("rb") as stream, np.load(stream) as saved:
-        about = json.loads(str(saved["about"]))
-        if about["config"] != json.loads(json.dumps(member.config.to_dict())):
-            raise ConfigError(
-                f"{file} is of another config: use another --workdir, or the fields that it was made with."
-            )
-        leaves, tree = jax.tree.flatten(template)
-        member.state = jax.tree.unflatten(tree, [saved[str(i)] for i in range(len(leaves))])
-    member.records = about["records"]
-    member.step = int(member.state.step)
-    return True
+        fork(member, every)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

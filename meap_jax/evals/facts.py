@@ -1,10 +1,11 @@
 """Looking facts up, by the number of facts, in generated documents.
 
-They may have more facts, or more sentences between facts and questions, than any that was trained on. Every fact of a document is asked for once. An answer counts as in `meap_jax.evals.retrieval`.
+They may have more facts, or more sentences between facts and questions, than any that was trained on. Every fact of a
+document is asked for once. An answer counts as in `meap_jax.evals.retrieval`.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,6 +123,19 @@ def hits(definition: Definition, params: Params, rows: Row, at: jax.Array) -> ja
 
     batches = jax.tree.map(lambda x: x.reshape(-1, ROWS_AT_A_TIME, x.shape[1]), (rows, at))
     return jax.lax.map(of_batch, batches).reshape(at.shape)
+
+
+def cells(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """Counts examples of `Facts` by number of facts and of fillers: how many are right, and how many there are."""
+    counts: dict[tuple[int, int], list[int]] = {}
+    for example in examples:
+        cell = counts.setdefault((example["num_facts"], example["num_fillers"]), [0, 0])
+        cell[0] += example["correct"]
+        cell[1] += 1
+    return [
+        {"num_facts": num_facts, "num_fillers": num_fillers, "correct": correct, "asked": asked}
+        for (num_facts, num_fillers), (correct, asked) in counts.items()
+    ]
 
 
 def make(setting: Setting) -> dict[str, "Facts"]:

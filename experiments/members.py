@@ -1,0 +1,139 @@
+"""The members of a population: which there are, who takes the next turn, who starts from whom, and their files."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from experiments.arms import Arm, config_of, family, fork_step, program
+from meap_jax.errors import ConfigError
+from meap_jax.objective import Objective
+from meap_jax.run import Run
+from meap_jax.train import TrainState
+
+
+@dataclasses.dataclass(eq=False)
+class Member:
+    """One model in training."""
+
+    arm: Arm
+    seed: int
+    config: ml_collections.ConfigDict
+    state: TrainState | None = None  # Of host arrays; None until it starts.
+    step: int = 0
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # One for each turn.
+    forks: list["Member"] = dataclasses.field(default_factory=list)  # That start from this one.
+    is_asked_for: bool = True  # False: it is trained for its forks alone.
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm.name}-seed{self.seed}"
+
+    @functools.cached_property
+    def program(self) -> str:
+        """Equal for members that one program trains."""
+        return program(self.config)
+
+    @functools.cached_property
+    def ratios(self) -> np.ndarray:
+        """The mask ratio of each step, [num_steps] float32."""
+        steps = np.arange(self.config.num_steps, dtype=np.int32)
+        ratio_at = Objective.of(self.config).ratio_at
+        return np.asarray(jax.jit(jax.vmap(lambda step: jnp.asarray(ratio_at(step), jnp.float32)))(steps))
+
+    @property
+    def trained(self) -> TrainState:
+        """Its state, where it has one."""
+        assert self.state is not None
+        return self.state
+
+    def last_step(self, every: int) -> int:
+        """Of its training, in turns of `every` steps."""
+        if self.is_asked_for:
+            return self.config.num_steps
+        return max(fork_step(fork.config, every) for fork in self.forks)
+
+
+def make_members(run: Run, arms: Sequence[Arm], seeds: Sequence[int], every: int) -> list[Member]:
+    """All members, NTP ones before those that start from them; an NTP member that no arm asks for is added."""
+    asked = [Member(arm, seed, config_of(run.config, arm, seed)) for seed in seeds for arm in arms]
+    trunks: dict[tuple[str, int], Member] = {}
+    for member in asked:
+        if fork_step(member.config, every) == member.config.num_steps:
+            trunks.setdefault((family(member.config), member.seed), member)
+    for member in asked:
+        key = family(member.config), member.seed
+        if 0 < fork_step(member.config, every) < member.config.num_steps:
+            if key not in trunks:
+                arm = Arm(f"ntp_of_{member.arm.name}", "", dict(member.arm.changes) | {"objective.name": "ntp"})
+                trunks[key] = Member(arm, member.seed, config_of(run.config, arm, member.seed), is_asked_for=False)
+            trunks[key].forks.append(member)
+    hidden = [trunk for trunk in trunks.values() if not trunk.is_asked_for]
+    return [*hidden, *asked]
+
+
+def steps_to_do(members: Sequence[Member], every: int) -> int:
+    todo = 0
+    for member in members:
+        step = member.step if member.state is not None else fork_step(member.config, every)
+        todo += member.last_step(every) - step
+    return todo
+
+
+def next_turn(members: Sequence[Member], num_devices: int, every: int, running: Sequence[Member] = ()) -> list[Member]:
+    """Those that have come least far, of one program, so that all devices stay busy to the end.
+
+    Members that are `running` count as if their turn were over.
+    """
+    steps = {id(m): m.step + every * (m in running) for m in members}
+    ready = [m for m in members if m.state is not None and steps[id(m)] < m.last_step(every)]
+    ready.sort(key=lambda m: (steps[id(m)], -len(m.forks)))
+    return [m for m in ready if m.program == ready[0].program][:num_devices]
+
+
+def fork(member: Member, every: int) -> None:
+    """Starts what begins with the state that a member has come to."""
+    for fork in member.forks:
+        if fork.state is None and fork_step(fork.config, every) == member.step:
+            fork.state, fork.step, fork.records = member.state, member.step, list(member.records)
+
+
+def save(folder: epath.Path, members: Sequence[Member]) -> None:
+    """Writes the states of members, each into a file that is there whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # What others start from comes last: it has passed the step where they do only if they are on disk.
+    for member in sorted(members, key=lambda m: len(m.forks)):
+        if member.state is None:
+            continue
+        file, whole = folder / f"{member.name}.part", folder / f"{member.name}.npz"
+        with file.open("wb") as out:
+            arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(member.state))}
+            about = json.dumps({"config": member.config.to_dict(), "records": member.records})
+            np.savez(out, about=np.array(about), **arrays)
+        file.replace(whole)
+
+
+def restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
+    """Reads what `_save` wrote of a member; whether there is anything."""
+    file = folder / f"{member.name}.npz"
+    if not file.exists():
+        return False
+    with file.open("rb") as stream, np.load(stream) as saved:
+        about = json.loads(str(saved["about"]))
+        if about["config"] != json.loads(json.dumps(member.config.to_dict())):
+            raise ConfigError(
+                f"{file} is of another config: use another --workdir, or the fields that it was made with."
+            )
+        leaves, tree = jax.tree.flatten(template)
+        member.state = jax.tree.unflatten(tree, [saved[str(i)] for i in range(len(leaves))])
+    member.records = about["records"]
+    member.step = int(member.state.step)
+    return True
