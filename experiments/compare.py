@@ -2,7 +2,7 @@
 
 python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--seeds=3] [--config.field=value ...]
 
-MEAP is trained twice: with its mask ratio from the start, and with one that ramps up as `objective.ramp_*` of the config
+MEAP is trained twice: with its mask ratio from the start, and with one that ramps up as objective.ramp_* of the config
 say. An interrupted comparison goes on where it was: the same command again does the rest. Every model is left as a run
 in a folder of its own, as `meap_jax.main` leaves it.
 """
@@ -41,13 +41,18 @@ DOCUMENTS = 3  # Of each kind that is asked for during training: a sixteenth of 
 
 
 def probes(run: Run) -> dict[str, FactSet]:
-    """What is asked during training: documents like those trained on ("trained"), and like those held out ("longer")."""
+    """What is asked during training: documents like those trained on, "trained", and like those held out, "longer"."""
     r, tokenizer = run.config.data.retrieval, run.prepared.tokenizer
     fillers = range(r.max_fillers + 1)
     trained = [Kind(n, f, DOCUMENTS) for n in range(r.min_facts, r.num_facts + 1) for f in fillers]
     longer = [Kind(r.num_eval_facts, f, 2 * DOCUMENTS) for f in fillers]
     sets = {"trained": trained, "longer": longer}
     return {name: make_set(tokenizer, kinds, r.num_keys, r.num_values, run.config.seed) for name, kinds in sets.items()}
+
+
+def steps_of_a_turn(num_steps: int) -> int:
+    """How many steps are between two times that questions are asked: a divisor of all, a sixtieth of them or less."""
+    return max(n for n in range(1, max(1, num_steps // 60) + 1) if num_steps % n == 0)
 
 
 def write_run(run: Run, member: Member, folder: epath.Path) -> None:
@@ -78,7 +83,9 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, seeds: Seque
     run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
     asked = probes(run)
     prepared = time.perf_counter()
-    members = population.train(run, ARMS, seeds, every=config.eval.every, questions=asked, folder=workdir / STATES)
+    members = population.train(
+        run, ARMS, seeds, every=steps_of_a_turn(config.num_steps), questions=asked, folder=workdir / STATES
+    )
     trained = time.perf_counter()
     results = population.evaluate(run, members, "test", "validation,facts")
     for member in members:

@@ -81,6 +81,7 @@ def make_members(run: Run, arms: Sequence[Arm], seeds: Sequence[int], every: int
 
 
 def steps_to_do(members: Sequence[Member], every: int) -> int:
+    """Steps that are left of all members together."""
     todo = 0
     for member in members:
         step = member.step if member.state is not None else fork_step(member.config, every)

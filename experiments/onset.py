@@ -11,6 +11,7 @@ PARTS.json; an interrupted part goes on where it was, and a part that is done is
 import argparse
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from etils import epath
 
 from experiments import population
 from experiments.arms import Arm, config_of
-from experiments.compare import probes
+from experiments.compare import probes, steps_of_a_turn
 from meap_jax import cli
 from meap_jax.errors import ConfigError
 from meap_jax.evals.facts import cells
@@ -40,6 +41,10 @@ def both_ways(name: str, label: str, /, **fields: Any) -> list[Arm]:
         Arm(name, f"{label} from the start", changes | {"objective.ramp_from": None}),
         Arm(f"{name}_ramped", f"{label} ramped up", changes | {"objective.ramp_from": 0.0}),
     ]
+
+
+def _from_start(percent: float) -> dict[str, Any]:
+    return {"objective.name": "meap", "objective.mask_ratio": percent / 100, "objective.ramp_from": None}
 
 
 class Part(NamedTuple):
@@ -62,7 +67,49 @@ PARTS = {
             ),
         ],
     ),
-}
+    "filler": Part(
+        "Does [MASK] matter, or would any damage do?",
+        [
+            *both_ways("random", "random tokens 15 %", name="random_tokens", mask_ratio=0.15),
+            *both_ways("zero", "zero embeddings 15 %", name="token_dropout", mask_ratio=0.15),
+            *both_ways("fcm", "forgetful attention 15 %", name="fcm", mask_ratio=0.15),
+            *both_ways("mir", "MIR 0 to 50 %", name="mir", mask_ratio=0.5, ratio_per_row=True),
+            *both_ways("dropout", "dropout of hidden states 10 %", name="dropout", mask_ratio=0.1),
+            Arm("decay", "NTP with ten times the weight decay", {**NTP.changes, "optimizer.weight_decay": 0.5}),
+        ],
+    ),
+    "place": Part(
+        "Which tokens are masked?",
+        [
+            *both_ways("look_up", "15 % of keys and values", name="meap", mask_ratio=0.15, where=f"only:{ROLES}"),
+            *both_ways("rest", "15 % of all other words", name="meap", mask_ratio=0.15, where=f"never:{ROLES}"),
+        ],
+    ),
+    "training": Part(
+        "Is the delay noise of the gradient, or a matter of size?",
+        [NTP, *(Arm(f"meap{p}", f"MEAP {p} % from the start", _from_start(p)) for p in (5, 15))],
+        {
+            "learning rate x 1/2": {"optimizer.learning_rate": 1e-3},
+            "learning rate x 2": {"optimizer.learning_rate": 4e-3},
+            "batch x 1/2": {"global_batch_size": 4},
+            "batch x 2": {"global_batch_size": 16},
+            "batch x 4": {"global_batch_size": 32},
+            "4 heads of 16": {"model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 16},
+            "4 layers": {"model.num_layers": 4, "model.unroll": 4},
+            "width 128": {
+                "model.embed_dim": 128, "model.mlp_dim": 352, "model.num_heads": 4, "model.num_kv_heads": 4,
+            },
+        },
+    ),
+    "language": Part(
+        "What if looking up must be learned beside English?",
+        [NTP, *both_ways("meap15", "MEAP 15 %", name="meap", mask_ratio=0.15)],
+        {
+            f"{share} of English": {"data.mixture": f"retrieval={1 - share:g},text={share:g}", "seq_len": 320}
+            for share in (0.1, 0.5)
+        },
+    ),
+}  # fmt: skip
 
 
 def run_setting(
@@ -70,10 +117,12 @@ def run_setting(
 ) -> list[dict[str, Any]]:
     """Trains and evaluates the arms of a part in one setting; a record for each member."""
     changed = config_of(config, Arm(setting, setting, part.settings[setting]), config.seed)
-    run = open_run(changed, workdir / "shared", population.evaluation_mesh(changed, jax.devices()))
+    folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting) or "own")
+    run = open_run(changed, folder, population.evaluation_mesh(changed, jax.devices()))
     asked = probes(run)
-    states = workdir / "states" / (setting or "own")
-    members = population.train(run, part.arms, seeds, every=changed.eval.every, questions=asked, folder=states)
+    members = population.train(
+        run, part.arms, seeds, every=steps_of_a_turn(changed.num_steps), questions=asked, folder=folder / "states"
+    )
     tokens = changed.global_batch_size * changed.seq_len
     return [
         {
