@@ -14,6 +14,7 @@ from etils import epath
 
 from experiments.arms import Arm, config_of, family, fork_step, program
 from meap_jax.errors import ConfigError
+from meap_jax.model.decoder import Params
 from meap_jax.objective import Objective
 from meap_jax.run import Run
 from meap_jax.train import TrainState
@@ -29,6 +30,7 @@ class Member:
     state: TrainState | None = None  # Of host arrays; None until it starts.
     step: int = 0
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # One for each turn.
+    kept: dict[int, Params] = dataclasses.field(default_factory=dict)  # Parameters at some steps.
     forks: list["Member"] = dataclasses.field(default_factory=list)  # That start from this one.
     is_asked_for: bool = True  # False: it is trained for its forks alone.
 
@@ -104,7 +106,8 @@ def fork(member: Member, every: int) -> None:
     """Starts what begins with the state that a member has come to."""
     for fork in member.forks:
         if fork.state is None and fork_step(fork.config, every) == member.step:
-            fork.state, fork.step, fork.records = member.state, member.step, list(member.records)
+            fork.state, fork.step = member.state, member.step
+            fork.records, fork.kept = list(member.records), dict(member.kept)
 
 
 def save(folder: epath.Path, members: Sequence[Member]) -> None:

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -176,6 +176,7 @@ def train(
     every: int,
     questions: Mapping[str, FactSet] | None = None,
     folder: epath.Path | None = None,
+    keep: Collection[int] = (),
 ) -> list[Member]:
     """Trains every arm with every seed to `config.num_steps`.
 
@@ -185,7 +186,8 @@ def train(
       seeds: of the members; `seeds.*` of the config take their place where they are set.
       every: steps of a turn; divides `num_steps`.
       questions: that every member is asked at the end of each turn.
-      folder: keeps states, from which the same call goes on when it was interrupted; None: nothing is kept.
+      folder: holds states, from which the same call goes on when it was interrupted; None: it begins anew.
+      keep: steps whose parameters members keep. A member that goes on from `folder` lacks those of earlier ones.
 
     Returns:
       The members, arm by arm in each seed. Their records are {"step", "loss": mean over the turn, "SET/accuracy"}.
@@ -221,6 +223,8 @@ def train(
                 programs[key].batches(seed_of(member.config, "data"), step)
         _settle(chosen, jax.device_get(turn), every, questions or {})
         for member in chosen:
+            if member.step in keep:
+                member.kept[member.step] = member.trained.params
             fork(member, every)
         if folder is not None and time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
             save(folder, members)
