@@ -1,0 +1,277 @@
+"""Tables and pictures of what `experiments.onset` measured: python -m experiments.onset_report --workdir=runs/onset
+
+Prints the tables as Markdown and writes pictures beside the parts' JSON files. Every arm is compared with the NTP runs
+of the same seeds in the same setting.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.onset import PARTS
+from meap_jax import cli
+from meap_jax.errors import ConfigError
+from meap_jax.onset import Onset, factor, onset, permutation_p, settled_accuracy
+from meap_jax.results import Interval
+from meap_jax.statistics import paired_t_interval
+
+NTP = "ntp"
+MAIN = ("ntp", "meap15_ramped", "random_ramped", "zero_ramped")  # In the picture of documents.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+class Arm(NamedTuple):
+    """The runs of one arm in one setting, by seed."""
+
+    part: str
+    setting: str
+    name: str
+    label: str
+    runs: dict[int, dict[str, Any]]
+
+    def onsets(self, seeds: Iterable[int]) -> list[Onset]:
+        """On documents like those trained on."""
+        return [self._of(seed, lambda *of: onset(*of, self.runs[seed]["chance"]["trained"])) for seed in seeds]
+
+    def settled(self, documents: str, seeds: Iterable[int]) -> np.ndarray:
+        """Accuracy in % over the last fifth of the run, on "trained" or "longer" documents."""
+        return np.array([100 * self._of(seed, settled_accuracy, documents) for seed in seeds])
+
+    def metric(self, ending: str, seeds: Iterable[int]) -> np.ndarray:
+        """A metric of the test split, the only one that ends so."""
+        values = []
+        for seed in seeds:
+            [name] = [name for name in self.runs[seed]["metrics"] if name.endswith(ending)]
+            values.append(self.runs[seed]["metrics"][name])
+        return np.array(values)
+
+    def in_cells(self, seeds: Iterable[int], **wanted: Any) -> np.ndarray:
+        """Accuracy in % at the end, in the cells that have these numbers of facts or fillers."""
+        shares = []
+        for seed in seeds:
+            cells = [c for c in self.runs[seed]["cells"] if all(c[key] in of for key, of in wanted.items())]
+            shares.append(100 * sum(c["correct"] for c in cells) / sum(c["asked"] for c in cells))
+        return np.array(shares)
+
+    def _of(self, seed: int, measure: Any, documents: str = "trained") -> Any:
+        run = self.runs[seed]
+        tokens = [record["step"] * run["tokens_per_step"] for record in run["records"]]
+        return measure(tokens, [record[f"{documents}/accuracy"] for record in run["records"]])
+
+
+def read(folder: Path) -> dict[tuple[str, str], Arm]:
+    """The arms of all parts that are there, by setting and name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    arms: dict[tuple[str, str], Arm] = {}
+    for part in PARTS:
+        file = folder / f"{part}.json"
+        if not file.exists():
+            continue
+        for run in json.loads(file.read_text())["members"]:
+            key = run["setting"], run["arm"]
+            arm = arms.setdefault(key, Arm(part, *key, run["label"], {}))
+            arm.runs[run["seed"]] = run
+    if not arms:
+        raise ConfigError(f"--workdir is {folder}, which holds no part of the study: run experiments.onset first.")
+    return arms
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+    """Onset and accuracies of arms in one setting, beside NTP."""
+    lines = [
+        "| arm | onset, 1,000 tokens | times NTP's | p | accuracy on 2 to 7 facts, % | on 16, % | minus NTP, on 16 | "
+        "clean loss minus NTP's |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm in arms:
+        seeds = sorted(arm.runs.keys() & baseline.runs.keys())
+        own, theirs = arm.onsets(seeds), baseline.onsets(seeds)
+        shown = [_spread(arm.settled(documents, seeds)) for documents in ("trained", "longer")]
+        begun = [o.tokens / 1000 for o in own if not o.is_censored]
+        median = f"{np.median([o.tokens / 1000 for o in own]):,.0f}" if 2 * len(begun) > len(own) else "not begun"
+        cells = [arm.label, f"{median} ({len(begun)} of {len(own)})"]
+        if arm.name == NTP or own == theirs:
+            cells += ["", ""]
+        else:
+            cells += [_factor(theirs, own), f"{permutation_p(theirs, own, paired=True):.3f}"]
+        cells += shown
+        if arm.name == NTP:
+            cells += ["", ""]
+        else:
+            longer = arm.settled("longer", seeds) - baseline.settled("longer", seeds)
+            loss = arm.metric("retrieval/loss", seeds) - baseline.metric("retrieval/loss", seeds)
+            cells += [_interval(longer, 1), _interval(loss, 3)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _factor(theirs: list[Onset], own: list[Onset]) -> str:
+    if any(o.is_censored for o in theirs):
+        return ""
+    times = factor(theirs, own)
+    if times.low is None or times.high is None:
+        return f"at least {times.estimate:.1f}" if times.is_lower_bound else f"{times.estimate:.1f}"
+    return f"{times.estimate:.2f} [{times.low:.2f}, {times.high:.2f}]"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+def _interval(differences: np.ndarray, digits: int) -> str:
+    of = paired_t_interval(differences)
+    return f"{of.estimate:+.{digits}f} [{of.low:+.{digits}f}, {of.high:+.{digits}f}]"
+
+
+def documents_table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+    """Accuracy at the end by the number of facts, and by the sentences between facts and questions."""
+    columns = _document_columns(baseline)
+    lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for arm in arms:
+        seeds = sorted(arm.runs.keys() & baseline.runs.keys())
+        cells = []
+        for wanted in columns.values():
+            values = arm.in_cells(seeds, **wanted)
+            cells.append(f"{values.mean():.1f}")
+            if arm.name != NTP:
+                cells[-1] += f" ({_interval(values - baseline.in_cells(seeds, **wanted), 1)})"
+        lines.append(f"| {arm.label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _document_columns(arm: Arm) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Which cells make a column: each number of facts with fillers as trained on, then the most facts by fillers."""
+    cells = next(iter(arm.runs.values()))["cells"]
+    facts, fillers = (sorted({cell[key] for cell in cells}) for key in ("num_facts", "num_fillers"))
+    trained = tuple(n for n in fillers if n <= 1)
+    columns: dict[str, dict[str, tuple[int, ...]]] = {
+        f"{n} facts": {"num_facts": (n,), "num_fillers": trained} for n in facts
+    }
+    beyond = [n for n in fillers if n > 1]
+    return columns | {f"{n} sentences between": {"num_facts": tuple(facts), "num_fillers": (n,)} for n in beyond}
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def plot_ratios(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
+    """Onset by ratio from the start, and accuracy on longer documents by ratio after a ramp."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    of_ratio = {arm: _ratio(arm.name) for arm in _own(arms) if _ratio(arm.name) is not None}
+    for arm, ratio in sorted(of_ratio.items(), key=lambda item: item[1] or 0):
+        seeds = sorted(arm.runs)
+        if not arm.name.endswith("_ramped"):
+            for i, begun in enumerate(arm.onsets(seeds)):
+                x = ratio + 0.12 * (i - (len(seeds) - 1) / 2)
+                marker = dict(marker="^", mfc="none") if begun.is_censored else dict(marker="o")
+                left.plot([x], [begun.tokens / 1e6], color=COLORS[0], **marker)
+        color = COLORS[0] if not ratio else COLORS[1] if arm.name.endswith("_ramped") else "0.6"
+        values = arm.settled("longer", seeds)
+        right.plot([ratio] * len(seeds), values, "o", color=color, alpha=0.5, markersize=4)
+        right.plot([ratio], [values.mean()], "_", color=color, markersize=16)
+    left.set(xlabel="masked from the start, %", ylabel="onset, million tokens (triangle: not begun)", ylim=(0, None))
+    right.set(xlabel="masked, %", ylabel="accuracy on 16 facts, %", ylim=(0, 100))
+    for color, label in ((COLORS[0], "NTP"), (COLORS[1], "ramped up"), ("0.6", "from the start")):
+        right.plot([], [], "o", color=color, label=label)
+    right.legend(frameon=False)
+    _save(figure, file, left, right)
+
+
+def _ratio(name: str) -> float | None:
+    """The mask ratio in % that the name of an arm of MEAP says; 0 for NTP."""
+    if name == NTP:
+        return 0.0
+    number = name.removeprefix("meap").removesuffix("_ramped")
+    return float(number) if number.replace(".", "").isdecimal() and name.startswith("meap") else None
+
+
+def _own(arms: dict[tuple[str, str], Arm]) -> list[Arm]:
+    """The arms of the setting that changes nothing."""
+    return [arm for (setting, _), arm in arms.items() if not setting]
+
+
+def plot_differences(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
+    """Accuracy on longer documents minus NTP's, of all arms that ramp up, with intervals over seeds."""
+    baseline = arms["", NTP]
+    shown = [arm for arm in _own(arms) if arm.name.endswith("_ramped") or arm.name == "decay"]
+    figure = Figure(figsize=(8, 0.4 * len(shown) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for y, arm in enumerate(reversed(shown)):
+        seeds = sorted(arm.runs.keys() & baseline.runs.keys())
+        differences = arm.settled("longer", seeds) - baseline.settled("longer", seeds)
+        of: Interval = paired_t_interval(differences)
+        axes.plot([of.low, of.high], [y, y], color=COLORS[1])
+        axes.plot(differences, [y] * len(seeds), "o", color=COLORS[1], alpha=0.4, markersize=4)
+        axes.plot([of.estimate], [y], "|", color=COLORS[1], markersize=14)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.set_yticks(range(len(shown)), [arm.label for arm in reversed(shown)])
+    axes.set_xlabel("accuracy on 16 facts minus NTP's, points (a dot a seed; 95 % intervals over seeds)")
+    _save(figure, file, axes)
+
+
+def plot_documents(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
+    """Accuracy by the number of facts, and by how many sentences are between."""
+    shown = [arms["", name] for name in MAIN if ("", name) in arms]
+    columns = _document_columns(shown[0])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, word, label in zip(
+        panels, ("facts", "sentences"), ("facts of a document", "sentences between facts and questions"), strict=True
+    ):
+        at = {name: wanted for name, wanted in columns.items() if name.split()[1] == word}
+        x = [int(name.split()[0]) for name in at]
+        for color, arm in zip(COLORS, shown, strict=False):
+            values = np.array([arm.in_cells(sorted(arm.runs), **wanted) for wanted in at.values()])
+            panel.plot(x, values, "o", color=color, alpha=0.35, markersize=3)
+            panel.plot(x, values.mean(axis=1), color=color, label=arm.label)
+        panel.set_xlabel(label)
+    panels[0].axvspan(2, 7, color="0.93", zorder=0)
+    panels[0].set_ylabel("answers right at the end, %")
+    panels[0].legend(frameon=False)
+    _save(figure, file, *panels)
+
+
+def _save(figure: Figure, file: Path, *panels: Axes) -> None:
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def command(argv: list[str]) -> None:
+    """Prints the tables of a study and writes its pictures."""
+    parser = argparse.ArgumentParser(prog="experiments.onset_report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", default="runs/onset", type=Path, help="that of experiments.onset")
+    folder = parser.parse_args(argv[1:]).workdir
+    arms = read(folder)
+    groups: dict[tuple[str, str], list[Arm]] = defaultdict(list)
+    for (setting, _), arm in arms.items():
+        groups[arm.part, setting].append(arm)
+    for (part, setting), group in groups.items():
+        title = PARTS[part].question + (f" {setting[0].upper()}{setting[1:]}." if setting else "")
+        print("\n".join(["", f"**{title}**", "", *table(group, arms[setting, NTP])]))
+    own = _own(arms)
+    if own:
+        print("\n".join(["", "**Documents**", "", *documents_table(own, arms["", NTP])]))
+        plot_ratios(folder / "onset_ratio.png", arms)
+        plot_differences(folder / "onset_difference.png", arms)
+        plot_documents(folder / "onset_documents.png", arms)
+    print(f"pictures: {folder}/onset_*.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run_command(command)
