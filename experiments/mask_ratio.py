@@ -36,7 +36,7 @@ def evaluation_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
 
 
 def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
-    """Every metric on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}.
+    """Every result on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}.
 
     Args:
       run: with the mesh to evaluate on.
@@ -50,7 +50,7 @@ def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
             own = jax.tree.map(lambda x, i=i: sharding.put_whole(everywhere, x[i]), params)
             for name, evaluator in evaluators.items():
                 for key, metric in evaluator.run(own).metrics.items():
-                    if key != "masked_loss":
+                    if key not in ("masked_loss", "chance"):
                         values.setdefault(f"{name}/{key}", []).append(metric.estimate)
     return {name: np.array(of_members) for name, of_members in values.items()}
 
