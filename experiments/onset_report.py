@@ -1,4 +1,6 @@
-"""Tables and pictures of what `experiments.onset` measured: python -m experiments.onset_report --workdir=runs/onset
+"""Makes tables and pictures of what `experiments.onset` measured.
+
+python -m experiments.onset_report --workdir=runs/onset
 
 Prints the tables as Markdown and writes pictures beside the parts' JSON files. Every arm is compared with the NTP runs
 of the same seeds in the same setting.
@@ -39,11 +41,12 @@ class Arm(NamedTuple):
 
     def onsets(self, seeds: Iterable[int]) -> list[Onset]:
         """On documents like those trained on."""
-        return [self._of(seed, lambda *of: onset(*of, self.runs[seed]["chance"]["trained"])) for seed in seeds]
+        of_runs = [(*self._accuracies(seed, "trained"), self.runs[seed]["chance"]["trained"]) for seed in seeds]
+        return [onset(*of_run) for of_run in of_runs]
 
     def settled(self, documents: str, seeds: Iterable[int]) -> np.ndarray:
         """Accuracy in % over the last fifth of the run, on "trained" or "longer" documents."""
-        return np.array([100 * self._of(seed, settled_accuracy, documents) for seed in seeds])
+        return np.array([100 * settled_accuracy(*self._accuracies(seed, documents)) for seed in seeds])
 
     def metric(self, ending: str, seeds: Iterable[int]) -> np.ndarray:
         """A metric of the test split, the only one that ends so."""
@@ -61,10 +64,11 @@ class Arm(NamedTuple):
             shares.append(100 * sum(c["correct"] for c in cells) / sum(c["asked"] for c in cells))
         return np.array(shares)
 
-    def _of(self, seed: int, measure: Any, documents: str = "trained") -> Any:
+    def _accuracies(self, seed: int, documents: str) -> tuple[list[float], list[float]]:
+        """Tokens trained on until each evaluation, and its accuracy."""
         run = self.runs[seed]
         tokens = [record["step"] * run["tokens_per_step"] for record in run["records"]]
-        return measure(tokens, [record[f"{documents}/accuracy"] for record in run["records"]])
+        return tokens, [record[f"{documents}/accuracy"] for record in run["records"]]
 
 
 def read(folder: Path) -> dict[tuple[str, str], Arm]:
@@ -107,7 +111,7 @@ def table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
         if arm.name == NTP or own == theirs:
             cells += ["", ""]
         else:
-            cells += [_factor(theirs, own), f"{permutation_p(theirs, own, paired=True):.3f}"]
+            cells += [_factor(theirs, own), f"{permutation_p(theirs, own):.3f}"]
         cells += shown
         if arm.name == NTP:
             cells += ["", ""]

@@ -56,7 +56,7 @@ def summarize(runs: list[RunResult]) -> dict[str, Any]:
     """
     seeds = sorted({run.seed for run in runs})
     of = {(run.objective, run.seed): run.evaluation for run in runs}
-    metrics = list(runs[0].evaluation["metrics"])
+    metrics = [name for name in runs[0].evaluation["metrics"] if not name.endswith("/chance")]  # Of the questions.
 
     def compared(name: str) -> dict[str, Any]:
         per_seed = {o: [of[o, seed]["metrics"][name]["estimate"] for seed in seeds] for o in LABELS}

@@ -103,10 +103,12 @@ def test_evaluate_reads_a_run_and_writes_what_it_found(trained, capsys):
     written = json.loads((trained / "evaluation_test.json").read_text())
     metrics, examples = printed["metrics"], written["examples"]
     assert written == {**printed, "examples": examples} and printed["step"] == 8
+    chance = metrics.pop("test_retrieval_answers/chance")
     assert {"test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"} == metrics.keys()
     assert all(metric["low"] <= metric["estimate"] <= metric["high"] for metric in metrics.values())
+    assert chance == {"estimate": pytest.approx(1 / TINY["data.retrieval.num_facts"]), "low": None, "high": None}
     answers = examples["test_retrieval_answers"]
-    assert len(answers) > 8 and answers[0].keys() == {"row", "correct", "depth", "distance"}
+    assert len(answers) > 8 and answers[0].keys() == {"row", "correct", "depth", "distance", "num_facts"}
     accuracy = metrics["test_retrieval_answers/accuracy"]["estimate"]
     assert sum(answer["correct"] for answer in answers) / len(answers) == accuracy
     loss, tokens = (np.array([row[key] for row in examples["test_retrieval"]]) for key in ("loss", "tokens"))

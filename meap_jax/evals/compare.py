@@ -20,10 +20,11 @@ from meap_jax.statistics import holm, mcnemar, paired_bootstrap, paired_t_interv
 
 _BY = ("length", "depth", "position", "needles")  # Fields by whose values examples are grouped.
 _OF_THE_OUTPUT = {"prompt", "golds", "output", "scores", "tokens", "version", "too_long"}
+_RECORDED_SINCE = {"num_facts"}  # Evaluations from before a field was recorded pair with those that have it.
 _SCORES_BESIDE = ("acc", "acc_norm", "correct", "loss", "masked_loss")  # Of records that have no field `scores`.
 # Metrics that are no scores.
 _COUNTS = (
-    "/too_long", "/not_judged", "/requests", "/truncated", "/skipped", "/begins_with_bos", "_stderr",
+    "/too_long", "/not_judged", "/requests", "/truncated", "/skipped", "/begins_with_bos", "/chance", "_stderr",
 )  # fmt: skip
 _UNITS = ("trial", "question", "doc_id", "row", "document")  # What makes examples depend on each other.
 
@@ -82,7 +83,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key(record: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What tells an example from others, whatever a model made of it."""
-    left_out = _OF_THE_OUTPUT | set(_SCORES_BESIDE)
+    left_out = _OF_THE_OUTPUT | _RECORDED_SINCE | set(_SCORES_BESIDE)
     return tuple((k, v) for k, v in record.items() if k not in left_out and not isinstance(v, float | dict | list))
 
 

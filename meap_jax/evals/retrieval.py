@@ -17,12 +17,12 @@ from meap_jax.evals.batching import batches, on_mesh
 from meap_jax.evals.setting import Setting
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import clean_inputs
-from meap_jax.results import Result
+from meap_jax.results import Interval, Result
 from meap_jax.rows import Row
 from meap_jax.statistics import binomial_interval
 
 QUESTION_DTYPE = np.dtype([
-    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4")
+    ("row", "<i4"), ("start", "<i4"), ("length", "<i4"), ("depth", "<f4"), ("distance", "<i4"), ("num_facts", "<i4")
 ])  # fmt: skip
 SPAN = ["row", "start", "length"]
 
@@ -48,7 +48,9 @@ class Retrieval:
         """Computes the accuracy, and of every answer whether it is right, its depth and its distance.
 
         `depth` is 0 for the first fact of the context and 1 for the last; `distance` counts the tokens from the stated
-        value to the answer.
+        value to the answer; `num_facts` counts the facts of the document. The metric `chance` says what accuracy to
+        expect of naming one of the document's values at random: the mean over the answers of 1 / num_facts. It is a
+        property of the questions and has no interval.
         """
         size, seq_len, num_rows = self._batch_size, self._blocks.block_len - 1, min(self._max_rows, len(self._blocks))
         num_rows += -num_rows % size  # The last batch is filled up.
@@ -61,10 +63,12 @@ class Retrieval:
         np.put_along_axis(hits_NxT, at, np.concatenate(jax.device_get(hits)), axis=1)
         correct = exact_matches(hits_NxT, self._answers)
         examples = [
-            {"row": row, "correct": int(is_right), "depth": round(depth, 4), "distance": distance}
-            for is_right, (row, _, _, depth, distance) in zip(correct, self._answers.tolist(), strict=True)
+            {"row": row, "correct": int(right), "depth": round(depth, 4), "distance": distance, "num_facts": num_facts}
+            for right, (row, _, _, depth, distance, num_facts) in zip(correct, self._answers.tolist(), strict=True)
         ]
-        return Result({"accuracy": binomial_interval(int(correct.sum()), len(correct))}, examples)
+        accuracy = binomial_interval(int(correct.sum()), len(correct))
+        chance = Interval(float(np.mean(1 / self._answers["num_facts"])), None, None)
+        return Result({"accuracy": accuracy, "chance": chance}, examples)
 
 
 def answer_positions(answers: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
@@ -95,14 +99,15 @@ def questions(facts: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
     Returns:
       [number of answers] of QUESTION_DTYPE: `row`, `start` and `length` of the answer; `depth` of its fact, 0 for the
-      first of the document and 1 for the last; `distance` in tokens from the value's first one there to the answer's.
+      first of the document and 1 for the last; `distance` in tokens from the value's first one there to the answer's;
+      `num_facts` of the document.
     """
     stated = {(fact["document"], fact["fact"]): int(fact["start"]) for fact in facts}
     num_facts = Counter(facts["document"].tolist())
 
     def question(a: np.void) -> tuple:
-        depth = a["fact"] / max(num_facts[a["document"]] - 1, 1)
-        return a["row"], a["start"], a["length"], depth, a["start"] - stated[a["document"], a["fact"]]
+        num, distance = num_facts[a["document"]], a["start"] - stated[a["document"], a["fact"]]
+        return a["row"], a["start"], a["length"], a["fact"] / max(num - 1, 1), distance, num
 
     return np.array([question(a) for a in answers], QUESTION_DTYPE)
 

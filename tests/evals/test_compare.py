@@ -99,6 +99,21 @@ def test_pairs_of_runs_are_the_units_where_there_are_several():
     assert "3 pairs have 2 degrees of freedom" in page and "how the two kinds of runs differ" in page
 
 
+def test_chance_is_not_compared_and_older_evaluations_pair_with_those_that_count_facts():
+    def evaluation(hits, **known):
+        metrics = {
+            "retrieval_answers/accuracy": {"estimate": np.mean(hits)},
+            "retrieval_answers/chance": {"estimate": 0.2},
+        }
+        records = [{"row": row, "correct": hit, "depth": 0.5, "distance": 9, **known} for row, hit in enumerate(hits)]
+        return {"metrics": metrics, "examples": {"retrieval_answers": records}}
+
+    a, b = evaluation([0, 0, 1]), evaluation([1, 1, 1], num_facts=5)
+    [row, *_] = compare(a, b)["retrieval_answers"]
+    assert (row.num_units, row.a, row.b) == (3, pytest.approx(1 / 3), 1)
+    assert [row.name for row in compare_runs([a, a], [b, b])["retrieval_answers"]] == ["retrieval_answers/accuracy"]
+
+
 def test_the_papers_figures_stand_beside_their_metrics_and_never_beside_drawn_contexts():
     of_file = markdown(compare(results(mdqa=mdqa(A)), results(mdqa=mdqa(B))), ["a", "b"], is_of_runs=False)
     assert "| paper: NTP | MEAP | where |" in of_file and "| 0.243 | 0.332 | Table 8, Llama-3-8B |" in of_file

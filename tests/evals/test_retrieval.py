@@ -81,7 +81,7 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
     hits = np.zeros((2, 10), bool)
     hits[0, 4:6] = True  # Tokens 5 and 6 of block 0 are predicted.
     spans = [(0, 5, 1), (0, 5, 2), (0, 5, 3), (0, 4, 2), (1, 5, 1)]
-    answers = np.array([(*span, 0, 0) for span in spans], QUESTION_DTYPE)
+    answers = np.array([(*span, 0, 0, 1) for span in spans], QUESTION_DTYPE)
     assert exact_matches(hits, answers).tolist() == [True, True, False, False, False]
     # Other positions fill up the rows that are asked less, or nothing.
     assert answer_positions(answers, 3, 10).tolist() == [[3, 4, 5, 6], [4, 0, 1, 2], [0, 1, 2, 3]]
@@ -90,8 +90,22 @@ def test_an_answer_is_right_only_if_each_of_its_tokens_is():
 def test_depth_and_distance_are_those_of_the_fact_in_its_document(setup):
     *_, blocks = setup
     found = questions(blocks.spans("fact"), blocks.spans("answer"))
-    asked = [(5, 1, 1, 1), (9, 2, 0.5, 7), (14, 3, 0, 13)]
+    asked = [(5, 1, 1, 1, 3), (9, 2, 0.5, 7, 3), (14, 3, 0, 13, 3)]
     assert found.tolist() == [(row, *question) for row in range(6) for question in asked]
+
+
+def test_chance_is_the_mean_over_answers_of_one_in_the_facts_of_their_document(setup, tmp_path):
+    c, definition, params, _ = setup
+    facts = [[(1, 1, 0)], [(1, 1, 0), (2, 2, 1), (4, 1, 2), (6, 1, 3)]]
+    asked = [[(9, 1, 0)], [(9, 1, 2), (10, 2, 1), (13, 1, 0)]]  # One answer of 1 fact, three of 4 facts.
+    spans = [
+        [TokenSpan(s, n, role, {"fact": f}) for role, of in (("fact", own), ("answer", ask)) for s, n, f in of]
+        for own, ask in zip(facts, asked, strict=True)
+    ]
+    blocks = tiny_data.blocks_of(tmp_path, np.full((2, T + 1), 5, np.uint8), spans, T + 1)
+    result = Retrieval(setting(c, definition, 1), blocks).run(params)
+    assert [example["num_facts"] for example in result.examples] == [1, 4, 4, 4]
+    assert result.metrics["chance"] == (pytest.approx((1 + 3 / 4) / 4), None, None)
 
 
 def test_max_rows_limits_questions_and_rows(setup):

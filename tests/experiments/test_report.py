@@ -35,6 +35,7 @@ def make_runs(losses=LOSSES):
                 "metrics": {
                     "test_retrieval/loss": {"estimate": losses[objective, seed], "low": 1.0, "high": 3.0},
                     f"{NAME}/accuracy": {"estimate": float(np.mean(correct)), "low": 0.1, "high": 0.9},
+                    f"{NAME}/chance": {"estimate": 0.25, "low": None, "high": None},
                 },
                 "examples": {
                     "test_retrieval": [{"row": 0, "loss": losses[objective, seed]}],
@@ -75,6 +76,10 @@ def test_answers_are_grouped_by_depth_run_by_run_and_empty_groups_left_out():
     assert rows[2]["meap"]["per_seed"] == [1.0, 0.0]
     # Wilson's interval for 1 of 2, z = 1.959964: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     assert rows[0]["ntp"]["within_run"][0] == pytest.approx((0.0945312, 0.9054688), abs=1e-6)
+
+
+def test_chance_is_no_result_to_compare():
+    assert list(report.summarize(make_runs())["metrics"]) == ["test_retrieval/loss", f"{NAME}/accuracy"]
 
 
 def test_every_answer_is_in_one_group_of_distances():
