@@ -27,32 +27,11 @@ from meap_jax.statistics import paired_t_interval
 MOST_STEPS_A_TURN = 50
 
 
-<<<<<<< HEAD
 def measure(run: Run, members: Sequence[Member]) -> dict[str, np.ndarray]:
-    """Every metric on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}."""
+    """Every result on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}."""
     results = population.evaluate(run, members, "validation", run.config.eval.tasks)
-    names = [name for name in results[0].metrics if not name.endswith("/masked_loss")]
+    names = [name for name in results[0].metrics if not name.endswith(("/masked_loss", "/chance"))]
     return {name: np.array([result.metrics[name].estimate for result in results]) for name in names}
-=======
-def measure(run: Run, params: Params) -> dict[str, np.ndarray]:
-    """Every result on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}.
-
-    Args:
-      run: with the mesh to evaluate on.
-      params: of all members, host arrays with a leading [P].
-    """
-    evaluators = make_evaluators(Setting.of(run, "validation"), run.config.eval.tasks)
-    everywhere = sharding.replicated(run.mesh)
-    values: dict[str, list[float]] = {}
-    with jax.set_mesh(run.mesh):
-        for i in range(len(jax.tree.leaves(params)[0])):
-            own = jax.tree.map(lambda x, i=i: sharding.put_whole(everywhere, x[i]), params)
-            for name, evaluator in evaluators.items():
-                for key, metric in evaluator.run(own).metrics.items():
-                    if key not in ("masked_loss", "chance"):
-                        values.setdefault(f"{name}/{key}", []).append(metric.estimate)
-    return {name: np.array(of_members) for name, of_members in values.items()}
->>>>>>> stat
 
 
 def summarize(values: np.ndarray, ratios: Sequence[float]) -> list[dict[str, Any]]:
