@@ -20,7 +20,7 @@ from etils import epath
 
 from experiments import population, report
 from experiments.arms import Arm
-from experiments.population import Member
+from experiments.members import Member
 from meap_jax import cli
 from meap_jax.checkpoint import Checkpointer
 from meap_jax.data.pipeline import TrainBatches

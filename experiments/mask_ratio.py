@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments import population
 from experiments.arms import Arm
-from experiments.population import Member
+from experiments.members import Member
 from meap_jax import cli
 from meap_jax.errors import ConfigError
 from meap_jax.run import Run, make_folder, open_run, versions

@@ -22,7 +22,6 @@ from experiments.onset import PARTS
 from meap_jax import cli
 from meap_jax.errors import ConfigError
 from meap_jax.onset import Onset, factor, onset, permutation_p, settled_accuracy
-from meap_jax.results import Interval
 from meap_jax.statistics import paired_t_interval
 
 NTP = "ntp"
@@ -176,9 +175,10 @@ def plot_ratios(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
     """Onset by ratio from the start, and accuracy on longer documents by ratio after a ramp."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    of_ratio = {arm: _ratio(arm.name) for arm in _own(arms) if _ratio(arm.name) is not None}
-    for arm, ratio in sorted(of_ratio.items(), key=lambda item: item[1] or 0):
-        seeds = sorted(arm.runs)
+    for arm in _own(arms):
+        ratio, seeds = _ratio(arm.name), sorted(arm.runs)
+        if ratio is None:
+            continue
         if not arm.name.endswith("_ramped"):
             for i, begun in enumerate(arm.onsets(seeds)):
                 x = ratio + 0.12 * (i - (len(seeds) - 1) / 2)
@@ -218,8 +218,8 @@ def plot_differences(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
     for y, arm in enumerate(reversed(shown)):
         seeds = sorted(arm.runs.keys() & baseline.runs.keys())
         differences = arm.settled("longer", seeds) - baseline.settled("longer", seeds)
-        of: Interval = paired_t_interval(differences)
-        axes.plot([of.low, of.high], [y, y], color=COLORS[1])
+        of = paired_t_interval(differences)
+        axes.plot(np.array(of[1:], float), [y, y], color=COLORS[1])
         axes.plot(differences, [y] * len(seeds), "o", color=COLORS[1], alpha=0.4, markersize=4)
         axes.plot([of.estimate], [y], "|", color=COLORS[1], markersize=14)
     axes.axvline(0, color="0.4", linewidth=1)
