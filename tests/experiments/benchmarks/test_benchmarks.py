@@ -19,6 +19,7 @@ from meap_jax.errors import ConfigError
 # Columns that every row has, of each table in turn; a star marks a ratio, which must be finite and positive.
 TABLES = {
     "masking": [{"decoder", "T", "B", "*MEAP / NTP"}, {"strategy", "*share of a step (tiny, T = 32)"}],
+    "population": [{"models", "*side by side / one after the other", "*unrolled / scanned", "a step of a model, ms"}],
     "scaling": [{name, "*time, relative", "time p", "temp MiB", "temp p"} for name in ("T", "B", "layers")],
     "data": [{"train step", "*pipeline / train step, tokens/s"}, {"run", "T", "waiting", "step, ms"}],
     "startup": [{"run", "*warm / cold", "*imports / warm"},
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("masking", []), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
+        ("masking", []), ("population", ["--repeats=1"]), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
         ("needles", ["--repeats=1"]), ("fine_tuning", ["--repeats=1"]),
         ("corpus", ["--repeats=1", "--no-datasets"]), ("train_step", ["--repeats=1", "--no-torch"]),
         ("generation", ["--repeats=1", "--no-torch"]),
