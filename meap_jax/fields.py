@@ -269,7 +269,8 @@ FIELDS: dict[str, Field] = {
         one_of("none", "dots", "full", "offload")),
 
     "objective.name": Field("meap", "One of meap_jax.objective.OBJECTIVES: ntp, meap, or a control: random_tokens in "
-        "the masks' place or token_dropout (a zero embedding there)."),
+        "the masks' place, token_dropout (a zero embedding there), fcm (no attention to it) or dropout (of hidden "
+        "states)."),
     "objective.strategy": Field("random", "How masks are drawn; official: the released code's 51 masks.",
         one_of(*STRATEGIES)),
     "objective.mask_ratio": Field(0.15, "Share of input tokens; ntp ignores it. Paper: 0.15 in pre-training.",

@@ -1,8 +1,9 @@
-"""What a batch becomes under an objective: next-token prediction (NTP), MEAP, and the controls the paper lacks.
+"""What a batch becomes under an objective: next-token prediction (NTP), MEAP, and what it is compared with.
 
-All of them are NTP in which some *input* positions, the gaps, are replaced: none (ntp), by `[MASK]` (meap), by a random
-token (random_tokens) or by a zero embedding (token_dropout). With one mask key they replace the same positions. Targets
-are always the clean next tokens, and the loss covers every target that is not padding.
+All of them are NTP in which some *input* positions, the gaps, are hidden: none (ntp), behind `[MASK]` (meap), behind a
+random token (random_tokens) or a zero embedding (token_dropout), or from all later positions (fcm). With one mask key
+the first three hide the same positions. `dropout` hides none, but drops hidden states. Targets are always the clean
+next tokens, and the loss covers every target that is not padding.
 
 In fine-tuning rows come with weights for answers alone, and with copies of answers: gaps are in copies only, and of a
 copy only the tokens that were replaced are targets. Under NTP nothing is, and a copy counts as any other answer.
@@ -21,6 +22,7 @@ from meap_jax.config import seed_of
 from meap_jax.errors import ConfigError
 from meap_jax.fields import SEEDS
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
+from meap_jax.model.dropout import Dropout
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.rows import AnyArray, Row
 
@@ -78,6 +80,8 @@ class Inputs(NamedTuple):
     rope_positions: Int32[Array, "*micro B T"] | None = None
     branch_ids: Int32[Array, "*micro B T"] | None = None
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
+    forgotten: Bool[Array, "*micro B T"] | None = None  # Keys that no later query sees; None: all are seen.
+    dropout: Dropout | None = None  # Of hidden states; None: none.
 
     @property
     def visibility(self) -> Visibility:
@@ -85,31 +89,58 @@ class Inputs(NamedTuple):
         visibility = causal(self.tokens, self.segment_ids)
         positions = visibility.positions if self.positions is None else self.positions
         return dataclasses.replace(
-            visibility, positions=positions, branch_ids=self.branch_ids, rope_positions=self.rope_positions
+            visibility,
+            positions=positions,
+            branch_ids=self.branch_ids,
+            rope_positions=self.rope_positions,
+            forgotten=self.forgotten,
         )
 
 
 # --------------------------------------------------------------------------------------------------- the objectives
 
-# (clean inputs, the gaps [B, T] bool, the step's key for noise, the objective) -> inputs with something in the gaps.
-Corruption = Callable[[Inputs, jax.Array, jax.Array, "Objective"], Inputs]
+# A mask ratio: a number, or one for each row.
+Ratio = float | Float[Array, ""] | Float[Array, "B 1"]
+# (clean inputs whose `is_masked` says where the gaps are, the ratio, the step's key for noise, the objective) -> inputs
+# with something in the gaps.
+Corruption = Callable[[Inputs, Ratio, jax.Array, "Objective"], Inputs]
 
 
-def put_mask(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def put_mask(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Puts [MASK] in the gaps."""
-    return clean._replace(tokens=jnp.where(gaps, objective.mask_id, clean.tokens))
+    return clean._replace(tokens=jnp.where(clean.is_masked, objective.mask_id, clean.tokens))
 
 
-def put_random_tokens(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def put_random_tokens(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Puts any token but [MASK] in the gaps: this control must not contain the treatment."""
     noise = jax.random.randint(key, clean.tokens.shape, 0, objective.vocab_size - 1, jnp.int32)
     noise += noise >= objective.mask_id
-    return clean._replace(tokens=jnp.where(gaps, noise, clean.tokens))
+    return clean._replace(tokens=jnp.where(clean.is_masked, noise, clean.tokens))
 
 
-def drop_embeddings(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def drop_embeddings(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Sets the embeddings in the gaps to zero; others are not scaled up, so that nothing else differs."""
-    return clean._replace(keep_embedding=~gaps)
+    return clean._replace(keep_embedding=~clean.is_masked)
+
+
+def forget(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Lets no later position attend to the gaps: forgetful causal masking, https://arxiv.org/abs/2210.13432.
+
+    As there, a forgotten token is the same in all layers, and the first token of a text is never forgotten. There it
+    is the first of a row and here that of each document, for no document sees another. There each token is forgotten
+    by itself, with one probability a row that is drawn from 0 to 0.15 or so: `objective.strategy=bernoulli` with
+    `objective.ratio_per_row`; by default a count is exact here. And a position always attends to itself here, so that
+    the token whose successor is asked for is known.
+    """
+    return clean._replace(forgotten=clean.is_masked)
+
+
+def drop_hidden_states(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Drops hidden states with the ratio as probability, where `meap_jax.model.dropout` says; there are no gaps."""
+    rows = (len(clean.tokens), 1)
+    rates = jnp.broadcast_to(jnp.asarray(ratio, jnp.float32), rows)
+    dropout = Dropout(jax.random.bits(key, rows, jnp.uint32), rates)
+    return clean._replace(dropout=dropout, is_masked=jnp.zeros_like(clean.is_masked))
 
 
 # What `objective.name` may be. NTP has no gaps, unless a sweep over ratios gives it some.
@@ -118,6 +149,8 @@ OBJECTIVES: dict[str, Corruption] = {
     "meap": put_mask,
     "random_tokens": put_random_tokens,
     "token_dropout": drop_embeddings,
+    "fcm": forget,
+    "dropout": drop_hidden_states,
 }
 
 
@@ -181,7 +214,7 @@ def make_inputs(
             gaps, is_target = _gaps_of_copies(row, objective, key, fraction)
             inputs = inputs._replace(loss_weights=jnp.where(is_target, inputs.loss_weights, 0.0))
         noise_key = jax.random.fold_in(keys["noise"], step)
-        inputs = OBJECTIVES[objective.name](inputs, gaps, noise_key, objective)._replace(is_masked=gaps)
+        inputs = OBJECTIVES[objective.name](inputs._replace(is_masked=gaps), fraction, noise_key, objective)
     if objective.rows_per_mean:
         inputs = inputs._replace(loss_weights=_per_mean(inputs.loss_weights, objective.rows_per_mean))
     return inputs
@@ -200,6 +233,9 @@ def _gaps(
     if maskable is not None:
         may = jnp.asarray(maskable[:, :-1])
         eligible = may if eligible is None else may & eligible
+    if objective.name == "fcm":
+        is_first = clean.visibility.positions == 0
+        eligible = ~is_first if eligible is None else eligible & ~is_first
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
         gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)

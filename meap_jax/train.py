@@ -114,8 +114,9 @@ def train_step(
 
 def summed_loss(definition: Definition, params: Params, inputs: Inputs, **options: Any) -> Float32[Array, ""]:
     """Cross-entropy summed over the targets that count, in nats; `options` are those of `linear_cross_entropy`."""
+    where = (inputs.keep_embedding, inputs.dropout)
     return definition.decoder(params).loss(
-        inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
+        inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, *where, **options
     )
 
 

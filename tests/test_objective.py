@@ -90,6 +90,25 @@ def test_token_dropout_drops_the_embeddings_in_the_gaps_of_meap():
     np.testing.assert_array_equal(dropout.tokens, TOKENS[:, :-1])
 
 
+def test_under_fcm_no_later_position_sees_the_gaps_and_the_first_token_of_a_document_is_none():
+    inputs, clean = inputs_of("fcm", mask_ratio=0.5), clean_inputs(BATCH)
+    gaps = np.asarray(inputs.is_masked)
+    # Half of the 6 that are not the first, and of the 8, 8, 7 and 6 in the second documents.
+    assert gaps[:, :7].sum(axis=1).tolist() == [3] * 4 and gaps[:, 7:].sum(axis=1).tolist() == [4, 4, 3, 3]
+    assert not inputs_of("fcm", mask_ratio=1.0).is_masked[:, [0, 7]].any()
+    sees = np.asarray(clean.visibility.mask()) & (~gaps[:, None, :] | np.eye(T, dtype=bool))
+    np.testing.assert_array_equal(inputs.visibility.mask(), sees)
+    assert_equal(inputs._replace(is_masked=clean.is_masked, forgotten=None), clean)
+
+
+def test_dropout_hides_no_position_and_drops_hidden_states_at_the_ratio_of_the_step():
+    inputs = inputs_of("dropout", step=10, ramp_from=0.0, mask_ratio=0.5)
+    np.testing.assert_array_equal(inputs.dropout.rates, np.full((B, 1), 0.25))
+    assert len(set(inputs.dropout.seeds[:, 0].tolist())) == B
+    assert (inputs.dropout.seeds != inputs_of("dropout", step=11).dropout.seeds).all()
+    assert_equal(inputs._replace(dropout=None), clean_inputs(BATCH))
+
+
 @pytest.mark.parametrize("strategy", ["random", "span", "bernoulli", "official"])
 @pytest.mark.parametrize("ratio", [0.3, 0.9])
 def test_padding_is_never_masked(strategy, ratio):

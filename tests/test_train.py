@@ -111,6 +111,15 @@ def test_losses_are_those_of_one_device_on_any_mesh_and_with_accumulation(num_de
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, on_one_device[1])
 
 
+@pytest.mark.parametrize("name", ["fcm", "dropout"])
+def test_what_an_objective_draws_depends_on_neither_mesh_nor_micro_batches(name):
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.context": 2, "grad_accum_steps": 2}
+    losses, params = run_steps(tiny_config(**mesh, **{"objective.name": name}))
+    expected = run_steps(tiny_config(**{"objective.name": name}), devices=jax.devices()[:1])
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected[1])
+
+
 def test_two_runs_on_one_mesh_are_bit_equal():
     config = tiny_config(**{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.context": 2})
     jax.tree.map(np.testing.assert_array_equal, run_steps(config), run_steps(config))
