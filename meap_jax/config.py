@@ -21,7 +21,7 @@ from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
 
 # Objectives that say nothing of answers and their copies.
-WITHOUT_COPIES_OF_ANSWERS = ("fcm", "dropout")
+WITHOUT_COPIES_OF_ANSWERS = ("mir", "fcm", "dropout")
 
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
 # The path of data may change, since its content is compared by a fingerprint.

@@ -1,9 +1,9 @@
 """What a batch becomes under an objective: next-token prediction (NTP), MEAP, and what it is compared with.
 
 All of them are NTP in which some *input* positions, the gaps, are hidden: none (ntp), behind `[MASK]` (meap), behind a
-random token (random_tokens) or a zero embedding (token_dropout), or from all later positions (fcm). With one mask key
-the first three hide the same positions. `dropout` hides none, but drops hidden states. Targets are always the clean
-next tokens, and the loss covers every target that is not padding.
+random token (random_tokens) or a zero embedding (token_dropout), or from all later positions (fcm). `mir` adds MEAP's
+loss to that of clean inputs. With one mask key all but fcm hide the same positions. `dropout` hides none, but drops
+hidden states. Targets are always the clean next tokens, and the loss covers every target that is not padding.
 
 In fine-tuning rows come with weights for answers alone, and with copies of answers: gaps are in copies only, and of a
 copy only the tokens that were replaced are targets. Under NTP nothing is, and a copy counts as any other answer.
@@ -41,6 +41,8 @@ class Objective:
     ramp_begin: float = 0.0
     ramp_end: float = 1.0
     num_steps: int = 1  # Of the run, which the ramp's ends are shares of.
+    ratio_per_row: bool = False  # Each row's ratio is drawn from 0 to that of the step.
+    masked_weight: float = 0.4  # Of the loss on masked inputs, under mir.
     has_static_masks: bool = False  # Data says where the masks of copies are; else they are drawn in each step.
     rows_per_mean: int = 0  # 0: the loss is a mean over all targets; else over each so many rows, then over the means.
 
@@ -58,6 +60,12 @@ class Objective:
             fields |= {"mask_ratio": 0.0, "ramp_from": None}
         sft = dict(has_static_masks=config.sft.masks == "static", rows_per_mean=config.sft.rows_per_mean)
         return cls(vocab_size=config.model.vocab_size, num_steps=config.num_steps, **sft, **fields)
+
+    @property
+    def num_passes(self) -> int:
+        """Forward and backward passes over each row of data: 2 where its masked copy follows, else 1."""
+        is_masked = self.mask_ratio > 0 or self.ramp_from is not None
+        return 2 if self.name == "mir" and self.masked_weight > 0 and is_masked else 1
 
     def ratio_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
         """The mask ratio of a step, counted from 0: a Python number where it is the same in all of them."""
@@ -82,6 +90,14 @@ class Inputs(NamedTuple):
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
     forgotten: Bool[Array, "*micro B T"] | None = None  # Keys that no later query sees; None: all are seen.
     dropout: Dropout | None = None  # Of hidden states; None: none.
+    is_masked_copy: Bool[Array, "*micro B 1"] | None = None  # Rows that repeat the one before with gaps; None: none do.
+
+    @property
+    def clean_weights(self) -> Float32[Array, "*micro B T"]:
+        """The loss weights without those of masked copies: their sum is what a loss is divided by."""
+        return (
+            self.loss_weights if self.is_masked_copy is None else jnp.where(self.is_masked_copy, 0, self.loss_weights)
+        )
 
     @property
     def visibility(self) -> Visibility:
@@ -123,6 +139,27 @@ def drop_embeddings(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Obje
     return clean._replace(keep_embedding=~clean.is_masked)
 
 
+def add_masked_copies(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Lets a copy with [MASK] in the gaps follow each row: MIR, https://arxiv.org/abs/2606.08888.
+
+    The loss is that of clean inputs plus `masked_weight` times that of masked ones, each over all targets: 1 and 0.4
+    in the paper, whose ratio is drawn from 0 to 0.5 for each row (`mask_ratio` and `ratio_per_row`). A copy without
+    gaps has no weight, so that the ratio 0 is NTP even where it is traced.
+
+    Returns:
+      2 B rows: each copy behind its row, which on a mesh is on the same device.
+    """
+    if not objective.masked_weight:
+        return clean._replace(is_masked=jnp.zeros_like(clean.is_masked))
+    gaps, is_copy = clean.is_masked, jnp.ones((len(clean.tokens), 1), bool)
+    weights = jnp.where(gaps.any(axis=1, keepdims=True), objective.masked_weight * clean.loss_weights, 0)
+    rows = (
+        clean._replace(is_masked=jnp.zeros_like(gaps), is_masked_copy=~is_copy),
+        put_mask(clean, ratio, key, objective)._replace(loss_weights=weights, is_masked_copy=is_copy),
+    )
+    return jax.tree.map(lambda *pair: jnp.stack(pair, axis=1).reshape(-1, pair[0].shape[1]), *rows)
+
+
 def forget(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Lets no later position attend to the gaps: forgetful causal masking, https://arxiv.org/abs/2210.13432.
 
@@ -147,6 +184,7 @@ def drop_hidden_states(clean: Inputs, ratio: Ratio, key: jax.Array, objective: O
 OBJECTIVES: dict[str, Corruption] = {
     "ntp": put_mask,
     "meap": put_mask,
+    "mir": add_masked_copies,
     "random_tokens": put_random_tokens,
     "token_dropout": drop_embeddings,
     "fcm": forget,
@@ -189,9 +227,12 @@ def make_inputs(
     Args:
       row: a batch of rows, [B, L] with L = T + 1. Padding is never masked.
       objective: what replaces the gaps, and where they are.
-      keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
+      keys: "mask" draws the positions and the ratios of rows, "noise" what replaces them; the step is folded into both.
       step: scalar int, counted from 0.
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
+
+    Returns:
+      As many rows, or under mir twice as many.
 
     Raises:
       ConfigError: for a ratio where the official strategy or static masks are made for the objective's own.
@@ -206,18 +247,22 @@ def make_inputs(
     fraction = objective.ratio_at(step) if ratio is None else ratio
     is_zero = isinstance(fraction, float) and fraction == 0
     # Under NTP a copy is a sample like any other; under other objectives one without masks has no targets.
-    if not is_zero or (row.is_copy is not None and objective.name != "ntp"):
+    has_gaps = not is_zero or (row.is_copy is not None and objective.name != "ntp")
+    if has_gaps:
         key = jax.random.fold_in(keys["mask"], step)
+        if objective.ratio_per_row:  # From a stream apart from that of the positions.
+            fraction *= jax.random.uniform(jax.random.fold_in(key, 2**31), (len(inputs.tokens), 1))
         if row.is_copy is None:
             gaps = _gaps(inputs, row.maskable, objective, key, step, fraction)
         else:
             gaps, is_target = _gaps_of_copies(row, objective, key, fraction)
             inputs = inputs._replace(loss_weights=jnp.where(is_target, inputs.loss_weights, 0.0))
-        noise_key = jax.random.fold_in(keys["noise"], step)
-        inputs = OBJECTIVES[objective.name](inputs._replace(is_masked=gaps), fraction, noise_key, objective)
     if objective.rows_per_mean:
         inputs = inputs._replace(loss_weights=_per_mean(inputs.loss_weights, objective.rows_per_mean))
-    return inputs
+    if not has_gaps:
+        return inputs
+    noise_key = jax.random.fold_in(keys["noise"], step)
+    return OBJECTIVES[objective.name](inputs._replace(is_masked=gaps), fraction, noise_key, objective)
 
 
 def _gaps(
@@ -226,7 +271,7 @@ def _gaps(
     objective: Objective,
     key: Key[Array, ""],
     step: Int[Array, ""],
-    ratio: float | Float[Array, ""],
+    ratio: Ratio,
 ) -> Bool[Array, "B T"]:
     """Draws the gaps of ordinary rows."""
     eligible = None if clean.segment_ids is None else clean.segment_ids != 0  # None: a mask may fall everywhere.
@@ -254,7 +299,7 @@ def _gaps(
 
 
 def _gaps_of_copies(
-    row: Row, objective: Objective, key: Key[Array, ""], ratio: float | Float[Array, ""]
+    row: Row, objective: Objective, key: Key[Array, ""], ratio: Ratio
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Draws the gaps in copies of answers, as many in each answer as the official code does (MEAP-SFT/MEAP-SFT.py).
 
