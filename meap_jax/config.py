@@ -20,6 +20,9 @@ from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
 
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
 
+# Objectives that say nothing of answers and their copies.
+WITHOUT_COPIES_OF_ANSWERS = ("mir", "fcm", "dropout")
+
 # What may differ between a run's checkpoint and the config that resumes it. Everything else changes the experiment.
 # The path of data may change, since its content is compared by a fingerprint.
 MAY_CHANGE_ON_RESUME = (
@@ -279,6 +282,11 @@ def _check_chat(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"sft.arrangement is 'none', but objective.name is {objective.name!r}, whose masks fall in copies of "
             "answers: set it to separate, shared_prefix or concat."
+        )
+    if chats and objective.name in WITHOUT_COPIES_OF_ANSWERS:
+        raise ConfigError(
+            f"objective.name is {objective.name!r}, but fine-tuning on conversations has copies of answers with "
+            f"masks: train on other documents, or set another objective than {', '.join(WITHOUT_COPIES_OF_ANSWERS)}."
         )
     for name in chats:
         source = config.data.sources[name]

@@ -197,6 +197,11 @@ DRAWN_IN_EACH_STEP = Check(
     lambda _: "unset with objective.strategy=official and with sft.masks=static, whose masks are made for one ratio",
     wrong=(0.05,), given={"objective.strategy": "official"},
 )  # fmt: skip
+NOT_WITH_FIXED_MASKS = Check(
+    lambda value, of: not value or DRAWN_IN_EACH_STEP.is_valid(value, of),
+    lambda _: "False with objective.strategy=official and with sft.masks=static, whose masks are made for one ratio",
+    wrong=(True,), given={"sft.masks": "static"},
+)  # fmt: skip
 NEEDS_LONG_FROM = Check(
     lambda value, of: value == 1 or of["long_from"] > 0,
     lambda _: "1 unless long_from says below what length",
@@ -269,8 +274,9 @@ FIELDS: dict[str, Field] = {
         "(dots), a whole layer (full), or that from inputs in the host's memory (offload).",
         one_of("none", "dots", "full", "offload")),
 
-    "objective.name": Field("meap", "One of meap_jax.objective.OBJECTIVES: ntp, meap, or a control: random_tokens in "
-        "the masks' place or token_dropout (a zero embedding there)."),
+    "objective.name": Field("meap", "One of meap_jax.objective.OBJECTIVES: ntp, meap, mir (ntp plus masked_weight "
+        "times meap), or a control: random_tokens in the masks' place, token_dropout (a zero embedding there), fcm (no "
+        "attention to it) or dropout (of hidden states)."),
     "objective.strategy": Field("random", "How masks are drawn; official: the released code's 51 masks.",
         one_of(*STRATEGIES)),
     "objective.mask_ratio": Field(0.15, "Share of input tokens; ntp ignores it. Paper: 0.15 in pre-training.",
@@ -279,6 +285,10 @@ FIELDS: dict[str, Field] = {
         "straight line to mask_ratio, up or down. Unset: it is mask_ratio all along.", SHARE, DRAWN_IN_EACH_STEP),
     "objective.ramp_begin": Field(0.0, "Share of num_steps.", SHARE),
     "objective.ramp_end": Field(1.0, "Share of num_steps.", SHARE, BEHIND_RAMP_BEGIN),
+    "objective.ratio_per_row": Field(False, "Each row draws its ratio from 0 to that of the step; MIR: to 0.5.",
+        NOT_WITH_FIXED_MASKS),
+    "objective.masked_weight": Field(0.4, "Of the loss on masked inputs, beside 1 on clean ones; only mir reads it.",
+        at_least(0)),
     "objective.span_length": Field(5, "Tokens; only span reads it. Paper, Table 15: 5 and 50.", at_least(1)),
     "objective.mask_id": Field(32_000, "[MASK]; must be the tokenizer's.", ID),
     "loss.chunk_size": Field(2_048, "Positions of a device whose logits exist at a time; 0: all.", at_least(0)),

@@ -20,6 +20,7 @@ from meap_jax.hardware import detect
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.model.decoder import Params
 from meap_jax.models import held_model, save_tokenizer, write_config
+from meap_jax.objective import Objective
 from meap_jax.run import Run, make_folder, open_run, versions
 from meap_jax.start import start
 from meap_jax.timing import Clock, Trace, process_began
@@ -77,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         save_tokenizer(workdir, run.prepared.tokenizer)
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
     tokens = config.global_batch_size * config.seq_len
-    flops = model_flops(run.definition.config, config.seq_len, tokens)
+    flops = model_flops(run.definition.config, config.seq_len, tokens * Objective.of(config).num_passes)
     chip = detect(run.mesh.devices.flat[0].device_kind)
     work = StepWork(tokens=tokens, flops=flops, num_devices=run.mesh.size, peak_flops=chip and chip.peak_flops)
     writer = MetricsWriter(workdir, start=begin.step, num_steps=config.num_steps, work=work) if is_first else NoWriter()

@@ -49,8 +49,8 @@ def mask_tokens(
     Args:
       rng: PRNG key. The draw depends on the key and the global shape alone, not on how the batch is sharded.
       ids: [B, T] integer token ids.
-      ratio: fraction in [0, 1], a Python number or a scalar array (traced: a sweep over ratios compiles once). A Python
-        number is multiplied by N in double precision, an array in float32.
+      ratio: fraction in [0, 1], a Python number or a scalar array (traced: a sweep over ratios compiles once), or one
+        for each row, [B] or [B, 1]. A Python number is multiplied by N in double precision, an array in float32.
       mask_id: the id that masked tokens are replaced by.
       eligible: [B, T] bool, where a mask may fall; False for padding and whatever else the caller protects. Default:
         everywhere.
@@ -66,11 +66,12 @@ def mask_tokens(
 
     Raises:
       ValueError: for ids that are not [B, T] integers with T >= 1, a mask_id that their dtype can't hold, masks of
-        another shape, an unknown strategy, a span length that is not a whole number from 1 on, or a ratio outside
-        [0, 1] (if it is known while tracing).
+        another shape, an unknown strategy, a span length that is not a whole number from 1 on, ratios of another shape
+        or outside [0, 1] (if they are known while tracing).
     """
     _check(ids, ratio, mask_id, eligible, segment_ids, strategy, span_length)
     B, T = ids.shape
+    ratio = jnp.asarray(ratio).reshape(B, 1) if np.ndim(ratio) else ratio
     eligible = jnp.ones((B, T), bool) if eligible is None else eligible.astype(bool)
     segment_ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
 
@@ -206,11 +207,13 @@ def _bernoulli(bits: jax.Array, ratio: float | jax.Array) -> jax.Array:
     return uniform < ratio
 
 
-def _check_ratio(ratio: float | jax.Array) -> None:
-    if isinstance(ratio, jax.core.Tracer):
-        return
-    if not isinstance(ratio, numbers.Real | np.ndarray | jax.Array) or np.ndim(ratio) != 0 or not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be a scalar in [0, 1], got {ratio}")
+def _check_ratio(ratio: float | jax.Array, *shapes_of_rows: tuple[int, ...]) -> None:
+    """Takes a scalar, or an array of one of the other shapes."""
+    if isinstance(ratio, numbers.Real | np.ndarray | jax.Array) and np.shape(ratio) in ((), *shapes_of_rows):
+        if isinstance(ratio, jax.core.Tracer) or ((np.asarray(ratio) >= 0) & (np.asarray(ratio) <= 1)).all():
+            return
+    what = "a number for each row" if shapes_of_rows and np.ndim(ratio) else "a scalar"
+    raise ValueError(f"ratio must be {what} in [0, 1], got {ratio}")
 
 
 def _check(
@@ -237,4 +240,4 @@ def _check(
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if strategy == "span" and not (isinstance(span_length, numbers.Integral) and span_length >= 1):
         raise ValueError(f"span_length must be a whole number from 1 on, got {span_length}")
-    _check_ratio(ratio)
+    _check_ratio(ratio, shape[:1], (shape[0], 1))

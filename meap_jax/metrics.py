@@ -53,7 +53,8 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
     Args:
       model: the decoder's shape.
       seq_len: T, tokens a row.
-      num_tokens: of all rows; of a step, global_batch_size * seq_len.
+      num_tokens: of all rows; of a step, global_batch_size * seq_len, and twice as many where each row has a masked
+        copy (`Objective.num_passes`).
       causal: False counts attention in full, to compare with those who do.
     """
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim
@@ -66,7 +67,7 @@ def model_flops(model: ModelConfig, seq_len: int, num_tokens: int, *, causal: bo
 class StepWork(NamedTuple):
     """The work of one step, over all devices."""
 
-    tokens: int
+    tokens: int  # Of data: masked copies are not counted.
     flops: int  # `model_flops` of them.
     num_devices: int
     peak_flops: float | None  # Of one device in bfloat16, FLOP/s; None: not known.

@@ -1,8 +1,9 @@
-"""What a batch becomes under an objective: next-token prediction (NTP), MEAP, and the controls the paper lacks.
+"""What a batch becomes under an objective: next-token prediction (NTP), MEAP, and what it is compared with.
 
-All of them are NTP in which some *input* positions, the gaps, are replaced: none (ntp), by `[MASK]` (meap), by a random
-token (random_tokens) or by a zero embedding (token_dropout). With one mask key they replace the same positions. Targets
-are always the clean next tokens, and the loss covers every target that is not padding.
+All of them are NTP in which some *input* positions, the gaps, are hidden: none (ntp), behind `[MASK]` (meap), behind a
+random token (random_tokens) or a zero embedding (token_dropout), or from all later positions (fcm). `mir` adds MEAP's
+loss to that of clean inputs. With one mask key all but fcm hide the same positions. `dropout` hides none, but drops
+hidden states. Targets are always the clean next tokens, and the loss covers every target that is not padding.
 
 In fine-tuning rows come with weights for answers alone, and with copies of answers: gaps are in copies only, and of a
 copy only the tokens that were replaced are targets. Under NTP nothing is, and a copy counts as any other answer.
@@ -21,6 +22,7 @@ from meap_jax.config import seed_of
 from meap_jax.errors import ConfigError
 from meap_jax.fields import SEEDS
 from meap_jax.masking import OFFICIAL_CYCLE, mask_tokens, official_masks
+from meap_jax.model.dropout import Dropout
 from meap_jax.model.visibility import Visibility, causal
 from meap_jax.rows import AnyArray, Row
 
@@ -39,6 +41,8 @@ class Objective:
     ramp_begin: float = 0.0
     ramp_end: float = 1.0
     num_steps: int = 1  # Of the run, which the ramp's ends are shares of.
+    ratio_per_row: bool = False  # Each row's ratio is drawn from 0 to that of the step.
+    masked_weight: float = 0.4  # Of the loss on masked inputs, under mir.
     has_static_masks: bool = False  # Data says where the masks of copies are; else they are drawn in each step.
     rows_per_mean: int = 0  # 0: the loss is a mean over all targets; else over each so many rows, then over the means.
 
@@ -56,6 +60,12 @@ class Objective:
             fields |= {"mask_ratio": 0.0, "ramp_from": None}
         sft = dict(has_static_masks=config.sft.masks == "static", rows_per_mean=config.sft.rows_per_mean)
         return cls(vocab_size=config.model.vocab_size, num_steps=config.num_steps, **sft, **fields)
+
+    @property
+    def num_passes(self) -> int:
+        """Forward and backward passes over each row of data: 2 where its masked copy follows, else 1."""
+        is_masked = self.mask_ratio > 0 or self.ramp_from is not None
+        return 2 if self.name == "mir" and self.masked_weight > 0 and is_masked else 1
 
     def ratio_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
         """The mask ratio of a step, counted from 0: a Python number where it is the same in all of them."""
@@ -78,6 +88,16 @@ class Inputs(NamedTuple):
     rope_positions: Int32[Array, "*micro B T"] | None = None
     branch_ids: Int32[Array, "*micro B T"] | None = None
     keep_embedding: Bool[Array, "*micro B T"] | None = None  # False where the embedding is dropped; None: all kept.
+    forgotten: Bool[Array, "*micro B T"] | None = None  # Keys that no later query sees; None: all are seen.
+    dropout: Dropout | None = None  # Of hidden states; None: none.
+    is_masked_copy: Bool[Array, "*micro B 1"] | None = None  # Rows that repeat the one before with gaps; None: none do.
+
+    @property
+    def clean_weights(self) -> Float32[Array, "*micro B T"]:
+        """The loss weights without those of masked copies: their sum is what a loss is divided by."""
+        return (
+            self.loss_weights if self.is_masked_copy is None else jnp.where(self.is_masked_copy, 0, self.loss_weights)
+        )
 
     @property
     def visibility(self) -> Visibility:
@@ -85,39 +105,90 @@ class Inputs(NamedTuple):
         visibility = causal(self.tokens, self.segment_ids)
         positions = visibility.positions if self.positions is None else self.positions
         return dataclasses.replace(
-            visibility, positions=positions, branch_ids=self.branch_ids, rope_positions=self.rope_positions
+            visibility,
+            positions=positions,
+            branch_ids=self.branch_ids,
+            rope_positions=self.rope_positions,
+            forgotten=self.forgotten,
         )
 
 
 # --------------------------------------------------------------------------------------------------- the objectives
 
-# (clean inputs, the gaps [B, T] bool, the step's key for noise, the objective) -> inputs with something in the gaps.
-Corruption = Callable[[Inputs, jax.Array, jax.Array, "Objective"], Inputs]
+# A mask ratio: a number, or one for each row.
+Ratio = float | Float[Array, ""] | Float[Array, "B 1"]
+# (clean inputs whose `is_masked` says where the gaps are, the ratio, the step's key for noise, the objective) -> inputs
+# with something in the gaps.
+Corruption = Callable[[Inputs, Ratio, jax.Array, "Objective"], Inputs]
 
 
-def put_mask(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def put_mask(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Puts [MASK] in the gaps."""
-    return clean._replace(tokens=jnp.where(gaps, objective.mask_id, clean.tokens))
+    return clean._replace(tokens=jnp.where(clean.is_masked, objective.mask_id, clean.tokens))
 
 
-def put_random_tokens(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def put_random_tokens(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Puts any token but [MASK] in the gaps: this control must not contain the treatment."""
     noise = jax.random.randint(key, clean.tokens.shape, 0, objective.vocab_size - 1, jnp.int32)
     noise += noise >= objective.mask_id
-    return clean._replace(tokens=jnp.where(gaps, noise, clean.tokens))
+    return clean._replace(tokens=jnp.where(clean.is_masked, noise, clean.tokens))
 
 
-def drop_embeddings(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
+def drop_embeddings(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
     """Sets the embeddings in the gaps to zero; others are not scaled up, so that nothing else differs."""
-    return clean._replace(keep_embedding=~gaps)
+    return clean._replace(keep_embedding=~clean.is_masked)
+
+
+def add_masked_copies(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Lets a copy with [MASK] in the gaps follow each row: MIR, https://arxiv.org/abs/2606.08888.
+
+    The loss is that of clean inputs plus `masked_weight` times that of masked ones, each over all targets: 1 and 0.4
+    in the paper, whose ratio is drawn from 0 to 0.5 for each row (`mask_ratio` and `ratio_per_row`). A copy without
+    gaps has no weight, so that the ratio 0 is NTP even where it is traced.
+
+    Returns:
+      2 B rows: each copy behind its row, which on a mesh is on the same device.
+    """
+    if not objective.masked_weight:
+        return clean._replace(is_masked=jnp.zeros_like(clean.is_masked))
+    gaps, is_copy = clean.is_masked, jnp.ones((len(clean.tokens), 1), bool)
+    weights = jnp.where(gaps.any(axis=1, keepdims=True), objective.masked_weight * clean.loss_weights, 0)
+    rows = (
+        clean._replace(is_masked=jnp.zeros_like(gaps), is_masked_copy=~is_copy),
+        put_mask(clean, ratio, key, objective)._replace(loss_weights=weights, is_masked_copy=is_copy),
+    )
+    return jax.tree.map(lambda *pair: jnp.stack(pair, axis=1).reshape(-1, pair[0].shape[1]), *rows)
+
+
+def forget(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Lets no later position attend to the gaps: forgetful causal masking, https://arxiv.org/abs/2210.13432.
+
+    As there, a forgotten token is the same in all layers, and the first token of a text is never forgotten. There it
+    is the first of a row and here that of each document, for no document sees another. There each token is forgotten
+    by itself, with one probability a row that is drawn from 0 to 0.15 or so: `objective.strategy=bernoulli` with
+    `objective.ratio_per_row`; by default a count is exact here. And a position always attends to itself here, so that
+    the token whose successor is asked for is known.
+    """
+    return clean._replace(forgotten=clean.is_masked)
+
+
+def drop_hidden_states(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+    """Drops hidden states with the ratio as probability, where `meap_jax.model.dropout` says; there are no gaps."""
+    rows = (len(clean.tokens), 1)
+    rates = jnp.broadcast_to(jnp.asarray(ratio, jnp.float32), rows)
+    dropout = Dropout(jax.random.bits(key, rows, jnp.uint32), rates)
+    return clean._replace(dropout=dropout, is_masked=jnp.zeros_like(clean.is_masked))
 
 
 # What `objective.name` may be. NTP has no gaps, unless a sweep over ratios gives it some.
 OBJECTIVES: dict[str, Corruption] = {
     "ntp": put_mask,
     "meap": put_mask,
+    "mir": add_masked_copies,
     "random_tokens": put_random_tokens,
     "token_dropout": drop_embeddings,
+    "fcm": forget,
+    "dropout": drop_hidden_states,
 }
 # Those that put tokens into gaps and do nothing else: one program can train them all, with `filler` of `make_inputs`.
 FILLERS = ("meap", "random_tokens")
@@ -159,10 +230,13 @@ def make_inputs(
     Args:
       row: a batch of rows, [B, L] with L = T + 1. Padding is never masked.
       objective: what replaces the gaps, and where they are.
-      keys: "mask" draws the positions, "noise" the replacement tokens; the step is folded into both.
+      keys: "mask" draws the positions and the ratios of rows, "noise" what replaces them; the step is folded into both.
       step: scalar int, counted from 0.
       ratio: replaces the objective's mask ratio; may be traced, so that a sweep compiles once.
       filler: a place in FILLERS, whose objective fills the gaps in place of this one; may be traced too.
+
+    Returns:
+      As many rows, or under mir twice as many.
 
     Raises:
       ConfigError: for a ratio where the official strategy or static masks are made for the objective's own.
@@ -177,29 +251,33 @@ def make_inputs(
     fraction = objective.ratio_at(step) if ratio is None else ratio
     is_zero = isinstance(fraction, float) and fraction == 0
     # Under NTP a copy is a sample like any other; under other objectives one without masks has no targets.
-    if not is_zero or (row.is_copy is not None and objective.name != "ntp"):
+    has_gaps = not is_zero or (row.is_copy is not None and objective.name != "ntp")
+    if has_gaps:
         key = jax.random.fold_in(keys["mask"], step)
+        if objective.ratio_per_row:  # From a stream apart from that of the positions.
+            fraction *= jax.random.uniform(jax.random.fold_in(key, 2**31), (len(inputs.tokens), 1))
         if row.is_copy is None:
             gaps = _gaps(inputs, row.maskable, objective, key, step, fraction)
         else:
             gaps, is_target = _gaps_of_copies(row, objective, key, fraction)
             inputs = inputs._replace(loss_weights=jnp.where(is_target, inputs.loss_weights, 0.0))
-        noise_key = jax.random.fold_in(keys["noise"], step)
-        fill = OBJECTIVES[objective.name] if filler is None else _fill_by(filler)
-        inputs = fill(inputs, gaps, noise_key, objective)._replace(is_masked=gaps)
     if objective.rows_per_mean:
         inputs = inputs._replace(loss_weights=_per_mean(inputs.loss_weights, objective.rows_per_mean))
-    return inputs
+    if not has_gaps:
+        return inputs
+    noise_key = jax.random.fold_in(keys["noise"], step)
+    fill = OBJECTIVES[objective.name] if filler is None else _fill_by(filler)
+    return fill(inputs._replace(is_masked=gaps), fraction, noise_key, objective)
 
 
 def _fill_by(filler: Int[Array, ""]) -> Corruption:
     """What does as the objective in this place of FILLERS."""
 
-    def fill(clean: Inputs, gaps: jax.Array, key: jax.Array, objective: Objective) -> Inputs:
-        def way(name: str) -> Callable[..., Inputs]:
-            return lambda clean, gaps, key: OBJECTIVES[name](clean, gaps, key, objective)
+    def fill(clean: Inputs, ratio: Ratio, key: jax.Array, objective: Objective) -> Inputs:
+        def way(name: str) -> Callable[[Inputs, jax.Array], Inputs]:
+            return lambda clean, key: OBJECTIVES[name](clean, ratio, key, objective)
 
-        return jax.lax.switch(filler, [way(name) for name in FILLERS], clean, gaps, key)
+        return jax.lax.switch(filler, [way(name) for name in FILLERS], clean, key)
 
     return fill
 
@@ -210,13 +288,16 @@ def _gaps(
     objective: Objective,
     key: Key[Array, ""],
     step: Int[Array, ""],
-    ratio: float | Float[Array, ""],
+    ratio: Ratio,
 ) -> Bool[Array, "B T"]:
     """Draws the gaps of ordinary rows."""
     eligible = None if clean.segment_ids is None else clean.segment_ids != 0  # None: a mask may fall everywhere.
     if maskable is not None:
         may = jnp.asarray(maskable[:, :-1])
         eligible = may if eligible is None else may & eligible
+    if objective.name == "fcm":
+        is_first = clean.visibility.positions == 0
+        eligible = ~is_first if eligible is None else eligible & ~is_first
     if objective.strategy == "official":
         table = jnp.asarray(official_masks(clean.tokens.shape[1], objective.mask_ratio))
         gaps = jnp.broadcast_to(table[step % OFFICIAL_CYCLE], clean.tokens.shape)
@@ -235,7 +316,7 @@ def _gaps(
 
 
 def _gaps_of_copies(
-    row: Row, objective: Objective, key: Key[Array, ""], ratio: float | Float[Array, ""]
+    row: Row, objective: Objective, key: Key[Array, ""], ratio: Ratio
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Draws the gaps in copies of answers, as many in each answer as the official code does (MEAP-SFT/MEAP-SFT.py).
 

@@ -76,7 +76,7 @@ def train_step(
     inputs = make_inputs(batch, objective, keys, state.step, ratio, filler)
 
     # Forward, loss, gradient: sums over micro-batches, divided once by the number of targets.
-    num_targets = jnp.maximum(inputs.loss_weights.sum(), 1)
+    num_targets = jnp.maximum(inputs.clean_weights.sum(), 1)
     trained, frozen = partition.split(state.params, trainable)
 
     @jax.value_and_grad
@@ -108,15 +108,16 @@ def train_step(
         "param_norm": optax.tree.norm([x.astype(jnp.float32) for x in floats(params)]),
         "update_norm": optax.tree.norm(updates),
         "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
-        "num_targets": jnp.maximum((inputs.loss_weights > 0).sum(), 1).astype(jnp.float32),
+        "num_targets": jnp.maximum((inputs.clean_weights > 0).sum(), 1).astype(jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, state.keys), metrics
 
 
 def summed_loss(definition: Definition, params: Params, inputs: Inputs, **options: Any) -> Float32[Array, ""]:
     """Cross-entropy summed over the targets that count, in nats; `options` are those of `linear_cross_entropy`."""
+    where = (inputs.keep_embedding, inputs.dropout)
     return definition.decoder(params).loss(
-        inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, inputs.keep_embedding, **options
+        inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, *where, **options
     )
 
 
@@ -137,8 +138,11 @@ def rounded_like(old: Params, new: Params, rounding: str, key: Key[Array, ""], s
 
 
 def num_inputs(inputs: Inputs) -> jax.Array | int:
-    """Counts the inputs that are not padding."""
-    return inputs.tokens.size if inputs.segment_ids is None else (inputs.segment_ids != 0).sum()
+    """Counts the inputs that are not padding and may be gaps: of masked copies alone, where there are such rows."""
+    is_input = None if inputs.segment_ids is None else inputs.segment_ids != 0
+    if inputs.is_masked_copy is not None:
+        is_input = inputs.is_masked_copy & (jnp.ones_like(inputs.is_masked) if is_input is None else is_input)
+    return inputs.tokens.size if is_input is None else is_input.sum()
 
 
 def micro_batches(inputs: Inputs, num: int) -> Inputs:

@@ -115,6 +115,22 @@ def test_nothing_is_masked_at_ratio_0_and_all_that_may_be_at_ratio_1(strategy):
     assert draw(ratio=1.0, strategy=strategy, protect_last=False)[1].all()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_ratio_for_each_row_gives_each_row_the_mask_of_its_own_ratio(strategy):
+    ratios = jnp.float32([0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9, 1.0])
+    for shape in ((B,), (B, 1)):
+        masks = draw(ratio=ratios.reshape(shape), strategy=strategy, function=COMPILED)[1]
+        for row, ratio in enumerate(ratios):
+            np.testing.assert_array_equal(masks[row], draw(ratio=ratio, strategy=strategy, function=COMPILED)[1][row])
+    if strategy != "bernoulli":
+        assert masks.sum(axis=1).tolist() == [expected_count(T, float(ratio), True) for ratio in ratios]
+
+
+def test_official_masks_have_one_ratio():
+    with pytest.raises(ValueError, match="ratio must be a scalar"):
+        official_masks(B, jnp.full(B, 0.1))
+
+
 # --------------------------------------------------------------------------------------------------------------- chance
 
 
@@ -285,7 +301,9 @@ def test_official_masks_and_masks_under_jit_refuse_such_a_ratio_too():
         (dict(ids=IDS[None]), r"got int32\[1, 8, 16\]"),
         (dict(eligible=jnp.ones((B, T - 1), bool)), r"eligible must have the shape \[8, 16\] of ids, got \[8, 15\]"),
         (dict(segment_ids=jnp.ones(T, int)), r"segment_ids must have the shape \[8, 16\] of ids, got \[16\]"),
-        (dict(ratio=jnp.full(B, 0.1)), r"ratio must be a scalar"),
+        (dict(ratio=jnp.full(B - 1, 0.1)), r"ratio must be a number for each row in \[0, 1\], got \[0.1 0.1"),
+        (dict(ratio=jnp.full((1, B), 0.1)), r"ratio must be a number for each row in \[0, 1\], got"),
+        (dict(ratio=np.linspace(0, 1.5, B)), r"ratio must be a number for each row in \[0, 1\], got \[0. "),
         (dict(strategy="blocks"), r"strategy must be one of random, span, bernoulli, shared, got 'blocks'"),
         (dict(strategy="span", span_length=0), r"span_length must be a whole number from 1 on, got 0"),
         (dict(strategy="span", span_length=2.5), r"span_length must be a whole number from 1 on, got 2.5"),

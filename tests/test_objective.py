@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meap_jax import sharding
 from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.objective import OBJECTIVES, Objective, clean_inputs, make_inputs, named_keys
 from meap_jax.rows import Row
-from meap_jax.train import micro_batches
+from meap_jax.train import micro_batches, summed_loss
+from tiny_models import mesh_of
 from tiny_runs import tiny_config
 
 MASK, VOCAB = 3, 64
@@ -43,6 +45,14 @@ def assert_equal(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
+@jax.jit
+def loss_and_gradient(inputs):
+    """The summed loss of a tiny decoder, and its gradient."""
+    definition = define(ModelConfig.of(run_config().model))
+    params = jax.tree.map(lambda p: 0.1 + 0.3 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), definition.shapes())
+    return jax.value_and_grad(lambda p: summed_loss(definition, p, inputs))(params)
+
+
 # ------------------------------------------------------------------------------------------------------- the objectives
 
 
@@ -55,6 +65,18 @@ def test_ntp_leaves_the_inputs_clean_whatever_its_mask_ratio_and_so_does_meap_at
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_ntp_at_ratio_0(name):
+    assert_equal(inputs_of(name, mask_ratio=0.0), clean_inputs(BATCH))
+    # Traced, the program has its gaps, but the loss and its gradient are those of NTP.
+    traced = jax.jit(lambda ratio: inputs_of(name, ratio=ratio))(jnp.float32(0.0))
+    assert not traced.is_masked.any()
+    (loss, gradient), (ntp, of_ntp) = loss_and_gradient(traced), loss_and_gradient(clean_inputs(BATCH))
+    np.testing.assert_allclose(loss, ntp, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), gradient, of_ntp)
+    assert traced.clean_weights.sum() == clean_inputs(BATCH).loss_weights.sum()
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "mir"])
 def test_targets_are_the_clean_next_tokens_and_the_loss_covers_all_but_padding(name):
     inputs = inputs_of(name)
     np.testing.assert_array_equal(inputs.targets, TOKENS[:, 1:])
@@ -88,6 +110,60 @@ def test_token_dropout_drops_the_embeddings_in_the_gaps_of_meap():
     np.testing.assert_array_equal(dropout.is_masked, meap.is_masked)
     np.testing.assert_array_equal(dropout.keep_embedding, ~np.asarray(meap.is_masked))
     np.testing.assert_array_equal(dropout.tokens, TOKENS[:, :-1])
+
+
+def test_mir_lets_a_row_be_followed_by_its_masked_copy_of_less_weight():
+    mir, meap, clean = inputs_of("mir", masked_weight=0.25), inputs_of("meap"), clean_inputs(BATCH)
+    without_mark = jax.tree.map(lambda x: x[0::2], mir)._replace(is_masked_copy=None)
+    assert_equal(without_mark, clean)
+    copies = jax.tree.map(lambda x: x[1::2], mir)
+    assert_equal(copies._replace(is_masked_copy=None, loss_weights=4 * copies.loss_weights), meap)
+    assert mir.is_masked_copy[:, 0].tolist() == [False, True] * B
+    np.testing.assert_array_equal(mir.clean_weights.sum(), clean.loss_weights.sum())
+
+
+def test_the_loss_of_mir_is_that_of_clean_inputs_and_weighted_that_of_masked_ones():
+    (clean, of_clean), (masked, of_masked), (mir, of_mir) = (
+        loss_and_gradient(inputs) for inputs in (clean_inputs(BATCH), inputs_of("meap"), inputs_of("mir"))
+    )
+    np.testing.assert_allclose(mir, clean + 0.4 * masked, rtol=1e-6)
+    expected = jax.tree.map(lambda x, y: x + 0.4 * y, of_clean, of_masked)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), of_mir, expected)
+
+
+def test_mir_without_a_weight_is_ntp_and_a_copy_without_gaps_has_none():
+    assert_equal(inputs_of("mir", masked_weight=0.0), clean_inputs(BATCH))
+    some = BATCH._replace(maskable=jnp.broadcast_to(jnp.arange(B)[:, None] > 1, TOKENS.shape))
+    weights = inputs_of("mir", row=some).loss_weights.sum(axis=1)
+    np.testing.assert_allclose(weights, [15, 0, 16, 0, 14, 5.6, 13, 5.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields, passes",
+    [({}, 2), (dict(masked_weight=0.0), 1), (dict(mask_ratio=0.0), 1), (dict(mask_ratio=0.0, ramp_from=0.5), 2),
+     (dict(name="meap"), 1)],
+)  # fmt: skip
+def test_a_step_of_mir_is_two_passes_where_there_are_copies(fields, passes):
+    assert Objective.of(run_config(**dict(name="mir") | fields)).num_passes == passes
+
+
+def test_under_fcm_no_later_position_sees_the_gaps_and_the_first_token_of_a_document_is_none():
+    inputs, clean = inputs_of("fcm", mask_ratio=0.5), clean_inputs(BATCH)
+    gaps = np.asarray(inputs.is_masked)
+    # Half of the 6 that are not the first, and of the 8, 8, 7 and 6 in the second documents.
+    assert gaps[:, :7].sum(axis=1).tolist() == [3] * 4 and gaps[:, 7:].sum(axis=1).tolist() == [4, 4, 3, 3]
+    assert not inputs_of("fcm", mask_ratio=1.0).is_masked[:, [0, 7]].any()
+    sees = np.asarray(clean.visibility.mask()) & (~gaps[:, None, :] | np.eye(T, dtype=bool))
+    np.testing.assert_array_equal(inputs.visibility.mask(), sees)
+    assert_equal(inputs._replace(is_masked=clean.is_masked, forgotten=None), clean)
+
+
+def test_dropout_hides_no_position_and_drops_hidden_states_at_the_ratio_of_the_step():
+    inputs = inputs_of("dropout", step=10, ramp_from=0.0, mask_ratio=0.5)
+    np.testing.assert_array_equal(inputs.dropout.rates, np.full((B, 1), 0.25))
+    assert len(set(inputs.dropout.seeds[:, 0].tolist())) == B
+    assert (inputs.dropout.seeds != inputs_of("dropout", step=11).dropout.seeds).all()
+    assert_equal(inputs._replace(dropout=None), clean_inputs(BATCH))
 
 
 @pytest.mark.parametrize("strategy", ["random", "span", "bernoulli", "official"])
@@ -221,6 +297,25 @@ def test_a_ramp_masks_what_the_ratio_of_its_step_would():
     assert fractions[0] < fractions[1] < fractions[2]
 
 
+def test_a_row_draws_its_own_ratio_up_to_that_of_the_step():
+    rows = Row(jnp.full((1000, 101), 4, jnp.int32))
+    counts = np.asarray(inputs_of(row=rows, ratio_per_row=True, mask_ratio=0.5).is_masked.sum(axis=1))
+    # From 1 (any ratio above 0 masks something) to 49, and each as often: 24.5 in the mean, with a spread of 14.4.
+    assert counts.min() == 1 and counts.max() == 49
+    assert abs(counts.mean() - 24.5) < 4.5 * 14.4 / np.sqrt(1000) and abs(counts.std() - 14.4) < 1
+    # Its positions are the first of those that the constant ratio draws, so that nothing else changes.
+    whole, own = (inputs_of(ratio_per_row=way, mask_ratio=0.9).is_masked for way in (False, True))
+    assert not (own & ~whole).any() and own.sum() < whole.sum()
+    rates = inputs_of("dropout", ratio_per_row=True, mask_ratio=0.5).dropout.rates
+    assert len(set(rates[:, 0].tolist())) == B and 0 <= rates.min() and rates.max() < 0.5
+
+
+def test_ratios_of_rows_keep_to_ramps_and_to_the_ratio_0():
+    assert_equal(ramp(3, ratio_per_row=True), clean_inputs(BATCH))
+    assert_equal(ramp(19, ratio_per_row=True), inputs_of(step=19, mask_ratio=0.6, ratio_per_row=True))
+    assert_equal(inputs_of(mask_ratio=0.0, ratio_per_row=True), clean_inputs(BATCH))
+
+
 def test_ntp_has_no_ramp():
     assert_equal(ramp(19, name="ntp"), clean_inputs(BATCH))
 
@@ -233,6 +328,19 @@ def test_ntp_has_no_ramp():
 def test_micro_batches_deal_out_rows_with_the_masks_drawn_for_the_whole_batch(name, num):
     inputs = inputs_of(name)
     micro = micro_batches(inputs, num)
-    assert micro.tokens.shape == (num, B // num, T)
+    assert micro.tokens.shape == (num, len(inputs.tokens) // num, T)
     for i in range(num):
         jax.tree.map(lambda m, x, i=i: np.testing.assert_array_equal(m[i], x[i::num]), micro, inputs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_draw_is_the_same_on_8_devices(name):
+    mesh = mesh_of(data=4, fsdp=2)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    both = jax.tree.map(lambda x: jnp.concatenate([x, x]), BATCH)
+
+    def draw(row):
+        return inputs_of(name, row=row, ratio_per_row=True, mask_ratio=0.6)
+
+    sharded = jax.jit(draw, in_shardings=rows, out_shardings=everywhere)(jax.device_put(both, rows))
+    assert_equal(sharded, jax.jit(draw)(both))

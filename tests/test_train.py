@@ -111,6 +111,15 @@ def test_losses_are_those_of_one_device_on_any_mesh_and_with_accumulation(num_de
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, on_one_device[1])
 
 
+@pytest.mark.parametrize("name", ["mir", "fcm", "dropout"])
+def test_what_an_objective_draws_depends_on_neither_mesh_nor_micro_batches(name):
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.context": 2, "grad_accum_steps": 2}
+    losses, params = run_steps(tiny_config(**mesh, **{"objective.name": name}))
+    expected = run_steps(tiny_config(**{"objective.name": name}), devices=jax.devices()[:1])
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected[1])
+
+
 def test_two_runs_on_one_mesh_are_bit_equal():
     config = tiny_config(**{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.context": 2})
     jax.tree.map(np.testing.assert_array_equal, run_steps(config), run_steps(config))
@@ -124,6 +133,27 @@ def test_a_traced_ratio_replaces_the_configs_and_compiles_once():
     assert step._cache_size() == 1
     # Segments of 9 and 7 inputs: floor(.25 * 9) + floor(.25 * 7) = 2 + 1 of 16, and 4 + 3 at one half.
     np.testing.assert_allclose(fractions, [0, 3 / 16, 7 / 16], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"objective.mask_ratio": 0.0}, {"objective.masked_weight": 0.0}], ids=str)
+def test_mir_that_masks_nothing_or_has_no_weight_takes_the_step_of_ntp_bit_for_bit(fields):
+    (definition, state), batch = initial(tiny_config()), random_batch()
+    steps = [
+        jax.jit(train.step_function(tiny_config(**{"objective.name": name}, **own), definition))
+        for name, own in (("ntp", {}), ("mir", fields))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *(step(state, batch) for step in steps))
+
+
+def test_metrics_of_mir_are_about_clean_targets_and_masked_copies():
+    (definition, state), batch = initial(tiny_config()), random_batch()
+    (_, meap), (_, mir) = (
+        jax.jit(train.step_function(tiny_config(**{"objective.name": name}), definition))(state, batch)
+        for name in ("meap", "mir")
+    )
+    for metric in ("mask_fraction", "num_targets"):
+        assert float(mir[metric]) == float(meap[metric]) > 0
+    assert 1.3 < mir["loss"] / meap["loss"] < 1.5  # A loss of 1 and 0.4, and all are alike at first.
 
 
 @pytest.mark.parametrize("mesh", [{"mesh.data": 8}, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}], ids=str)

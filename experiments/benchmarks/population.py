@@ -81,3 +81,6 @@ def _turns(config: ml_collections.ConfigDict, num_devices: int, calls: int, step
 
 
 command = harness.main("population", __doc__, measure, repeats=15)
+
+if __name__ == "__main__":
+    harness.run(command)

@@ -14,6 +14,7 @@ from meap_jax.aot.generation import NUM_NEW, lowered_programs
 from meap_jax.aot.targets import Target, find_target, usable_bytes
 from meap_jax.metrics import model_flops
 from meap_jax.models import define_model
+from meap_jax.objective import Objective
 from meap_jax.run import versions
 from meap_jax.train import abstract_inputs, compile_step
 
@@ -56,7 +57,8 @@ def compile_report(config: ml_collections.ConfigDict, target: Target) -> dict[st
     """
     chip = target.chip
     _, mesh, definition = define_model(config, devices=target.devices)
-    wanted = model_flops(definition.config, config.seq_len, config.global_batch_size * config.seq_len)
+    num_tokens = config.global_batch_size * config.seq_len * Objective.of(config).num_passes
+    wanted = model_flops(definition.config, config.seq_len, num_tokens)
     report: dict[str, Any] = {
         "devices": mesh.size,
         "chip": chip.name,

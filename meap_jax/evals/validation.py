@@ -34,7 +34,7 @@ class Validation:
         self._batch_size, self._max_rows = config.global_batch_size, config.eval.max_rows
         meap = dataclasses.replace(
             Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random",
-            ramp_from=None, rows_per_mean=0,
+            ramp_from=None, ratio_per_row=False, rows_per_mean=0,
         )  # fmt: skip
         losses = functools.partial(_losses, definition, meap, config.loss.chunk_size)
         self._step = jax.jit(losses, out_shardings=sharding.replicated(self._mesh))

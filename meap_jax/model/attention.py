@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meap_jax import sharding
 from meap_jax.model import attention_cudnn, attention_splash, attention_xla
@@ -82,6 +82,7 @@ def _check_side(
     window: int | None,
     branch_ids: Int[Array, "B T"] | None,
     rope_positions: Int[Array, "B T"] | None,
+    forgotten: Bool[Array, "B T"] | None,
 ) -> None:
     """The fields of a visibility as arguments, whose shapes are checked in tests as those of fields are not."""
 

@@ -16,6 +16,8 @@ LONGEST_MASKED = 8_192  # Segments and branches go in as a mask of T x T, which 
 def why_not(q: jax.Array, visibility: Visibility, context: int) -> str | None:
     """What this kernel can't express of a call, in words; None if it can do it."""
     T, d = q.shape[1], q.shape[-1]
+    if visibility.forgotten is not None:
+        return "forgotten keys"
     if q.dtype not in DTYPES:
         return f"{q.dtype} arrays"
     if d % 8 or d > LARGEST_HEAD:

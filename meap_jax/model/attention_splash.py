@@ -23,6 +23,8 @@ def why_not(q: jax.Array, visibility: Visibility, context: int) -> str | None:
     """What this kernel can't express of a call, in words; None if it can do it."""
     if visibility.branch_ids is not None:
         return "branches"
+    if visibility.forgotten is not None:
+        return "forgotten keys"
     if (q.shape[1] // context) % LANES:
         return f"{q.shape[1] // context} queries a device, which is no multiple of {LANES}"
     return None

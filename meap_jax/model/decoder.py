@@ -18,6 +18,7 @@ from meap_jax import sharding
 from meap_jax.losses import linear_cross_entropy, token_losses
 from meap_jax.model.cache import Cache
 from meap_jax.model.config import ModelConfig
+from meap_jax.model.dropout import Dropout
 from meap_jax.model.layers import Block, HasWindow, RMSNorm, input_std, linear, normal
 from meap_jax.model.visibility import Visibility
 from meap_jax.sharding import constrain
@@ -80,10 +81,11 @@ class Decoder(nnx.Module):
         targets_BT: Int[Array, "B T"],
         loss_weights_BT: Float32[Array, "B T"],
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
+        dropout: Dropout | None = None,
         **options: Any,
     ) -> Float32[Array, ""]:
         """Weighted sum of cross-entropies in nats, without logits of all positions; see `linear_cross_entropy`."""
-        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT)
+        x_BTD = self.hidden(tokens_BT, visibility, keep_embedding_BT, dropout)
         targets_BT, loss_weights_BT = (sharding.zigzag(x, context_shards()) for x in (targets_BT, loss_weights_BT))
         num_tokens = self.config.num_tokens
         return linear_cross_entropy(x_BTD, self._head(), targets_BT, loss_weights_BT, num_tokens=num_tokens, **options)
@@ -107,9 +109,10 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         visibility: Visibility,
         keep_embedding_BT: Bool[Array, "B T"] | None = None,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head reads, in the order in which the devices of `context` hold the sequence."""
-        x_BTD, _ = self._run_layers(tokens_BT, visibility, keep_embedding_BT, look=None)
+        x_BTD, _ = self._run_layers(tokens_BT, visibility, keep_embedding_BT, dropout, look=None)
         return self.final_norm(x_BTD)
 
     def observe(self, tokens_BT: Int[Array, "B T"], visibility: Visibility, look: Look) -> Any:
@@ -117,13 +120,14 @@ class Decoder(nnx.Module):
 
         On a mesh whose `context` is 1: a look sees whole sequences.
         """
-        return self._run_layers(tokens_BT, visibility, None, look)[1]
+        return self._run_layers(tokens_BT, visibility, None, None, look)[1]
 
     def _run_layers(
         self,
         tokens_BT: Int[Array, "B T"],
         visibility: Visibility,
         keep_embedding_BT: Bool[Array, "B T"] | None,
+        dropout: Dropout | None,
         look: Look | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The residual stream behind the last layer, and what `look` found in each."""
@@ -134,22 +138,27 @@ class Decoder(nnx.Module):
         x_BTD = self.embedding[...].astype(c.dtype)[tokens_BT]
         if keep_embedding_BT is not None:
             x_BTD = x_BTD * sharding.zigzag(keep_embedding_BT, shards)[..., None].astype(c.dtype)
+        if dropout is not None:
+            positions_T = sharding.zigzag(jnp.arange(tokens_BT.shape[1])[None], shards)[0]
+            x_BTD = dropout.drop(x_BTD, 0, positions_T)
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
 
         block, weights = nnx.split(self.layers)
         is_mixed = len(set(c.has_window)) > 1
         windows = jnp.array(c.has_window) if is_mixed else None
+        numbers = None if dropout is None else jnp.arange(c.num_layers)
 
-        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
-            weights, has_window = own
+        def layer(x_BTD: Float[Array, "B T D"], own: tuple[Any, Any, Any]) -> tuple[Float[Array, "B T D"], Any]:
+            weights, has_window, number = own
             has_window = has_window if is_mixed else c.has_window[0]
             merged: Any = nnx.merge(block, weights)
             found = None if look is None else look(merged, x_BTD, has_window)
-            x_BTD, _ = merged(x_BTD, positions_BT, visibility, has_window)
+            drop = None if dropout is None else lambda y, i: dropout.drop(y, 1 + 2 * number + i, positions_T)
+            x_BTD, _ = merged(x_BTD, positions_BT, visibility, has_window, drop=drop)
             return constrain(x_BTD, "batch", "sequence", None), found
 
         unroll = min(c.unroll, c.num_layers)
-        return jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, windows), unroll=unroll)
+        return jax.lax.scan(remat(layer, c.remat), x_BTD, (weights, windows, numbers), unroll=unroll)
 
     def extend(
         self,

@@ -7,6 +7,7 @@ Names carry shapes: B batch, T sequence, D embed, H heads, K kv heads, d head_di
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from meap_jax.sharding import constrain
 
 # Known where the program is made, unless layers of both kinds share it: then it comes with each layer's weights.
 HasWindow = bool | Bool[Array, ""]
+# Dropout of what attention (0) or the mlp (1) adds to the residual stream.
+Drop = Callable[[jax.Array, int], jax.Array]
 NUM_INPUTS = {"o_proj": 2}  # Axes of a weight that are inputs, where it is not one.
 
 
@@ -224,8 +227,10 @@ class Block(nnx.Module):
         visibility: Visibility,
         has_window: HasWindow,
         cache: Cache | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         attended_BTD, cache = self.attn(self.attn_norm(x_BTD), positions_BT, visibility, has_window, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        x_BTD = x_BTD + (attended_BTD if drop is None else drop(attended_BTD, 0))
+        fed_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + (fed_BTD if drop is None else drop(fed_BTD, 1)), cache

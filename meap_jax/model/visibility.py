@@ -17,7 +17,8 @@ class Visibility:
     - same segment (document);
     - the key's position is not after the query's (causal);
     - the distance in positions is below `window`, if there is one;
-    - the key is on the trunk (branch 0) or on the query's own branch, if there are branches.
+    - the key is on the trunk (branch 0) or on the query's own branch, if there are branches;
+    - the key is not forgotten, or it is the query's own.
 
     A row is in order: no query sees a later key. Backends skip those keys; "plain" alone compares all positions, so
     that it takes a permuted row too. Where queries and keys are described apart (a cache), all backends compare what
@@ -29,6 +30,7 @@ class Visibility:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})  # With the query's own position.
     branch_ids: Int[Array, "B T"] | None = None  # 0 is the trunk.
     rope_positions: Int[Array, "B T"] | None = None  # RoPE's, where they are others than those of causality.
+    forgotten: Bool[Array, "B T"] | None = None  # Keys that no later query sees; None: there are none.
 
     @property
     def angles_at(self) -> Int[Array, "B T"]:
@@ -47,6 +49,8 @@ class Visibility:
         if self.branch_ids is not None and k.branch_ids is not None:
             of_keys = k.branch_ids[:, None, :]
             sees &= (self.branch_ids[:, :, None] == of_keys) | (of_keys == 0)
+        if k.forgotten is not None:
+            sees &= ~k.forgotten[:, None, :] | (distance == 0)
         return sees
 
     def slice(self, start: int | jax.Array, size: int) -> "Visibility":

@@ -24,8 +24,10 @@ def qkv(num_kv_heads=2):
 
 
 def sees(v: Visibility, b: int, query: int, key: int) -> bool:
-    """The four conditions of `Visibility`, one after the other."""
+    """The conditions of `Visibility`, one after the other."""
     distance = v.positions[b][query] - v.positions[b][key]
+    if v.forgotten is not None and v.forgotten[b][key] and distance > 0:
+        return False
     if v.segment_ids[b][query] != v.segment_ids[b][key] or distance < 0:
         return False
     if v.window is not None and distance >= v.window:
@@ -60,7 +62,8 @@ BRANCHES = replace(
 @pytest.mark.parametrize(
     "visibility, num_kv_heads",
     [(ONE_DOCUMENT, 1), (ONE_DOCUMENT, 2), (ONE_DOCUMENT, H), (DOCUMENTS, 2), (replace(ONE_DOCUMENT, window=3), 2)]
-    + [(replace(DOCUMENTS, window=1), 2), (BRANCHES, 2), (replace(BRANCHES, window=2), 2)],
+    + [(replace(DOCUMENTS, window=1), 2), (BRANCHES, 2), (replace(BRANCHES, window=2), 2)]
+    + [(replace(DOCUMENTS, forgotten=ROW % 3 == 1), 2)],
 )
 def test_attention_is_that_of_a_slow_loop(visibility, num_kv_heads):
     arrays = qkv(num_kv_heads)
@@ -81,12 +84,14 @@ def test_a_permuted_sequence_sees_what_its_positions_say():
     segments=st.lists(st.integers(0, 2), min_size=B * T, max_size=B * T),
     positions=st.lists(st.integers(0, 5), min_size=B * T, max_size=B * T),
     branches=st.none() | st.lists(st.integers(0, 2), min_size=B * T, max_size=B * T),
+    forgotten=st.none() | st.lists(st.booleans(), min_size=B * T, max_size=B * T),
     window=st.none() | st.integers(1, 6),
 )
-def test_the_mask_says_who_sees_whom_and_every_query_sees_itself(segments, positions, branches, window):
+def test_the_mask_says_who_sees_whom_and_every_query_sees_itself(segments, positions, branches, forgotten, window):
     segments, positions = (np.int32(values).reshape(B, T) for values in (segments, positions))
     branches = None if branches is None else np.int32(branches).reshape(B, T)
-    visibility = Visibility(segments, positions, window, branches)
+    forgotten = None if forgotten is None else np.array(forgotten).reshape(B, T)
+    visibility = Visibility(segments, positions, window, branches, forgotten=forgotten)
     mask = jax.tree.map(jnp.asarray, visibility).mask()
     expected = [[[sees(visibility, b, q, k) for k in range(T)] for q in range(T)] for b in range(B)]
     np.testing.assert_array_equal(mask, expected)

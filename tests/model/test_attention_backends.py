@@ -29,6 +29,7 @@ VISIBILITIES = {
     "window": replace(DOCUMENT, window=130),
     "documents, window": replace(DOCUMENTS, window=33),
     "branches": replace(DOCUMENT, branch_ids=BRANCH_IDS),
+    "forgotten": replace(DOCUMENTS, forgotten=jnp.arange(T) % 3 + jnp.zeros_like(TOKENS) == 1),
 }
 
 
@@ -91,6 +92,7 @@ MESHES = {
     + [("splash", "documents", "one device", 1)]
     + [("xla", "documents", kind, 2) for kind in MESHES]
     + [("plain", "documents", "all", 2), ("xla", "documents, window", "all", 2), ("splash", "documents", "all", 2)]
+    + [("xla", "forgotten", "all", 2)]
     + [("splash", "documents, window", "context", 2), ("splash", "document", "context", 2)],
 )
 def test_a_backend_gives_the_values_and_gradients_of_the_definition(implementation, name, kind, num_kv_heads):
@@ -143,6 +145,8 @@ def test_blocks_of_queries_see_no_more_than_the_keys_before_them():
     ("implementation", "visibility", "keys", "reason"),
     [
         ("splash", VISIBILITIES["branches"], None, "splash does not take branches"),
+        ("splash", VISIBILITIES["forgotten"], None, "splash does not take forgotten keys"),
+        ("cudnn", VISIBILITIES["forgotten"], None, "cudnn does not take forgotten keys"),
         ("splash", causal(TOKENS[:, :80]), None, "80 queries a device, which is no multiple of"),
         ("cudnn", DOCUMENT, None, "cudnn does not take float32 arrays"),
         ("splash", DOCUMENT, DOCUMENT, "splash does not take keys apart from the queries"),
