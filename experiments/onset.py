@@ -32,6 +32,7 @@ _log = logging.getLogger("meap_jax.experiments.onset")
 
 ROLES = "key,fact,answer,repeat"  # Of all that a look-up needs: keys, and values wherever they are.
 NTP = Arm("ntp", "NTP", {"objective.name": "ntp"})
+MEAP = {"objective.name": "meap", "objective.ramp_from": None}  # From the start.
 
 
 def both_ways(name: str, label: str, /, **fields: Any) -> list[Arm]:
@@ -41,10 +42,6 @@ def both_ways(name: str, label: str, /, **fields: Any) -> list[Arm]:
         Arm(name, f"{label} from the start", changes | {"objective.ramp_from": None}),
         Arm(f"{name}_ramped", f"{label} ramped up", changes | {"objective.ramp_from": 0.0}),
     ]
-
-
-def _from_start(percent: float) -> dict[str, Any]:
-    return {"objective.name": "meap", "objective.mask_ratio": percent / 100, "objective.ramp_from": None}
 
 
 class Part(NamedTuple):
@@ -87,13 +84,10 @@ PARTS = {
     ),
     "training": Part(
         "Is the delay noise of the gradient, or a matter of size?",
-        [NTP, *(Arm(f"meap{p}", f"MEAP {p} % from the start", _from_start(p)) for p in (5, 15))],
+        [NTP, Arm("meap5", "MEAP 5 % from the start", MEAP | {"objective.mask_ratio": 0.05})],
         {
-            "learning rate x 1/2": {"optimizer.learning_rate": 1e-3},
             "learning rate x 2": {"optimizer.learning_rate": 4e-3},
-            "batch x 1/2": {"global_batch_size": 4},
             "batch x 2": {"global_batch_size": 16},
-            "batch x 4": {"global_batch_size": 32},
             "4 heads of 16": {"model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 16},
             "4 layers": {"model.num_layers": 4, "model.unroll": 4},
             "width 128": {

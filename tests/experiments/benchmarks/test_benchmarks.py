@@ -40,7 +40,8 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("masking", []), ("population", ["--repeats=1"]), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
+        ("masking", []), ("scaling", []), ("data", []), ("loss", []), ("startup", ["--repeats=1"]),
+        ("population", ["--repeats=1"]),
         ("needles", ["--repeats=1"]), ("fine_tuning", ["--repeats=1"]),
         ("corpus", ["--repeats=1", "--no-datasets"]), ("train_step", ["--repeats=1", "--no-torch"]),
         ("generation", ["--repeats=1", "--no-torch"]),
