@@ -1,10 +1,11 @@
 """When does masking help? Trains arms with many seeds, and notes when each begins to look facts up, and how it ends.
 
 python -m experiments.onset --config=configs/quickstart.py --workdir=runs/onset [--parts=ratio,filler,...] [--seeds=5]
-    [--config.field=value ...]
+    [--text=FILES] [--config.field=value ...]
 
 Each part is a question, with a setting or several, each of which trains arms of its own. What a part came to is in
-PARTS.json; an interrupted part goes on where it was, and a part that is done is not trained again.
+PART.json; an interrupted part goes on where it was, and a part that is done is not trained again. The part "language"
+mixes facts with English, from the files of --text, and is left out without it.
 `python -m experiments.onset_report` makes the page of them.
 """
 
@@ -107,10 +108,18 @@ PARTS = {
 
 
 def run_setting(
-    config: ml_collections.ConfigDict, part: Part, setting: str, workdir: epath.Path, seeds: Sequence[int]
+    config: ml_collections.ConfigDict,
+    part: Part,
+    setting: str,
+    workdir: epath.Path,
+    seeds: Sequence[int],
+    text: str | None,
 ) -> list[dict[str, Any]]:
     """Trains and evaluates the arms of a part in one setting; a record for each member."""
-    changed = config_of(config, Arm(setting, setting, part.settings[setting]), config.seed)
+    changes = dict(part.settings[setting])
+    if "data.mixture" in changes:
+        changes["data.path"] = text
+    changed = config_of(config, Arm(setting, setting, changes), config.seed)
     folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting) or "own")
     run = open_run(changed, folder, population.evaluation_mesh(changed, jax.devices()))
     asked = probes(run)
@@ -134,8 +143,14 @@ def run_setting(
     ]
 
 
-def study(config: ml_collections.ConfigDict, workdir: epath.Path, parts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Runs parts, and writes PART.json of each that is not there."""
+def study(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    parts: Sequence[str],
+    seeds: Sequence[int],
+    text: str | None = None,
+) -> None:
+    """Runs parts, and writes PART.json of each that is not there; `text` is a path of English, as in data.path."""
     for name in parts:
         file = workdir / f"{name}.json"
         if file.exists():
@@ -144,7 +159,9 @@ def study(config: ml_collections.ConfigDict, workdir: epath.Path, parts: Sequenc
         began = time.perf_counter()
         part = PARTS[name]
         members = [
-            member for setting in part.settings for member in run_setting(config, part, setting, workdir / name, seeds)
+            member
+            for setting in part.settings
+            for member in run_setting(config, part, setting, workdir / name, seeds, text)
         ]
         about = {"question": part.question, "config": config.to_dict(), "versions": versions(), "seeds": list(seeds)}
         about["minutes"] = round((time.perf_counter() - began) / 60, 1)
@@ -155,19 +172,24 @@ def study(config: ml_collections.ConfigDict, workdir: epath.Path, parts: Sequenc
 def command(argv: list[str]) -> None:
     """Runs parts of the study as the command line says."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--parts", nargs="?", const="", default=",".join(PARTS))
+    parser.add_argument("--parts", nargs="?", const="")
     parser.add_argument("--seeds", nargs="?", const="", default="5")
+    parser.add_argument("--text", nargs="?", const="")
     args, rest = parser.parse_known_args(argv[1:])
-    parts = args.parts.split(",")
+    parts = [name for name in PARTS if name != "language" or args.text]
+    if args.parts is not None:
+        parts = args.parts.split(",")
     if not set(parts) <= set(PARTS):
         raise ConfigError(f"--parts is {args.parts!r}, but must be some of {', '.join(PARTS)}.")
+    if "language" in parts and not args.text:
+        raise ConfigError("--text is not set, but the part language needs files of English, as in data.path.")
     if not args.seeds.isdecimal() or int(args.seeds) < 2:
         raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one seed has no spread.")
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/onset", *rest])
     population.check_mesh(config)
     make_folder("workdir", workdir)
     population.use_all_cores()
-    study(config, workdir, parts, [config.seed + i for i in range(int(args.seeds))])
+    study(config, workdir, parts, [config.seed + i for i in range(int(args.seeds))], args.text)
 
 
 if __name__ == "__main__":
