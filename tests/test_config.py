@@ -156,7 +156,8 @@ def test_a_field_that_came_later_counts_as_its_default_and_one_that_is_unknown_a
     "name",
     [
         "meap_jax.main", "meap_jax.corpus.prepare", "meap_jax.corpus.beam", "meap_jax.aot.__main__",
-        "experiments.compare", "experiments.onset", "experiments.look_up", "experiments.mask_ratio", "experiments.cloud.mask_ratio",
+        "experiments.compare", "experiments.onset", "experiments.look_up", "experiments.mask_ratio",
+        "experiments.cloud.mask_ratio",
     ],
 )  # fmt: skip
 def test_help_shows_the_usage_and_every_field(name, monkeypatch, capsys):

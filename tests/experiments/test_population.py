@@ -35,11 +35,9 @@ ARMS = (RAMPED, NTP, MEAP, RANDOM)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    flags = tiny_runs.flags(tmp_path_factory.mktemp("population"), num_steps=NUM_STEPS, objective__ramp_from=None)
-    flags.remove("--config.objective.ramp_from=None")
+    flags = tiny_runs.flags(tmp_path_factory.mktemp("population"), num_steps=NUM_STEPS)
     config, workdir = cli.parse_config(["population", *flags])
-    config.objective.update(dict(ramp_from=0.0, ramp_begin=0.0, ramp_end=1.0))
-    config = config_of(config, Arm("", "", {"objective.ramp_from": None}), 0)
+    config = config_of(config, Arm("", "", {}), 0)
     return open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
 
 
