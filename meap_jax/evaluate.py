@@ -6,9 +6,10 @@ python -m meap_jax.evaluate --hf=DIR --tasks=... --out=FILE.json
 python -m meap_jax.evaluate compare A.json B.json [--out=DIR]
 
 Tasks: validation, retrieval (both on the data of a run), facts, niah, ruler, mdqa, kv, mneedle, commonsense, summaries;
-their options are the fields eval.* of a config. Prints every metric with its interval as JSON, and writes them with a record
-for each example to FILE.json, by default DIR/evaluation_SPLIT.json. The predictions of tasks that ask a model are
-written to the folder FILE/ while they are made, a file of JSON lines for each task; the same command goes on from them.
+their options are the fields eval.* of a config. Prints every metric with its interval as JSON, and writes them with a
+record for each example to FILE.json, by default DIR/evaluation_SPLIT.json. The predictions of tasks that ask a model
+are written to the folder FILE/ while they are made, a file of JSON lines for each task; the same command goes on from
+them.
 """
 
 import argparse

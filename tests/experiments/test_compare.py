@@ -1,41 +1,73 @@
 """The comparison from its command to its page, at tiny size."""
 
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import tiny_runs
 from experiments import compare
+from meap_jax import cli
 from meap_jax.errors import ConfigError
+from meap_jax.models import open_model
+from meap_jax.train import Diverged
+
+FIELDS = dict(num_steps=4, eval__facts__counts="2,3", eval__facts__documents=2)
 
 
-def test_pairs_share_weights_batches_and_steps_and_a_second_call_trains_nothing(one_device, tmp_path, capfd):
-    # At ratio 0 MEAP is NTP: whatever else differed between the runs of a pair would show.
-    words = tiny_runs.flags(tmp_path, num_steps=4, checkpoint__every=4, objective__mask_ratio=0.0)
-    compare.command(["compare", "--seeds=2", *words])
-    assert f"report: {tmp_path / 'report.md'}" in capfd.readouterr().out
-    for seed in (0, 1):
-        assert tiny_runs.losses(tmp_path / f"ntp-seed{seed}") == tiny_runs.losses(tmp_path / f"meap-seed{seed}")
-    assert tiny_runs.losses(tmp_path / "ntp-seed0") != tiny_runs.losses(tmp_path / "ntp-seed1")
-
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["metrics"]) == {
-        "test_retrieval/loss", "test_retrieval/masked_loss", "test_retrieval_answers/accuracy"
-    }  # fmt: skip
-    for row in results["metrics"].values():
-        assert row["ntp"] == row["meap"]
-        assert row["difference"] == {"estimate": 0, "low": 0, "high": 0}
-    assert (tmp_path / "report.md").read_text().startswith("# NTP and MEAP")
-
-    saved = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*seed*/checkpoints/*/_CHECKPOINT_METADATA")}
-    compare.command(["compare", "--seeds=2", *words])
-    assert len(saved) == 4 and all(file.stat().st_mtime_ns == time for file, time in saved.items())
-    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == results["metrics"]
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of two seeds that is done."""
+    folder = tmp_path_factory.mktemp("compared")
+    compare.command(["compare", "--seeds=2", *tiny_runs.flags(folder, **FIELDS)])
+    return folder
 
 
-def test_a_run_that_fails_stops_the_comparison_with_its_own_sentence(one_device, tmp_path):
+def test_all_arms_of_all_seeds_are_in_the_results(compared):
+    results = json.loads((compared / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    for file in ("learning.png", "accuracy.png"):
+        assert (compared / file).read_bytes().startswith(b"\x89PNG")
+    page = (compared / "report.md").read_text()
+    for arm in compare.ARMS:
+        assert arm.label in page
+        for seed in (0, 1):
+            assert (compared / f"{arm.name}-seed{seed}" / "config.json").exists()
+
+
+def test_a_second_call_trains_nothing_and_comes_to_the_same(compared, monkeypatch, capsys):
+    before = json.loads((compared / "results.json").read_text())
+    monkeypatch.setattr(compare.population, "_settle", lambda *_: pytest.fail("it is done"))
+    compare.command(["compare", "--seeds=2", *tiny_runs.flags(compared, **FIELDS)])
+    after = json.loads((compared / "results.json").read_text())
+    assert before.pop("setting") != after.pop("setting")  # The first one says how long it took.
+    assert before == after and f"report: {compared / 'report.md'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ntp", "meap_ramped"])
+def test_a_folder_is_that_of_the_training_command_which_goes_on_from_it(compared, tmp_path, name):
+    arm = next(arm for arm in compare.ARMS if arm.name == name)
+    fields = {key.replace(".", "__"): value for key, value in arm.changes.items()} | FIELDS
+    fields |= dict(seed=1, data__prepared=compared / "data", checkpoint__every=2)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    shutil.copytree(compared / f"{name}-seed1", ours)
+    tiny_runs.run(theirs, **fields)
+    with jax.default_device(jax.devices()[0]):
+        models = [open_model(folder) for folder in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
+    # Both with the sizes of a longer run from here on.
+    lasting = {key: value for key, value in fields.items() if key != "num_steps"}
+    for folder in (ours, theirs):
+        tiny_runs.run(folder, **lasting, num_steps=6)
+    own, other = (tiny_runs.losses(folder)[6] for folder in (ours, theirs))
+    assert own == other
+
+
+def test_a_run_that_diverges_stops_the_comparison_and_no_page_is_written(tmp_path):
     words = tiny_runs.flags(tmp_path, optimizer__learning_rate=1e30)
-    with pytest.raises(ConfigError, match=r"seed 0 failed: step \d+: the loss is .* \(log: .*log\.txt\)"):
+    with pytest.raises(Diverged, match=r"the loss of \w+ with seed 0 is not finite by step"):
         compare.command(["compare", "--seeds=2", *words])
     assert not (tmp_path / "report.md").exists()
 
@@ -44,3 +76,23 @@ def test_a_run_that_fails_stops_the_comparison_with_its_own_sentence(one_device,
 def test_a_comparison_needs_two_seeds(value):
     with pytest.raises(ConfigError, match="--seeds is .*, but must be a number from 2 on"):
         compare.command(["compare", f"--seeds={value}"])
+
+
+def test_a_turn_is_a_sixtieth_of_the_run_or_less():
+    assert [compare.steps_of_a_turn(n) for n in (1, 8, 60, 120, 1_500, 2_000, 8_000, 61)] == [
+        1,
+        1,
+        1,
+        2,
+        25,
+        25,
+        125,
+        1,
+    ]
+
+
+def test_what_is_asked_has_the_facts_of_training_and_of_the_test(compared):
+    config, workdir = cli.parse_config(["compare", *tiny_runs.flags(compared, **FIELDS)])
+    asked = compare.probes(compare.open_run(config, workdir))
+    counts = {name: set(of_set.answers["num_facts"].tolist()) for name, of_set in asked.items()}
+    assert counts == {"trained": {2, 3}, "longer": {3}}
