@@ -118,7 +118,7 @@ def run_setting(
     """Trains and evaluates the arms of a part in one setting; a record for each member."""
     changes = dict(part.settings[setting])
     if "data.mixture" in changes:
-        changes["data.path"] = text
+        changes["data.sources.text.path"] = text
     changed = config_of(config, Arm(setting, setting, changes), config.seed)
     folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting) or "own")
     run = open_run(changed, folder, population.evaluation_mesh(changed, jax.devices()))
