@@ -48,8 +48,7 @@ def test_the_first_layer_attends_as_its_queries_and_keys_say():
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-    q = turned(np.asarray(x @ layer["attn"]["q_proj"]).reshape(start, c.num_heads, c.head_dim))
-    k = turned(np.asarray(x @ layer["attn"]["k_proj"]).reshape(start, c.num_kv_heads, c.head_dim))
+    q, k = (turned(np.einsum("TD,DHd->THd", x, layer["attn"][f"{name}_proj"])) for name in "qk")
     for head in range(c.num_heads):
         scores = k[:, head // (c.num_heads // c.num_kv_heads)] @ q[-1, head] / np.sqrt(c.head_dim)
         weights = np.exp(scores - scores.max())
