@@ -288,6 +288,11 @@ def _check_chat(config: ml_collections.ConfigDict) -> None:
             f"objective.name is {objective.name!r}, but fine-tuning on conversations has copies of answers with "
             f"masks: train on other documents, or set another objective than {', '.join(WITHOUT_COPIES_OF_ANSWERS)}."
         )
+    if chats and objective.where != "all":
+        raise ConfigError(
+            f"objective.where is {objective.where!r}, but masks of conversations fall in copies of answers: leave it "
+            "out."
+        )
     for name in chats:
         source = config.data.sources[name]
         for field in ("field", "max_tokens", "long_from"):

@@ -117,6 +117,12 @@ def windowed_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     return tuple(layer in named for layer in range(num_layers))
 
 
+def roles_of(where: str) -> tuple[str, list[str]]:
+    """Reads `objective.where`, such as "only:key,answer": its first word (all, only or never), and the roles."""
+    word, _, roles = where.partition(":")
+    return word, roles.split(",") if roles else []
+
+
 def _are_linear_layers(globs: str) -> bool:
     try:
         return bool(linear_layers(globs))
@@ -144,6 +150,8 @@ SHARE = rule(lambda v: 0 <= v <= 1, "in [0, 1]", -0.1, 1.5)
 DECAY_RATE = rule(lambda v: 0 <= v < 1, "in [0, 1)", -0.5, 1.0)
 SEED = rule(lambda v: 0 <= v < 2**32, "in [0, 2^32)", -1, 2**32)
 WORDS = rule(lambda v: 1 <= v <= 64, "from 1 to 64", 0, 65)  # As many as meap_jax.corpus.retrieval has.
+WHERE = rule(lambda v: bool(re.fullmatch(r"all|(only|never):\w+(,\w+)*", v)), "all, or only: or never: with roles of "
+             "spans, such as only:key,answer", "some", "only:", "never", "only:key,")  # fmt: skip
 FLOATS = one_of("float32", "bfloat16")
 NUM_DEVICES = rule(lambda v: v >= 1 or v == -1, "a number of devices, or -1 for those that are left", 0, -2)
 TOKENIZER = rule(lambda v: v in TOKENIZERS or is_path(v), f"one of {', '.join(TOKENIZERS)}, or a path with a / or the "
@@ -289,6 +297,8 @@ FIELDS: dict[str, Field] = {
         NOT_WITH_FIXED_MASKS),
     "objective.masked_weight": Field(0.4, "Of the loss on masked inputs, beside 1 on clean ones; only mir reads it.",
         at_least(0)),
+    "objective.where": Field("all", "Tokens that may be masked: all; only:ROLE,ROLE: those in spans of these roles, as "
+        "data knows them; never:ROLE,ROLE: all others. Ratios are of those that may.", WHERE),
     "objective.span_length": Field(5, "Tokens; only span reads it. Paper, Table 15: 5 and 50.", at_least(1)),
     "objective.mask_id": Field(32_000, "[MASK]; must be the tokenizer's.", ID),
     "loss.chunk_size": Field(2_048, "Positions of a device whose logits exist at a time; 0: all.", at_least(0)),

@@ -42,6 +42,7 @@ class Objective:
     ramp_end: float = 1.0
     num_steps: int = 1  # Of the run, which the ramp's ends are shares of.
     ratio_per_row: bool = False  # Each row's ratio is drawn from 0 to that of the step.
+    where: str = "all"  # Data says it of each token, as `Row.maskable`.
     masked_weight: float = 0.4  # Of the loss on masked inputs, under mir.
     has_static_masks: bool = False  # Data says where the masks of copies are; else they are drawn in each step.
     rows_per_mean: int = 0  # 0: the loss is a mean over all targets; else over each so many rows, then over the means.

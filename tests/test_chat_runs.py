@@ -162,6 +162,7 @@ def losses_on(mesh, config, workdir):
             dict(sft__masks="static", objective__strategy="span"),
             "objective.strategy is 'span', but masks of sft.masks=",
         ),
+        (dict(objective__where="only:answer"), "objective.where is 'only:answer', but masks of conversations fall in "),
         (dict(objective__name="fcm"), "objective.name is 'fcm', but fine-tuning on conversations has copies of answer"),
         (dict(num_epochs=0), "checkpoint.every is 0, but must be 1 or more where num_epochs is 0"),
         (dict(sft__rows_per_mean=3), "sft.rows_per_mean is 3, but must be 0 or a divisor of global_batch_size (8)"),

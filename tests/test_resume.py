@@ -13,9 +13,13 @@ STEPS = 240
 
 
 def setting(folder):
-    """Of all runs here: they share their data, in `folder`, nothing is evaluated, and the mask ratio goes up."""
+    """Of all runs here: they share their data, in `folder`, nothing is evaluated.
+
+    A step depends on all that it may: the mask ratio goes up, each row draws its own, and some roles have no masks.
+    """
     sizes = dict(num_steps=STEPS, checkpoint__every=20, eval__tasks="")
-    return dict(data__prepared=folder / "data", objective__ramp_from=0.0, **sizes)
+    drawn = dict(objective__name="mir", objective__ramp_from=0.0, objective__ratio_per_row=True)
+    return dict(data__prepared=folder / "data", objective__where="never:fact,answer", **drawn, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
     The access code of the harbor is falcon. The access code of the museum is otter. It was late.
     Tell the museum otter. Tell the harbor falcon. Tell the museum otter.
 
-Spans say where each value is stated, and where it is asked for.
+Spans say where each value is stated and asked for, and where the keys are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,9 +99,10 @@ def document(rng: np.random.Generator, spec: RetrievalSpec) -> Document:
       spec: the counts.
 
     Returns:
-      The document. A span of role fact is the value where a fact states it, and one of role answer the value where a
-      question asks for it the first time: asked again, it could be read off the answer before. Both hold the space in
-      front, and a column `fact`: the number of the fact, 0 being stated first.
+      The document. A span of role fact is the value where a fact states it, one of role answer the value where a
+      question asks for it the first time, and one of role repeat where it is asked again, and could be read off the
+      answer before. One of role key is the key, in facts and in questions. All hold the space in front, and a column
+      `fact`: the number of the fact, 0 being stated first.
     """
     num_facts = _num_facts(rng, spec)
     asked = _asked(rng, spec, num_facts)
@@ -111,19 +112,20 @@ def document(rng: np.random.Generator, spec: RetrievalSpec) -> Document:
 
     text, spans = "", []
 
-    def say(sentence: str, fact: int, role: str | None) -> None:
+    def say(sentence: str, fact: int, role: str) -> None:
+        """A sentence about a fact, whose value has the role."""
         nonlocal text
-        text += f" {sentence}" if text else sentence
-        value = f" {values[fact]}"
-        if role:
-            spans.append(Span(len(text), len(text) + len(value), role, {"fact": fact}))
-        text += f"{value}{_END}"
+        before, after = sentence.split(" {key}")
+        text += f" {before}" if text else before
+        for word, its_role, rest in ((keys[fact], "key", after), (values[fact], role, _END)):
+            spans.append(Span(len(text), len(text) + 1 + len(word), its_role, {"fact": fact}))
+            text += f" {word}{rest}"
 
-    for fact, key in enumerate(keys):
-        say(FACT.format(key=key), fact, "fact")
+    for fact in range(num_facts):
+        say(FACT, fact, "fact")
     text += "".join(f" {FILLERS[int(draw * len(FILLERS))]}" for draw in rng.random(num_fillers))
     for i, fact in enumerate(asked):
-        say(QUESTION.format(key=keys[fact]), fact, None if fact in asked[:i] else "answer")
+        say(QUESTION, fact, "repeat" if fact in asked[:i] else "answer")
     return Document(text, tuple(spans))
 
 

@@ -15,6 +15,7 @@ from meap_jax.data.samples import SampleBlocks, spec_of
 from meap_jax.data.spec import ChatPlanSpec, DataSpec, PlanSpec
 from meap_jax.data.store import SPAN_DTYPE, SPLITS, Store, ids_dtype, shard_file
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.fields import roles_of
 from meap_jax.rows import Row
 from meap_jax.tokenizers import Tokenizer
 
@@ -28,9 +29,27 @@ ROW_SPAN_DTYPE = np.dtype([("row", "<i4"), ("document", "<u4"), ("start", "<i4")
 class Blocks:
     """The blocks of a source and split, in the order of its plan; any of them at once."""
 
-    def __init__(self, store: Store, plan: plans_lib.Plan, block_len: int, pad_id: int, *, is_one_segment: bool):
-        """A plan's blocks over a store's documents; `is_one_segment`: no mask between the documents of a block."""
+    def __init__(
+        self,
+        store: Store,
+        plan: plans_lib.Plan,
+        block_len: int,
+        pad_id: int,
+        *,
+        is_one_segment: bool,
+        where: str = "all",
+    ):
+        """A plan's blocks over a store's documents.
+
+        Args:
+          store, plan, block_len, pad_id: what blocks are made of.
+          is_one_segment: no mask between the documents of a block.
+          where: which tokens may be masked, as in `objective.where`.
+        """
         self._store, self._pad_id = store, pad_id
+        self._word, roles = roles_of(where)
+        columns = SPAN_DTYPE.names or ()
+        self._named = [[np.ascontiguousarray(store.spans(role)[column]) for column in columns] for role in roles]
         self._plan = plans_lib.Plan(*map(np.asarray, plan))  # Slices of a memmap take their time.
         self.block_len, self.is_one_segment = block_len, is_one_segment
 
@@ -40,6 +59,8 @@ class Blocks:
     def __getitem__(self, index: Any) -> Row:
         """A block as `tokens` and `segment_ids`, [block_len] int32: 1, 2, ... for its documents, 0 for padding.
 
+        And `maskable`, [block_len] bool, unless masks may fall everywhere.
+
         Raises:
           DataError: it can't be read.
         """
@@ -48,12 +69,24 @@ class Blocks:
         documents = self._store.read([document for document, _, _ in slices])
         tokens = np.full(self.block_len, self._pad_id, np.int32)
         segment_ids = np.zeros(self.block_len, np.int32)
+        maskable = None if self._word == "all" else np.zeros(self.block_len, bool)
         end = 0
-        for segment, ((_, skip, length), ids) in enumerate(zip(slices, documents, strict=True), 1):
+        for segment, ((document, skip, length), ids) in enumerate(zip(slices, documents, strict=True), 1):
             start, end = end, end + length
             tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
-        return Row(tokens, segment_ids)
+            if maskable is not None:
+                maskable[start:end] = self._maskable(document, len(ids))[skip : skip + length]
+        return Row(tokens, segment_ids, maskable=maskable)
+
+    def _maskable(self, document: int, length: int) -> np.ndarray:
+        """Which of the tokens of a document may be masked; [length] bool."""
+        is_named = np.zeros(length, bool)
+        for documents, starts, sizes in self._named:
+            own = slice(*np.searchsorted(documents, np.array([document, document + 1], documents.dtype)))
+            for start, size in zip(starts[own].tolist(), sizes[own].tolist(), strict=True):
+                is_named[start : start + size] = True
+        return is_named if self._word == "only" else ~is_named
 
     def spans(self, role: str) -> np.ndarray:
         """The places of a role's spans in these blocks.
@@ -166,6 +199,7 @@ class Prepared:
 
         Raises:
           DataError: the folder was not prepared for them.
+          ConfigError: objective.where names a role of which its documents have no spans.
         """
         if name not in self.spec.plans or split not in SPLITS:
             raise DataError(
@@ -175,7 +209,15 @@ class Prepared:
         store, plan, spec = open_store(self.folder / name), self._plan(name, split), self.spec.plans[name]
         if isinstance(spec, ChatPlanSpec):
             return SampleBlocks(store, plan, spec_of(split, spec), self.spec.samples, self.tokenizer.pad_id)
-        return Blocks(store, plan, self.block_len, self.tokenizer.pad_id, is_one_segment=not spec.separates_documents)
+        for role in roles_of(self.spec.where)[1]:
+            if role not in store.roles():
+                raise ConfigError(
+                    f"objective.where is {self.spec.where!r}, but no document of {name} in {self.folder} has a span of "
+                    f"the role {role!r}, only of {', '.join(store.roles()) or 'none'}: name another, or prepare the "
+                    "data anew in another data.prepared if an older version made it."
+                )
+        sizes, is_one = (self.block_len, self.tokenizer.pad_id), not spec.separates_documents
+        return Blocks(store, plan, *sizes, is_one_segment=is_one, where=self.spec.where)
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:
         folder = plan_folder(self.folder / name, self.spec.plans[name])

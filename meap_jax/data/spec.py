@@ -116,6 +116,7 @@ class DataSpec:
     max_skipped: int  # Bad records of a source that are passed over.
     samples: SampleSpec
     epoch_plans: Mapping[str, PlanSpec] = dataclasses.field(default_factory=dict)  # Whose blocks make an epoch.
+    where: str = "all"  # objective.where: what rows say of it isn't prepared, so that it can change over one folder.
 
     @property
     def row_fields(self) -> tuple[str, ...]:
@@ -125,7 +126,7 @@ class DataSpec:
             [arrangement] = arrangements
             return sample_fields(arrangement, self.samples)
         separates = any(plan.separates_documents for plan in self.plans.values())
-        return ("tokens", "segment_ids") if separates else ("tokens",)
+        return ("tokens", *["segment_ids"] * separates, *["maskable"] * (self.where != "all"))
 
 
 def sample_fields(arrangement: str, samples: SampleSpec) -> tuple[str, ...]:
@@ -172,4 +173,5 @@ def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
     if sft.epoch_of != "own":
         chats = {name: plan for name, plan in plans.items() if isinstance(plan, ChatPlanSpec)}
         epoch_plans |= {name: dataclasses.replace(plan, arrangement=sft.epoch_of) for name, plan in chats.items()}
-    return DataSpec(d.tokenizer, config.model.vocab_size, sources, plans, d.max_skipped, samples, epoch_plans)
+    vocab_size, where = config.model.vocab_size, config.objective.where
+    return DataSpec(d.tokenizer, vocab_size, sources, plans, d.max_skipped, samples, epoch_plans, where)

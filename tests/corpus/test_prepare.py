@@ -1,5 +1,6 @@
 """Data is frozen once, completely, and opened many times."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import tiny_runs
 from meap_jax.corpus import packing
 from meap_jax.corpus import prepare as prepare_module
 from meap_jax.corpus.prepare import prepare
+from meap_jax.corpus.retrieval import KEYS
 from meap_jax.data.store import SPLITS
 from meap_jax.errors import ConfigError, DataError, UserError
 from meap_jax.evals.retrieval import questions
@@ -80,6 +82,33 @@ def test_every_answer_is_where_the_blocks_say(prepared):
             assert prepared.tokenizer.decode(block.tokens[start - distance - 1 : start - distance]) == " is"
     assert len(prepared.blocks("retrieval", "train").spans("fact")) == 4 * 300
     assert not len(prepared.blocks("text", "train").spans("fact"))
+
+
+def test_a_role_that_documents_lack_is_refused_by_its_name_and_theirs(prepared, tmp_path):
+    def blocks(name, where, folder=prepared.folder):
+        asked = dataclasses.replace(prepared.spec, where=where)
+        return dataclasses.replace(prepared, folder=folder, spec=asked).blocks(name, "train")
+
+    assert "maskable" in dataclasses.replace(prepared.spec, where="only:key").row_fields
+    assert "maskable" not in prepared.spec.row_fields and prepared.blocks("retrieval", "train")[0].maskable is None
+    keys = blocks("retrieval", "only:key")[0]
+    words = prepared.tokenizer.decode(keys.tokens[keys.maskable].tolist()).split()
+    assert len(words) > 4 and set(words) <= set(KEYS)
+    with pytest.raises(ConfigError, match="no document of text in .* has a span of the role 'key', only of none: name"):
+        blocks("text", "never:key")
+    with pytest.raises(ConfigError, match="a span of the role 'loss', only of answer, fact, key, repeat: name another"):
+        blocks("retrieval", "only:key,loss")
+    # As a version prepared it whose documents had no keys: it is read as before, and says what it lacks.
+    old = shutil.copytree(prepared.folder, tmp_path / "old")
+    manifest = json.loads((old / "retrieval" / "manifest.json").read_text())
+    for role in ("key", "repeat"):
+        (old / "retrieval" / f"spans.{role}.npy").unlink()
+        del manifest["files"][f"spans.{role}.npy"]
+    (old / "retrieval" / "manifest.json").write_text(json.dumps(manifest))
+    assert dataclasses.replace(prepared, folder=old).fingerprint == prepared.fingerprint
+    np.testing.assert_array_equal(blocks("retrieval", "all", old)[0].tokens, keys.tokens)
+    with pytest.raises(ConfigError, match="'key', only of answer, fact: .* prepare the data anew in another data.prep"):
+        blocks("retrieval", "only:key", old)
 
 
 def test_the_fingerprint_depends_on_content_alone(prepared, books, tmp_path, monkeypatch):

@@ -54,6 +54,12 @@ def test_every_answer_is_the_value_that_its_fact_stated_and_counts_once(spec, se
         assert made.text[answer.start : answer.end] == f" {value}"
         assert made.text[: answer.start].endswith(f" {key}")
         assert facts[answer.columns["fact"]] == (key, value)
+    # With the roles key and repeat all that is looked up has one, and nothing has two.
+    looked_up, spans = [word for pair in [*facts, *asked] for word in pair], sorted(made.spans)
+    assert [made.text[span.start : span.end] for span in spans] == [f" {word}" for word in looked_up]
+    sentences = [*["fact"] * len(facts), *("repeat" if p in asked[:i] else "answer" for i, p in enumerate(asked))]
+    assert [span.role for span in spans] == [role for its_role in sentences for role in ("key", its_role)]
+    assert [facts[span.columns["fact"]][span.role != "key"] for span in spans] == looked_up
 
 
 def test_short_documents_prevail_as_one_over_the_square_of_their_facts():

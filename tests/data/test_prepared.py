@@ -1,4 +1,4 @@
-"""Spans of documents, as spans of blocks."""
+"""Spans of documents, as spans of blocks and as places where masks may fall."""
 
 import tempfile
 from pathlib import Path
@@ -25,6 +25,33 @@ def documents(draw):
         made.append(EncodedDocument(list(range(first, first + length)), tuple(spans)))
         first += length
     return made
+
+
+@pytest.mark.parametrize("pack", [plans.concat, plans.best_fit])
+@settings(max_examples=20, deadline=None)
+@given(documents(), st.integers(2, 15), st.sampled_from(["all", "only:loss", "never:loss", "only:loss,fact"]))
+def test_masks_may_fall_on_tokens_of_the_roles_alone_or_on_all_but_these(pack, made, block_len, where):
+    made = [doc._replace(spans=(*doc.spans, TokenSpan(len(doc.ids) - 1, 1, "fact"))) for doc in made]
+    lengths = np.array([len(document.ids) for document in made], np.int64)
+    [plan] = pack([plans.whole(np.arange(len(made)), lengths)], block_len)
+    with tempfile.TemporaryDirectory() as folder:
+        store = tiny_data.make_store(Path(folder), [[(0, document)] for document in made])
+        blocks = Blocks(store, plan, block_len, 0, is_one_segment=False, where=where)
+        rows = [blocks[i] for i in range(len(blocks))]
+    if where == "all":
+        assert all(row.maskable is None for row in rows)
+        return
+    named = {
+        document.ids[i]  # All ids are different, and none is that of padding.
+        for document in made
+        for span in document.spans
+        if span.role in where
+        for i in range(span.start, span.start + span.length)
+    }
+    for row in rows:
+        assert row.maskable.dtype == bool
+        expected = [bool(i) and (i in named) == where.startswith("only") for i in row.tokens.tolist()]
+        assert row.maskable.tolist() == expected
 
 
 @pytest.mark.parametrize("pack", [plans.concat, plans.best_fit])
