@@ -20,7 +20,7 @@ from meap_jax.evals.retrieval import answer_positions, exact_matches, hits_at
 from meap_jax.evals.setting import Setting
 from meap_jax.fields import numbers
 from meap_jax.model.decoder import Definition, Params
-from meap_jax.results import Result
+from meap_jax.results import Interval, Result
 from meap_jax.rows import Row
 from meap_jax.statistics import binomial_interval
 from meap_jax.tokenizers import Tokenizer
@@ -167,7 +167,7 @@ class Facts:
         self._hits = jax.jit(functools.partial(hits, definition), out_shardings=sharding.replicated(self._mesh))
 
     def run(self, params: Params) -> Result:
-        """Computes the accuracy for each number of facts, and of every answer whether it is right."""
+        """Computes the accuracy for each number of facts, beside that of guessing, and of every answer if it is right."""
         everywhere = sharding.replicated(self._mesh)
         rows, at = jax.tree.map(lambda x: sharding.put_whole(everywhere, x), (self._set.rows, self._set.at))
         correct = self._set.correct(jax.device_get(self._hits(params, rows, at)))
@@ -176,6 +176,7 @@ class Facts:
         for count in self._counts:
             of_count = correct[answers["num_facts"] == count]
             metrics[f"{count}_facts"] = binomial_interval(int(of_count.sum()), len(of_count))
+            metrics[f"{count}_facts/chance"] = Interval(1 / count, None, None)  # Of naming one of the values.
         columns = [name for name in ANSWER_DTYPE.names or () if name not in ("start", "length")]
         examples: list[dict[str, Any]] = [
             {"correct": int(is_right), **{name: round(answer[name].item(), 4) for name in columns}}

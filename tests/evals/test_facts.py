@@ -104,7 +104,7 @@ def test_matches_are_those_of_greedy_decoding(asked):
     for count in (2, 5):
         own = [c for c in counts if c["num_facts"] == count]
         share = sum(c["correct"] for c in own) / sum(c["asked"] for c in own)
-        assert metrics[f"{count}_facts"].estimate == share
+        assert metrics[f"{count}_facts"].estimate == share and metrics[f"{count}_facts/chance"].estimate == 1 / count
     assert evaluator._set.chance == pytest.approx((12 / 2 + 30 / 5) / 42)
 
 
