@@ -167,7 +167,7 @@ class Facts:
         self._hits = jax.jit(functools.partial(hits, definition), out_shardings=sharding.replicated(self._mesh))
 
     def run(self, params: Params) -> Result:
-        """Computes the accuracy for each number of facts, beside that of guessing, and of every answer if it is right."""
+        """Computes the accuracy for each number of facts, and beside it that of guessing; an example is an answer."""
         everywhere = sharding.replicated(self._mesh)
         rows, at = jax.tree.map(lambda x: sharding.put_whole(everywhere, x), (self._set.rows, self._set.at))
         correct = self._set.correct(jax.device_get(self._hits(params, rows, at)))
