@@ -44,6 +44,14 @@ def test_scanned_and_unrolled_layers_count_as_the_model_does(num_layers):
         assert report_here(config)["compiled_flops"] == counted_in_full(config)
 
 
+def test_a_step_of_mir_has_twice_the_flops_for_its_masked_copies():
+    config = small(2)
+    config.objective.name = "mir"
+    report, of_meap = report_here(config), report_here(small(2))
+    assert report["model_flops"] == 2 * of_meap["model_flops"]
+    assert report["compiled_flops"] == 2 * of_meap["compiled_flops"]
+
+
 def test_recomputation_shows_in_the_ratio():
     """A layer's backward pass repeats its forward pass but for the last product, whose result nobody needs again."""
     config = small(3, remat="full")
