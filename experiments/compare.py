@@ -1,6 +1,6 @@
 """Trains NTP, MEAP and a control on the same blocks from the same weights, asks all of them, and writes the report.
 
-python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--seeds=3] [--config.field=value ...]
+python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--seeds=4] [--config.field=value ...]
 
 MEAP is trained twice: with its mask ratio from the start, and with one that ramps up as objective.ramp_* of the config
 say. An interrupted comparison goes on where it was: the same command again does the rest. Every model is left as a run
@@ -111,7 +111,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, seeds: Seque
 def command(argv: list[str]) -> None:
     """Compares NTP with MEAP as the command line says."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", nargs="?", const="", default="3")
+    parser.add_argument("--seeds", nargs="?", const="", default="4")
     parser.add_argument("--workdir")
     args, rest = parser.parse_known_args(argv[1:])
     if not args.seeds.isdecimal() or int(args.seeds) < 2:
