@@ -11,8 +11,8 @@ prediction (NTP) is no member until its ratio leaves 0: then it starts from the 
 Each member comes out bit-equal to the same model trained alone with `train_step` on one device, as tests show on CPU;
 XLA promises it for no backend, since it compiles a program for several devices by other passes than one for one.
 
-Two models at a time, one on each core, take 0.71 of the time that one after the other take with both cores each
-(the quickstart's model, jax 0.10.2).
+Two models at a time, one on each core, take 0.72 of the time that one after the other take with both cores each
+(the quickstart's model, `experiments.benchmarks.population`).
 """
 
 import functools
