@@ -21,6 +21,7 @@ from etils import epath
 from experiments import population, report
 from experiments.arms import Arm
 from experiments.members import Member
+from experiments.outcomes import outcome
 from meap_jax import cli
 from meap_jax.checkpoint import Checkpointer
 from meap_jax.data.pipeline import TrainBatches
@@ -94,9 +95,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, seeds: Seque
     seconds = {"data": prepared - began, "training": trained - prepared, "evaluation": evaluated - trained}
     return report.write(
         workdir,
-        ARMS,
-        [report.RunResult(m.arm.name, m.seed, m.records, of) for m, of in zip(members, results, strict=True)],
-        chance={name: of_set.chance for name, of_set in asked.items()},
+        [outcome(member, found, asked) for member, found in zip(members, results, strict=True)],
         setting={
             "config": config.to_dict(),
             "data": {name: run.prepared.plan_manifest(name)["splits"] for name in run.prepared.sources},

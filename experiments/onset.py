@@ -24,9 +24,9 @@ from etils import epath
 from experiments import population
 from experiments.arms import Arm, config_of
 from experiments.compare import probes, steps_of_a_turn
+from experiments.outcomes import outcome
 from meap_jax import cli
 from meap_jax.errors import ConfigError
-from meap_jax.evals.facts import cells
 from meap_jax.run import make_folder, open_run, versions
 
 _log = logging.getLogger("meap_jax.experiments.onset")
@@ -126,21 +126,8 @@ def run_setting(
     members = population.train(
         run, part.arms, seeds, every=steps_of_a_turn(changed.num_steps), questions=asked, folder=folder / "states"
     )
-    tokens = changed.global_batch_size * changed.seq_len
-    return [
-        {
-            "setting": setting,
-            "arm": member.arm.name,
-            "label": member.arm.label,
-            "seed": member.seed,
-            "tokens_per_step": tokens,
-            "chance": {name: of_set.chance for name, of_set in asked.items()},
-            "records": member.records,
-            "metrics": {name: interval.estimate for name, interval in found.metrics.items()},
-            "cells": cells(found.examples["facts"]),
-        }
-        for member, found in zip(members, population.evaluate(run, members, "test", "validation,facts"), strict=True)
-    ]
+    results = population.evaluate(run, members, "test", "validation,facts")
+    return [outcome(member, found, asked, setting) for member, found in zip(members, results, strict=True)]
 
 
 def study(

@@ -10,18 +10,19 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.onset import PARTS
+from experiments.outcomes import Outcomes, begun, by_arm, difference, spread, times_as_many
 from meap_jax import cli
 from meap_jax.errors import ConfigError
-from meap_jax.onset import Onset, factor, onset, permutation_p, settled_accuracy
+from meap_jax.onset import permutation_p
 from meap_jax.statistics import paired_t_interval
 
 NTP = "ntp"
@@ -30,44 +31,11 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 class Arm(NamedTuple):
-    """The runs of one arm in one setting, by seed."""
+    """An arm of the study."""
 
     part: str
     setting: str
-    name: str
-    label: str
-    runs: dict[int, dict[str, Any]]
-
-    def onsets(self, seeds: Iterable[int]) -> list[Onset]:
-        """On documents like those trained on."""
-        of_runs = [(*self._accuracies(seed, "trained"), self.runs[seed]["chance"]["trained"]) for seed in seeds]
-        return [onset(*of_run) for of_run in of_runs]
-
-    def settled(self, documents: str, seeds: Iterable[int]) -> np.ndarray:
-        """Accuracy in % over the last fifth of the run, on "trained" or "longer" documents."""
-        return np.array([100 * settled_accuracy(*self._accuracies(seed, documents)) for seed in seeds])
-
-    def metric(self, ending: str, seeds: Iterable[int]) -> np.ndarray:
-        """A metric of the test split, the only one that ends so."""
-        values = []
-        for seed in seeds:
-            [name] = [name for name in self.runs[seed]["metrics"] if name.endswith(ending)]
-            values.append(self.runs[seed]["metrics"][name])
-        return np.array(values)
-
-    def in_cells(self, seeds: Iterable[int], **wanted: Any) -> np.ndarray:
-        """Accuracy in % at the end, in the cells that have these numbers of facts or fillers."""
-        shares = []
-        for seed in seeds:
-            cells = [c for c in self.runs[seed]["cells"] if all(c[key] in of for key, of in wanted.items())]
-            shares.append(100 * sum(c["correct"] for c in cells) / sum(c["asked"] for c in cells))
-        return np.array(shares)
-
-    def _accuracies(self, seed: int, documents: str) -> tuple[list[float], list[float]]:
-        """Tokens trained on until each evaluation, and its accuracy."""
-        run = self.runs[seed]
-        tokens = [record["step"] * run["tokens_per_step"] for record in run["records"]]
-        return tokens, [record[f"{documents}/accuracy"] for record in run["records"]]
+    of: Outcomes
 
 
 def read(folder: Path) -> dict[tuple[str, str], Arm]:
@@ -79,12 +47,10 @@ def read(folder: Path) -> dict[tuple[str, str], Arm]:
     arms: dict[tuple[str, str], Arm] = {}
     for part in PARTS:
         file = folder / f"{part}.json"
-        if not file.exists():
-            continue
-        for run in json.loads(file.read_text())["members"]:
-            key = run["setting"], run["arm"]
-            arm = arms.setdefault(key, Arm(part, *key, run["label"], {}))
-            arm.runs[run["seed"]] = run
+        runs = json.loads(file.read_text())["members"] if file.exists() else []
+        for setting in dict.fromkeys(run["setting"] for run in runs):
+            own = by_arm(run for run in runs if run["setting"] == setting)
+            arms |= {(setting, name): Arm(part, setting, of) for name, of in own.items()}
     if not arms:
         raise ConfigError(f"--workdir is {folder}, which holds no part of the study: run experiments.onset first.")
     return arms
@@ -93,54 +59,31 @@ def read(folder: Path) -> dict[tuple[str, str], Arm]:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+def table(arms: Sequence[Outcomes], baseline: Outcomes) -> list[str]:
     """Onset and accuracies of arms in one setting, beside NTP."""
     lines = [
-        "| arm | onset, 1,000 tokens | times NTP's | p | accuracy on documents as trained on, % | on longer ones, % | minus NTP, on longer ones | "
-        "clean loss minus NTP's |",
+        "| arm | onset, 1,000 tokens | times NTP's | p | accuracy on documents as trained on, % | on longer ones, % | "
+        "minus NTP, on longer ones | clean loss minus NTP's |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in arms:
         seeds = sorted(arm.runs.keys() & baseline.runs.keys())
         own, theirs = arm.onsets(seeds), baseline.onsets(seeds)
-        shown = [_spread(arm.settled(documents, seeds)) for documents in ("trained", "longer")]
-        begun = [o.tokens / 1000 for o in own if not o.is_censored]
-        median = f"{np.median([o.tokens / 1000 for o in own]):,.0f}" if 2 * len(begun) > len(own) else "not begun"
-        cells = [arm.label, f"{median} ({len(begun)} of {len(own)})"]
-        if arm.name == NTP or own == theirs:
-            cells += ["", ""]
-        else:
-            cells += [_factor(theirs, own), f"{permutation_p(theirs, own):.3f}"]
-        cells += shown
+        cells = [arm.label, begun(own)]
+        is_same = own == theirs  # A ramp that begins later changes nothing.
+        cells += ["", ""] if is_same else [times_as_many(theirs, own), f"{permutation_p(theirs, own):.3f}"]
+        cells += [spread(arm.settled(documents, seeds)) for documents in ("trained", "longer")]
         if arm.name == NTP:
             cells += ["", ""]
         else:
             longer = arm.settled("longer", seeds) - baseline.settled("longer", seeds)
             loss = arm.metric("retrieval/loss", seeds) - baseline.metric("retrieval/loss", seeds)
-            cells += [_interval(longer, 1), _interval(loss, 3)]
+            cells += [difference(longer), difference(loss, 3)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _factor(theirs: list[Onset], own: list[Onset]) -> str:
-    if any(o.is_censored for o in theirs):
-        return ""
-    times = factor(theirs, own)
-    if times.low is None or times.high is None:
-        return f"at least {times.estimate:.1f}" if times.is_lower_bound else f"{times.estimate:.1f}"
-    return f"{times.estimate:.2f} [{times.low:.2f}, {times.high:.2f}]"
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
-
-
-def _interval(differences: np.ndarray, digits: int) -> str:
-    of = paired_t_interval(differences)
-    return f"{of.estimate:+.{digits}f} [{of.low:+.{digits}f}, {of.high:+.{digits}f}]"
-
-
-def documents_table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+def documents_table(arms: Sequence[Outcomes], baseline: Outcomes) -> list[str]:
     """Accuracy at the end by the number of facts, and by the sentences between facts and questions."""
     columns = _document_columns(baseline)
     lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -152,12 +95,12 @@ def documents_table(arms: Sequence[Arm], baseline: Arm) -> list[str]:
             cells.append(f"{values.mean():.1f}")
             differences = values - baseline.in_cells(seeds, **wanted)
             if differences.any():
-                cells[-1] += f" ({_interval(differences, 1)})"
+                cells[-1] += f" ({difference(differences)})"
         lines.append(f"| {arm.label} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _document_columns(arm: Arm) -> dict[str, dict[str, tuple[int, ...]]]:
+def _document_columns(arm: Outcomes) -> dict[str, dict[str, tuple[int, ...]]]:
     """Which cells make a column: each number of facts with fillers as trained on, then the most facts by fillers."""
     cells = next(iter(arm.runs.values()))["cells"]
     facts, fillers = (sorted({cell[key] for cell in cells}) for key in ("num_facts", "num_fillers"))
@@ -205,14 +148,14 @@ def _ratio(name: str) -> float | None:
     return float(number) if number.replace(".", "").isdecimal() and name.startswith("meap") else None
 
 
-def _own(arms: dict[tuple[str, str], Arm]) -> list[Arm]:
+def _own(arms: dict[tuple[str, str], Arm]) -> list[Outcomes]:
     """The arms of the setting that changes nothing."""
-    return [arm for (setting, _), arm in arms.items() if not setting]
+    return [arm.of for (setting, _), arm in arms.items() if not setting]
 
 
 def plot_differences(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
     """Accuracy on longer documents minus NTP's, of all arms that ramp up, with intervals over seeds."""
-    baseline = arms["", NTP]
+    baseline = arms["", NTP].of
     shown = [arm for arm in _own(arms) if arm.name.endswith("_ramped") or arm.name == "decay"]
     figure = Figure(figsize=(8, 0.4 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
@@ -231,7 +174,7 @@ def plot_differences(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
 
 def plot_documents(file: Path, arms: dict[tuple[str, str], Arm]) -> None:
     """Accuracy by the number of facts, and by how many sentences are between."""
-    shown = [arms["", name] for name in MAIN if ("", name) in arms]
+    shown = [arms["", name].of for name in MAIN if ("", name) in arms]
     columns = _document_columns(shown[0])
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -263,17 +206,17 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--workdir", default="runs/onset", type=Path, help="that of experiments.onset")
     folder = parser.parse_args(argv[1:]).workdir
     arms = read(folder)
-    groups: dict[tuple[str, str], list[Arm]] = defaultdict(list)
-    for (setting, _), arm in arms.items():
-        groups[arm.part, setting].append(arm)
+    groups: dict[tuple[str, str], list[Outcomes]] = defaultdict(list)
+    for part, setting, of in arms.values():
+        groups[part, setting].append(of)
     for (part, setting), group in groups.items():
         title = PARTS[part].question + (f" {setting[0].upper()}{setting[1:]}." if setting else "")
-        print("\n".join(["", f"**{title}**", "", *table(group, arms[setting, NTP])]))
+        print("\n".join(["", f"**{title}**", "", *table(group, arms[setting, NTP].of)]))
     own = _own(arms)
     if own:
-        begun = [arm for arm in own if not any(o.is_censored for o in arm.onsets(arm.runs))]
+        all_begun = [arm for arm in own if not any(o.is_censored for o in arm.onsets(arm.runs))]
         print("\n".join(["", "**Documents**, arms of which every run began", ""]))
-        print("\n".join(documents_table(begun, arms["", NTP])))
+        print("\n".join(documents_table(all_begun, arms["", NTP].of)))
         plot_ratios(folder / "onset_ratio.png", arms)
         plot_differences(folder / "onset_difference.png", arms)
         plot_documents(folder / "onset_documents.png", arms)

@@ -111,10 +111,13 @@ def test_the_report_prints_all_parts_and_draws_pictures(tmp_path, capsys):
 
 def test_tables_say_onsets_factors_and_differences(tmp_path):
     arms = made_up(tmp_path)
-    rows = {row.split(" | ")[0].strip("| "): row for row in onset_report.table([*arms.values()], arms["", "ntp"])}
+    rows = {
+        row.split(" | ")[0].strip("| "): row
+        for row in onset_report.table([arm.of for arm in arms.values()], arms["", "ntp"].of)
+    }
     # 0.625, half of the range above chance, is reached at 0.625 of the 10 steps behind the last 0.
     assert re.match(r"\| NTP \| 36 \(3 of 3\) \|  \|  \|", rows["NTP"])
-    assert [o.tokens for o in arms["", "ntp"].onsets([0, 1, 2])] == [26_250, 36_250, 46_250]
+    assert [o.tokens for o in arms["", "ntp"].of.onsets([0, 1, 2])] == [26_250, 36_250, 46_250]
     times = np.exp(np.mean(np.log([46.25 / 26.25, 66.25 / 36.25, 86.25 / 46.25])))
     assert (
         f"| 66 (3 of 3) | {times:.2f} [" in rows["MEAP5"] and "| +0.0 [+0.0, +0.0] | +0.100 [+0.100, " in rows["MEAP5"]
@@ -126,7 +129,7 @@ def test_tables_say_onsets_factors_and_differences(tmp_path):
 
 def test_documents_are_those_trained_on_by_facts_and_all_by_what_is_between(tmp_path):
     arms = made_up(tmp_path)
-    header, _, ntp, *_, ramped = onset_report.documents_table([*arms.values()], arms["", "ntp"])
+    header, _, ntp, *_, ramped = onset_report.documents_table([arm.of for arm in arms.values()], arms["", "ntp"].of)
     assert header == "| arm | 2 facts | 16 facts | 4 sentences between |"
     assert ntp == "| NTP | 80.0 | 80.0 | 40.0 |"
     assert ramped.startswith("| MEAP15_RAMPED | 90.0 (+10.0 [+10.0, +10.0]) | 90.0 ")
