@@ -78,8 +78,9 @@ def first_paragraph(arms: dict[str, Outcomes], config: dict[str, Any]) -> str:
     seeds = arms[NTP].seeds
     said = [
         f"A small decoder reads documents that state {r['min_facts']} to {r['num_facts']} facts and then ask for them. "
-        f"Next-token prediction (NTP) sees all of a document; mask-enhanced prediction (MEAP) hides {ratio:.0%} of its "
-        "input tokens, from the first step on, or ramped up in the middle of training, which begins as NTP."
+        "Next-token prediction (NTP) sees all of a document; mask-enhanced prediction (MEAP) hides "
+        f"{100 * ratio:g} % of its input tokens: from the first step on, or ramped up in the middle of training, which "
+        "then begins as NTP."
     ]
     learned = [name for name in (NTP, RAMPED) if arms[name].settled("trained", seeds).min() > LEARNED]
     if len(learned) == 2:
@@ -123,17 +124,14 @@ def _longer(arms: dict[str, Outcomes], num_facts: int) -> str:
     for name in (RAMPED, CONTROL):
         own = arms[name].settled("longer", seeds)
         of = paired_t_interval(own - ntp)
-        verdict = "more than" if (of.low or 0) > 0 else "less than" if (of.high or 0) < 0 else "not clearly other than"
+        verdict = "more than" if (of.low or 0) > 0 else "less than" if (of.high or 0) < 0 else "not surely other than"
         said.append((arms[name].label, own.mean(), verdict, difference(own - ntp)))
     (label, mean, verdict, by), (control, control_mean, other, control_by) = said
-    first = (
+    return (
         f"On documents of {num_facts} facts, more than any that was trained on, {label} answers {mean:.1f} % right, "
-        f"{verdict} NTP's {ntp.mean():.1f} % ({by} points, 95 % interval over seeds)"
+        f"{verdict} NTP's {ntp.mean():.1f} % ({by} points, 95 % interval over seeds). With {control}, the control, it "
+        f"is {control_mean:.1f} %, {other} NTP's ({control_by})."
     )
-    second = f"{control}, {control_mean:.1f} %, are {other} NTP ({control_by})"
-    if verdict == other == "more than":
-        second += ": damage of another kind helps, too"
-    return f"{first}; {second}."
 
 
 def _table(arms: dict[str, Outcomes]) -> list[str]:
@@ -162,8 +160,8 @@ def _notes(arms: dict[str, Outcomes], config: dict[str, Any]) -> list[str]:
     o = config["objective"]
     return [
         f"{num} seeds. The runs of a seed share initial weights, batches, steps and learning rate. Ramped arms are the "
-        f"NTP run of their seed until {o['ramp_begin']:.0%} of the run, and mask at the whole ratio from "
-        f"{o['ramp_end']:.0%} on.",
+        f"NTP run of their seed until {100 * o['ramp_begin']:g} % of the run, and mask at the whole ratio from "
+        f"{100 * o['ramp_end']:g} % on.",
         "",
         "- *Onset*: where accuracy on documents as trained on passes half of its range above chance; the median over "
         "seeds, and how many runs had begun by their end. *p*: exact permutation test against NTP's.",

@@ -22,34 +22,61 @@ def learning(file: epath.Path, arms: dict[str, Outcomes], ramp: tuple[float, flo
       arms: in the order of the legend.
       ramp: between which tokens the ratio of ramped arms goes up.
     """
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3, sharex=True)
-    chance = next(iter(next(iter(arms.values())).runs.values()))["chance"]
+    figure = Figure(figsize=(9, 9.5), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    first = next(iter(arms.values()))
+    chance = first.runs[first.seeds[0]]["chance"]
     for panel, (documents, title) in zip(panels, TITLES.items(), strict=False):
-        for color, arm in zip(COLORS, arms.values(), strict=False):
-            for seed, onset in zip(arm.seeds, arm.onsets(arm.seeds, documents), strict=True):
-                tokens, accuracies = arm.curve(seed, documents)
-                panel.plot(np.divide(tokens, 1e6), 100 * np.array(accuracies), color=color, alpha=0.55, linewidth=1)
-                if not onset.is_censored:
-                    panel.plot(onset.tokens / 1e6, 50 * (1 + chance[documents]), "v", color=color, markersize=6)
+        _curves(panel, arms, f"{documents}/accuracy", 100)
         panel.axhline(100 * chance[documents], color="0.5", linestyle=":", linewidth=1)
         panel.set(title=f"{title}, % right", ylim=(-3, 103))
-    for color, arm in zip(COLORS, arms.values(), strict=False):
-        for seed in arm.seeds:
-            losses = [record["loss"] for record in arm.runs[seed]["records"]]
-            panels[2].plot(np.divide(arm.curve(seed, "trained")[0], 1e6), losses, color=color, alpha=0.55, linewidth=1)
-    panels[2].set(title="training loss, nats a token (on masked inputs where masked)", yscale="log")
+        for color, arm in zip(COLORS, arms.values(), strict=False):
+            for seed, onset in zip(arm.seeds, arm.onsets(arm.seeds, documents), strict=True):
+                if onset.is_censored:
+                    height = 100 * arm.curve(seed, documents)[1][-1]
+                    panel.plot(onset.tokens / 1e6, height, "o", color=color, mfc="white", clip_on=False)
+                elif _parts_at(arm, first, seed) == 0:
+                    panel.plot(onset.tokens / 1e6, 50 * (1 + chance[documents]), "o", color=color, mec="white")
+    _curves(panels[2], arms, "loss", 1)
+    losses = [r["loss"] for arm in arms.values() for run in arm.runs.values() for r in run["records"]]
+    highest = np.quantile(losses, 0.95)  # The first steps would leave no room for the others.
+    panels[2].set_ylim(0.95 * min(losses), highest)
+    panels[2].set(title="training loss, nats a token (with masks where a run has them)")
     for panel in panels:
         panel.axvspan(*np.divide(ramp, 1e6), color="0.92", zorder=0)
-        _finish(panel, "million tokens")
+        panel.set_xlim(0, None)
+        _finish(panel, "")
+    panels[2].set_xlabel("million tokens")
     handles = [Line2D([], [], color=color, label=arm.label) for color, arm in zip(COLORS, arms.values(), strict=False)]
     handles += [
-        Line2D([], [], color="0.3", marker="v", linestyle="", label="onset"),
+        Line2D([], [], color="0.4", marker="o", mec="white", linestyle="", label="onset"),
+        Line2D([], [], color="0.4", marker="o", mfc="white", linestyle="", label="not begun at the end"),
         Line2D([], [], color="0.5", linestyle=":", label="one of the values at random"),
-        Line2D([], [], color="0.92", linewidth=8, label="ratio ramps up"),
+        Line2D([], [], color="0.92", linewidth=8, label="the ratio ramps up"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     _save(figure, file)
+
+
+def _curves(panel: Axes, arms: dict[str, Outcomes], key: str, scale: float) -> None:
+    """Draws a thin line for each run, from where it parts from the first arm's, and a thick one for the mean there."""
+    first = next(iter(arms.values()))
+    for color, arm in zip(COLORS, arms.values(), strict=False):
+        tokens = np.divide(arm.curve(arm.seeds[0], "trained")[0], 1e6)
+        values = scale * np.array([[record[key] for record in arm.runs[seed]["records"]] for seed in arm.seeds])
+        parts_at = [0 if arm is first else max(_parts_at(arm, first, seed) - 1, 0) for seed in arm.seeds]
+        for start, of_run in zip(parts_at, values, strict=True):
+            panel.plot(tokens[start:], of_run[start:], color=color, alpha=0.4, linewidth=0.9)
+        start = max(parts_at)
+        panel.plot(tokens[start:], values.mean(axis=0)[start:], color=color, linewidth=2)
+
+
+def _parts_at(arm: Outcomes, first: Outcomes, seed: int) -> int:
+    """How many records a run has in common with that of the first arm; 0 for the first arm itself."""
+    if arm is first:
+        return 0
+    pairs = zip(arm.runs[seed]["records"], first.runs[seed]["records"], strict=True)
+    return next((i for i, (own, other) in enumerate(pairs) if own != other), len(first.runs[seed]["records"]))
 
 
 def accuracy(file: epath.Path, arms: dict[str, Outcomes]) -> None:

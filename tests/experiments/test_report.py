@@ -7,115 +7,148 @@ import pytest
 from etils import epath
 
 from experiments import report
+from experiments.outcomes import begun, by_arm, difference, times_as_many
 from meap_jax.config import base
+from meap_jax.onset import Onset
 
-ASKED = [{"depth": 0.0, "distance": 10}, {"depth": 0.0, "distance": 20}, {"depth": 0.5, "distance": 30},
-         {"depth": 1.0, "distance": 40}]  # fmt: skip
-# Right answers of each run; the second question at depth 0 is only found by MEAP.
-CORRECT = {
-    ("ntp", 0): [1, 0, 1, 1],
-    ("ntp", 1): [0, 0, 1, 1],
-    ("meap", 0): [1, 1, 1, 1],
-    ("meap", 1): [1, 0, 1, 0],
-}
-LOSSES = {("ntp", 0): 2.0, ("ntp", 1): 2.2, ("meap", 0): 2.3, ("meap", 1): 2.6}
-NAME = "test_retrieval_answers"
+STEPS = range(10, 101, 10)  # Of 1,000 tokens each; a ramp begins at 50.
+LABELS = {"ntp": "NTP", "meap": "MEAP from the start", "meap_ramped": "MEAP ramped up", "random_ramped": "random"}
 
 
-def make_runs(losses=LOSSES):
+def run(arm, seed, onset_step, longer, trained=1.0):
+    """A run whose accuracy jumps from 0 to `trained` after a step, or never does; it ends at `longer` on 16 facts."""
+    records = [
+        {
+            "step": step,
+            "loss": 5 / step,
+            "trained/accuracy": trained * (onset_step is not None and step > onset_step),
+            "longer/accuracy": longer,
+        }
+        for step in STEPS
+    ]
+    right = round(20 * longer)
+    return dict(
+        setting="", arm=arm, label=LABELS[arm], seed=seed, tokens_per_step=1_000, records=records,
+        chance={"trained": 0.25, "longer": 1 / 16},
+        metrics={"test_retrieval/loss": 1.0 + seed, "test_retrieval_answers/accuracy": longer},
+        cells=[{"num_facts": n, "num_fillers": f, "correct": right, "asked": 20} for n in (2, 16) for f in (0, 1)],
+        depth=[
+            {"low": 0.0, "high": 0.5, "correct": right, "asked": 20}, {"low": 0.5, "high": 1.0, "correct": 5, "asked": 20},
+        ],
+        distance=[{"low": 0, "high": 40, "correct": right, "asked": 20}],
+    )  # fmt: skip
+
+
+def made_up(meap=(None, None, None), ramped=(0.90, 0.95, 1.0), control=(0.5, 0.55, 0.6), trained=1.0):
+    ntp = (20, 30, 40)
     return [
-        report.RunResult(
-            objective,
-            seed,
-            [
-                {"step": s, "loss": 5 / s, **({"validation_retrieval/loss": 3 / s} if s % 5 == 0 else {})}
-                for s in range(1, 21)
-            ],
-            {
-                "metrics": {
-                    "test_retrieval/loss": {"estimate": losses[objective, seed], "low": 1.0, "high": 3.0},
-                    f"{NAME}/accuracy": {"estimate": float(np.mean(correct)), "low": 0.1, "high": 0.9},
-                    f"{NAME}/chance": {"estimate": 0.25, "low": None, "high": None},
-                },
-                "examples": {
-                    "test_retrieval": [{"row": 0, "loss": losses[objective, seed]}],
-                    NAME: [{"correct": right, **asked} for right, asked in zip(correct, ASKED, strict=True)],
-                },
-            },
+        of_arm
+        for seed in range(3)
+        for of_arm in (
+            run("ntp", seed, ntp[seed], 0.8 + 0.05 * seed),
+            run("meap", seed, meap[seed], 0.05),
+            run("meap_ramped", seed, ntp[seed], ramped[seed], trained),
+            run("random_ramped", seed, ntp[seed], control[seed]),
         )
-        for (objective, seed), correct in CORRECT.items()
     ]
 
 
-SETTING = {
-    "config": base().to_dict(),
-    "data": {"retrieval": {split: {"blocks": 12} for split in ("train", "validation", "test")}},
-    "fingerprint": "abcdef0123456789",
-    "versions": {"python": "3.11.9", "jax": "0.10.2"},
-    "cores": 2,
-    "minutes": 1.5,
-}
+def setting(seconds):
+    config = base().to_dict()
+    config["objective"] |= {"ramp_begin": 0.4, "ramp_end": 0.6}
+    return {
+        "config": config,
+        "data": {"retrieval": {split: {"blocks": 12} for split in ("train", "validation", "test")}},
+        "fingerprint": "abcdef0123456789",
+        "versions": {"python": "3.11.9", "jax": "0.10.2"},
+        "cores": 2,
+        "seconds": seconds,
+    }
 
 
-def test_differences_are_paired_by_seed_with_a_t_interval():
-    row = report.summarize(make_runs())["metrics"]["test_retrieval/loss"]
-    assert row["ntp"] == [2.0, 2.2] and row["meap"] == [2.3, 2.6]
-    assert row["mean"] == pytest.approx({"ntp": 2.1, "meap": 2.45})
-    assert row["sd"]["ntp"] == pytest.approx(0.2 / np.sqrt(2))
-    # Differences 0.3 and 0.4; t(0.975, 1 degree of freedom) = 12.7062, standard error 0.05.
-    expected = {"estimate": 0.35, "low": 0.35 - 12.7062 * 0.05, "high": 0.35 + 12.7062 * 0.05}
-    assert row["difference"] == pytest.approx(expected, abs=1e-4)
+def paragraph(**kwargs):
+    return report.first_paragraph(by_arm(made_up(**kwargs)), setting(None)["config"])
 
 
-def test_answers_are_grouped_by_depth_run_by_run_and_empty_groups_left_out():
-    rows = report.summarize(make_runs())[NAME]["depth"]
-    groups = [(row["low"], row["high"], row["trials_per_run"]) for row in rows]
-    assert groups == [(0, 0.2, 2), (0.4, 0.6, 1), (0.8, 1, 1)]
-    assert rows[0]["ntp"]["per_seed"] == [0.5, 0.0] and rows[0]["meap"]["per_seed"] == [1.0, 0.5]
-    assert rows[0]["difference"] == pytest.approx({"estimate": 0.5, "low": 0.5, "high": 0.5})
-    assert rows[2]["meap"]["per_seed"] == [1.0, 0.0]
-    # Wilson's interval for 1 of 2, z = 1.959964: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    assert rows[0]["ntp"]["within_run"][0] == pytest.approx((0.0945312, 0.9054688), abs=1e-6)
-
-
-def test_chance_is_no_result_to_compare():
-    assert list(report.summarize(make_runs())["metrics"]) == ["test_retrieval/loss", f"{NAME}/accuracy"]
-
-
-def test_every_answer_is_in_one_group_of_distances():
-    rows = report.summarize(make_runs())[NAME]["distance"]
-    assert sum(row["trials_per_run"] for row in rows) == 4
-    assert all(before["high"] <= row["low"] for before, row in zip(rows, rows[1:], strict=False))
+def test_the_first_paragraph_says_what_came_out():
+    said = paragraph()
+    assert "**NTP and ramped MEAP both learned to look facts up, in each of 3 seeds**" in said
+    assert (
+        "NTP began after 36 thousand tokens (median); masked from the start, MEAP had not begun after 100 thousand in "
+    )
+    assert "MEAP had not begun after 100 thousand in 3 of 3 seeds." in said
+    assert "MEAP ramped up answers 95.0 % right, more than NTP's 85.0 % (+10.0 [+10.0, +10.0] points" in said
+    assert "the control, it is 55.0 %, less than NTP's (-30.0 [-30.0, -30.0])" in said
 
 
 @pytest.mark.parametrize(
-    ("meap_losses", "verdict"),
-    [((1.0, 1.21), "MEAP is better"), ((3.0, 3.21), "NTP is better"), ((1.0, 3.4), "the interval contains 0")],
+    ("kwargs", "words"),
+    [
+        (
+            dict(trained=0.9),
+            "**Not every run learned to look facts up**: of MEAP ramped up, some seed stays below 95 %",
+        ),
+        (dict(meap=(40, 60, 80)), "masked from the start, MEAP needed 1.8"),
+        (dict(meap=(40, None, 80)), "MEAP had not begun after 100 thousand in 1 of 3 seeds"),
+        (dict(ramped=(0.70, 0.75, 0.80)), "answers 75.0 % right, less than NTP's 85.0 % (-10.0 ["),
+        (dict(ramped=(0.6, 0.85, 1.0)), "right, not surely other than NTP's 85.0 % (-3.3 ["),
+        (dict(control=(0.85, 0.90, 0.95)), "it is 90.0 %, more than NTP's (+5.0 ["),
+    ],
 )
-def test_the_page_says_who_won_whoever_it_is(tmp_path, meap_losses, verdict):
-    losses = LOSSES | {("meap", seed): loss for seed, loss in enumerate(meap_losses)}
-    results = report.write(epath.Path(tmp_path), make_runs(losses), SETTING)
-    page = (tmp_path / "report.md").read_text()
-    [line] = [line for line in page.splitlines() if line.startswith("- retrieval: loss:")]
-    assert verdict in line
+def test_the_first_paragraph_says_who_is_ahead_whoever_it_is(kwargs, words):
+    assert words in paragraph(**kwargs)
+
+
+def test_an_ntp_that_did_not_begin_is_said():
+    runs = [run(r["arm"], r["seed"], None, 0.1) if r["arm"] == "ntp" and r["seed"] else r for r in made_up()]
+    said = report.first_paragraph(by_arm(runs), setting(None)["config"])
+    assert "of NTP, some seed stays below" in said and "NTP began in 1 of 3 seeds." in said
+
+
+def test_the_page_and_its_files_have_all_that_a_reader_needs(tmp_path):
+    results = report.write(epath.Path(tmp_path), made_up(), setting({"data": 1.5, "training": 60.0}))
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-
-
-def test_the_page_has_all_that_a_reader_needs(tmp_path):
-    report.write(epath.Path(tmp_path), make_runs(), SETTING)
+    assert results["summary"]["meap"]["is_censored"] == [True] * 3
+    assert results["summary"]["meap_ramped"]["longer_minus_ntp"]["estimate"] == pytest.approx(10)
     page = (tmp_path / "report.md").read_text()
-    said = ("2 seeds (0, 1)", "python 3.11.9", "abcdef012345", "1.5 minutes", "4 questions a run", "| 2.000, 2.300 |")
+    said = (
+        "# NTP and MEAP, side by side", "python 3.11.9", "abcdef012345", "- Seconds: data 1.5, training 60.",
+        "| NTP | 36 (3 of 3) |  |  | 100.0 ± 0.0 | 85.0 ± 5.0 |  | 2.000 ± 1.000 |",
+        "| MEAP from the start | not begun (0 of 3) | at least 2.8",
+        "| MEAP ramped up | 36 (3 of 3) |  |  | 100.0 ± 0.0 | 95.0 ± 5.0 | +10.0 [+10.0, +10.0] |",
+        "| naming one of the values at random | | | | 25.0 | 6.2 | | |",
+        "until 40 % of the run, and mask at the whole ratio from 60 % on",
+        "| 16 | 85.0 | 5.0 (-80.0 [-92.4, -67.6]) | 95.0 (+10.0 [+10.0, +10.0]) | 55.0 (-30.0 [-30.0, -30.0]) |",
+        "| 0.5 to 1 | 25.0 | 25.0 | 25.0 | 25.0 |",
+        "| MEAP from the start | -; 0.0, 5.0 | -; 0.0, 5.0 | -; 0.0, 5.0 |",
+        "| NTP | 26; 100.0, 80.0 | 36; 100.0, 85.0 | 46; 100.0, 90.0 |",
+    )  # fmt: skip
     assert [words for words in said if words not in page] == []
-    for picture in ("loss.png", "depth.png"):
+    for picture in ("learning.png", "accuracy.png"):
         assert f"]({picture})" in page
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert "nan" not in page
+    assert "nan" not in page and "None" not in page
 
 
-def test_data_without_questions_has_a_page_without_a_retrieval_section(tmp_path):
-    loss = {"estimate": 3.0, "low": 2.0, "high": 4.0}
-    evaluation = {"metrics": {"test_stdlib/loss": loss}, "examples": {"test_stdlib": [{"row": 0, "loss": 3.0}]}}
-    runs = [run._replace(evaluation=evaluation) for run in make_runs()]
-    report.write(epath.Path(tmp_path), runs, SETTING)
-    page = (tmp_path / "report.md").read_text()
-    assert "stdlib: loss" in page and "Retrieval:" not in page and "depth.png" not in page
+def test_an_interrupted_comparison_does_not_say_how_long_it_took(tmp_path):
+    report.write(epath.Path(tmp_path), made_up(), setting(None))
+    assert "Seconds" not in (tmp_path / "report.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def test_onsets_in_words():
+    early, late = Onset(20_000, False), Onset(100_000, True)
+    assert begun([early, Onset(40_000, False)]) == "30 (2 of 2)"
+    assert begun([early, early, late]) == "20 (2 of 3)"
+    assert begun([early, late]) == "not begun (1 of 2)"
+    assert times_as_many([early, early], [Onset(40_000, False), Onset(80_000, False)]).startswith("2.83 [")
+    assert times_as_many([early], [late]) == "at least 5.0"
+    assert times_as_many([late], [early]) == ""
+
+
+def test_differences_are_paired_with_a_t_interval():
+    # t(0.975, 1 degree of freedom) = 12.7062, standard error 0.05.
+    low, high = 0.35 - 12.7062 * 0.05, 0.35 + 12.7062 * 0.05
+    assert difference(np.array([0.3, 0.4]), 2) == f"+0.35 [{low:+.2f}, {high:+.2f}]"
