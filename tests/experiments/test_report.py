@@ -33,7 +33,8 @@ def run(arm, seed, onset_step, longer, trained=1.0):
         metrics={"test_retrieval/loss": 1.0 + seed, "test_retrieval_answers/accuracy": longer},
         cells=[{"num_facts": n, "num_fillers": f, "correct": right, "asked": 20} for n in (2, 16) for f in (0, 1)],
         depth=[
-            {"low": 0.0, "high": 0.5, "correct": right, "asked": 20}, {"low": 0.5, "high": 1.0, "correct": 5, "asked": 20},
+            {"low": 0.0, "high": 0.5, "correct": right, "asked": 20},
+            {"low": 0.5, "high": 1.0, "correct": 5, "asked": 20},
         ],
         distance=[{"low": 0, "high": 40, "correct": right, "asked": 20}],
     )  # fmt: skip
