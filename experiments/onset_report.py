@@ -19,10 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.onset import PARTS
-from experiments.outcomes import Outcomes, begun, by_arm, difference, spread, times_as_many
+from experiments.outcomes import Outcomes, begun, by_arm, difference, p_value, spread, times_as_many
 from meap_jax import cli
 from meap_jax.errors import ConfigError
-from meap_jax.onset import permutation_p
 from meap_jax.statistics import paired_t_interval
 
 NTP = "ntp"
@@ -71,7 +70,7 @@ def table(arms: Sequence[Outcomes], baseline: Outcomes) -> list[str]:
         own, theirs = arm.onsets(seeds), baseline.onsets(seeds)
         cells = [arm.label, begun(own)]
         is_same = own == theirs  # A ramp that begins later changes nothing.
-        cells += ["", ""] if is_same else [times_as_many(theirs, own), f"{permutation_p(theirs, own):.3f}"]
+        cells += ["", ""] if is_same else [times_as_many(theirs, own), p_value(theirs, own)]
         cells += [spread(arm.settled(documents, seeds)) for documents in ("trained", "longer")]
         if arm.name == NTP:
             cells += ["", ""]

@@ -1,5 +1,6 @@
 """What runs of an experiment came to: one record a run, and the runs of one arm beside each other."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from experiments.members import Member
 from experiments.population import Evaluation
 from meap_jax.evals.facts import FactSet, cells
-from meap_jax.onset import Onset, factor, onset, settled_accuracy
+from meap_jax.onset import MAX_ASSIGNMENTS, Onset, factor, log_rank, onset, permutation_p, settled_accuracy
 from meap_jax.statistics import paired_t_interval
 
 DEPTH_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # 0: the first fact of a document, 1: the last.
@@ -128,6 +129,12 @@ def begun(onsets: Sequence[Onset]) -> str:
     num = sum(not o.is_censored for o in onsets)
     median = f"{np.median([o.tokens for o in onsets]) / 1000:,.0f}" if 2 * num > len(onsets) else "not begun"
     return f"{median} ({num} of {len(onsets)})"
+
+
+def p_value(theirs: Sequence[Onset], own: Sequence[Onset]) -> str:
+    """That two groups begin alike: by the exact permutation test, or by the log-rank test where runs are too many."""
+    is_exact = math.comb(len(theirs) + len(own), len(own)) <= MAX_ASSIGNMENTS
+    return f"{permutation_p(theirs, own) if is_exact else log_rank(theirs, own):.3f}"
 
 
 def times_as_many(theirs: Sequence[Onset], own: Sequence[Onset]) -> str:

@@ -30,6 +30,7 @@ RAMP = {"objective.ramp_from": 0.0, "objective.ramp_begin": 0.5, "objective.ramp
 RAMPED = Arm("ramped", "", {**MEAP.changes, **RAMP})
 RANDOM = Arm("random", "", {**RAMPED.changes, "objective.name": "random_tokens"})
 DECAYED = Arm("decayed", "", {**RAMPED.changes, "optimizer.weight_decay": 0.5})
+FORGETFUL = Arm("forgetful", "", {**RAMPED.changes, "objective.name": "fcm"})
 ARMS = (RAMPED, NTP, MEAP, RANDOM)
 
 
@@ -63,7 +64,7 @@ def alone(run):
 
     @functools.cache
     def step_of(name: str):
-        arm = next(arm for arm in (*ARMS, DECAYED) if arm.name == name)
+        arm = next(arm for arm in (*ARMS, DECAYED, FORGETFUL) if arm.name == name)
         return train.compile_step(config_of(run.config, arm, 0), run.definition, mesh)
 
     @functools.cache
@@ -122,9 +123,9 @@ def test_what_begins_as_ntp_is_trained_from_where_it_leaves_it(run, monkeypatch)
     assert ntp.records[:2] == ramped.records[:2] and ntp.records[2] != ramped.records[2]
 
 
-def test_another_optimizer_has_another_program_and_an_ntp_run_of_its_own_that_nobody_gets_to_see(run, alone):
-    members = population.train(run, [RAMPED, DECAYED], [1], every=EVERY)
-    assert [m.name for m in members] == ["ramped-seed1", "decayed-seed1"]
+def test_other_losses_and_optimizers_have_programs_of_their_own_and_ntp_runs_that_nobody_gets_to_see(run, alone):
+    members = population.train(run, [FORGETFUL, DECAYED], [1], every=EVERY)
+    assert [m.name for m in members] == ["forgetful-seed1", "decayed-seed1"]
     for member in members:
         assert_equal(member.trained, alone(member.arm.name, 1))
 

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from experiments import report
-from experiments.outcomes import begun, by_arm, difference, times_as_many
+from experiments.outcomes import begun, by_arm, difference, p_value, times_as_many
 from meap_jax.config import base
 from meap_jax.onset import Onset
 
@@ -144,6 +144,7 @@ def test_onsets_in_words():
     assert begun([early, Onset(40_000, False)]) == "30 (2 of 2)"
     assert begun([early, early, late]) == "20 (2 of 3)"
     assert begun([early, late]) == "not begun (1 of 2)"
+    assert p_value([early] * 3, [late] * 3) == "0.100" and p_value([early] * 20, [late] * 20) == "0.000"
     assert times_as_many([early, early], [Onset(40_000, False), Onset(80_000, False)]).startswith("2.83 [")
     assert times_as_many([early], [late]) == "at least 5.0"
     assert times_as_many([late], [early]) == ""
