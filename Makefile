@@ -37,7 +37,7 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 	datasets=
 	.venv/bin/python -c 'import datasets' 2>/dev/null || datasets=--no-datasets
 	.venv/bin/python -m experiments.benchmarks.corpus $$datasets $(BENCH)
-	for name in masking scaling data startup loss needles fine_tuning; do
+	for name in masking population scaling data startup loss needles fine_tuning; do
 	    .venv/bin/python -m experiments.benchmarks.$$name $(BENCH)
 	done
 

@@ -75,7 +75,7 @@ def train(run: Run, ratios: Sequence[float], num_seeds: int) -> list[Member]:
     """Trains a model with each ratio and seed; returns them ratio by ratio."""
     config = run.config
     name = "meap" if config.objective.name == "ntp" else config.objective.name  # NTP would ignore the ratio.
-    arms = [Arm(f"ratio{r:g}", f"{r:g}", {"objective.name": name, "objective.mask_ratio": r}) for r in ratios]
+    arms = [Arm(f"ratio{r!r}", f"{r:g}", {"objective.name": name, "objective.mask_ratio": r}) for r in ratios]
     seeds = [config.seed + i for i in range(num_seeds)]
     every = max(n for n in range(1, MOST_STEPS_A_TURN + 1) if config.num_steps % n == 0)
     members = {(m.arm.name, m.seed): m for m in population.train(run, arms, seeds, every=every)}

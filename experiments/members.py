@@ -66,6 +66,9 @@ class Member:
 
 def make_members(run: Run, arms: Sequence[Arm], seeds: Sequence[int], every: int) -> list[Member]:
     """All members, NTP ones before those that start from them; an NTP member that no arm asks for is added."""
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms must have different names, got {', '.join(names)}")
     asked = [Member(arm, seed, config_of(run.config, arm, seed)) for seed in seeds for arm in arms]
     trunks: dict[tuple[str, int], Member] = {}
     for member in asked:
@@ -126,7 +129,11 @@ def save(folder: epath.Path, members: Sequence[Member]) -> None:
 
 
 def restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
-    """Reads what `_save` wrote of a member; whether there is anything."""
+    """Reads what `save` wrote of a member; whether there is anything.
+
+    Raises:
+      ConfigError: it is of another config.
+    """
     file = folder / f"{member.name}.npz"
     if not file.exists():
         return False
@@ -137,7 +144,9 @@ def restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
                 f"{file} is of another config: use another --workdir, or the fields that it was made with."
             )
         leaves, tree = jax.tree.flatten(template)
-        member.state = jax.tree.unflatten(tree, [saved[str(i)] for i in range(len(leaves))])
+        # numpy's files know no bfloat16: it comes back as two bytes that mean nothing.
+        own = [saved[str(i)].view(leaf.dtype) for i, leaf in enumerate(leaves)]
+        member.state = jax.tree.unflatten(tree, own)
     member.records = about["records"]
     member.step = int(member.state.step)
     return True

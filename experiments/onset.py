@@ -79,6 +79,7 @@ PARTS = {
     "place": Part(
         "Which tokens are masked?",
         [
+            # Which are 30 % and 70 % of all tokens: as many masks as at 5 % and 10 % of all.
             *both_ways("look_up", "15 % of keys and values", name="meap", mask_ratio=0.15, where=f"only:{ROLES}"),
             *both_ways("rest", "15 % of all other words", name="meap", mask_ratio=0.15, where=f"never:{ROLES}"),
         ],

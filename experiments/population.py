@@ -277,6 +277,9 @@ def _start(run: Run, members: Sequence[Member], every: int, folder: epath.Path |
             member.state = first[member.seed]
     for member in members:
         fork(member, every)
+        if any(own.state is None and fork_step(own.config, every) < member.step for own in member.forks):
+            # An arm that is new, or whose file is gone: what it starts from has gone on.
+            member.state, member.step, member.records = first[member.seed], 0, []
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

@@ -199,7 +199,7 @@ class Prepared:
 
         Raises:
           DataError: the folder was not prepared for them.
-          ConfigError: objective.where names a role of which its documents have no spans.
+          ConfigError: objective.where names a role of which no document of any source has spans.
         """
         if name not in self.spec.plans or split not in SPLITS:
             raise DataError(
@@ -209,15 +209,23 @@ class Prepared:
         store, plan, spec = open_store(self.folder / name), self._plan(name, split), self.spec.plans[name]
         if isinstance(spec, ChatPlanSpec):
             return SampleBlocks(store, plan, spec_of(split, spec), self.spec.samples, self.tokenizer.pad_id)
-        for role in roles_of(self.spec.where)[1]:
-            if role not in store.roles():
-                raise ConfigError(
-                    f"objective.where is {self.spec.where!r}, but no document of {name} in {self.folder} has a span of "
-                    f"the role {role!r}, only of {', '.join(store.roles()) or 'none'}: name another, or prepare the "
-                    "data anew in another data.prepared if an older version made it."
-                )
+        self._check_roles()
         sizes, is_one = (self.block_len, self.tokenizer.pad_id), not spec.separates_documents
         return Blocks(store, plan, *sizes, is_one_segment=is_one, where=self.spec.where)
+
+    def _check_roles(self) -> None:
+        """Stops masks on a role that no source has: a source may lack it where another has it."""
+        _, roles = roles_of(self.spec.where)
+        known = sorted(
+            {role for name in self.spec.plans for role in open_store(self.folder / name).roles()} if roles else []
+        )
+        for role in roles:
+            if role not in known:
+                raise ConfigError(
+                    f"objective.where is {self.spec.where!r}, but no document in {self.folder} has a span of the role "
+                    f"{role!r}, only of {', '.join(known) or 'none'}: name another, or prepare the data anew in another "
+                    "data.prepared if an older version made it."
+                )
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:
         folder = plan_folder(self.folder / name, self.spec.plans[name])

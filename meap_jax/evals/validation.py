@@ -36,7 +36,7 @@ class Validation:
             Objective.of(config), name="meap", mask_ratio=config.objective.mask_ratio, strategy="random",
             ramp_from=None, ratio_per_row=False, rows_per_mean=0,
         )  # fmt: skip
-        losses = functools.partial(_losses, definition, meap, config.loss.chunk_size)
+        losses = functools.partial(_losses, definition, meap, config.loss.chunk_size, config.objective.where != "all")
         self._step = jax.jit(losses, out_shardings=sharding.replicated(self._mesh))
         # A stream of its own: never the masks of a training step.
         self._key = self._replicated(jax.random.key_data(jax.random.fold_in(named_keys(config)["mask"], 2**31)))
@@ -62,13 +62,19 @@ def _losses(
     definition: Definition,
     meap: Objective,
     chunk_size: int,
+    is_everywhere: bool,
     params: Params,
     row: Row,
     key_data: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each row the summed loss on clean and on masked inputs, and its number of targets; [B] each."""
+    """Of each row the summed loss on clean and on masked inputs, and its number of targets; [B] each.
+
+    `is_everywhere`: masks fall everywhere, whatever the row says.
+    """
     clean, key = clean_inputs(row), jax.random.wrap_key_data(key_data)
+    if is_everywhere:
+        row = row._replace(maskable=None)
     masked = make_inputs(row, meap, {"mask": key, "noise": key}, index)
 
     def summed(inputs: Inputs) -> jax.Array:
