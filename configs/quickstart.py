@@ -51,5 +51,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.every = 25
     c.eval.every = 150
     c.eval.max_rows = 300
-    c.checkpoint.every = 325
+    c.checkpoint.every = 300
     return c

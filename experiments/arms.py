@@ -1,12 +1,13 @@
 """The arms of an experiment: how each changes a config, and until when it is still next-token prediction (NTP)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from meap_jax.config import check, flatten
+from meap_jax.config import check, flatten, mixture
+from meap_jax.errors import ConfigError
 from meap_jax.objective import FILLERS, Objective
 
 
@@ -27,8 +28,25 @@ def config_of(base: ml_collections.ConfigDict, arm: Arm, seed: int) -> ml_collec
     config = ml_collections.ConfigDict(base.to_dict())  # Without placeholders, so that a field can be None.
     config.update_from_flattened_dict(dict(arm.changes))
     config.seed = seed
-    check(config)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{arm.name or 'the setting'} can't be trained: {error}") from error
     return config
+
+
+def check_arms(base: ml_collections.ConfigDict, arms: Sequence[Arm]) -> None:
+    """Stops what no arm could be trained or asked with, before anything is done.
+
+    Raises:
+      ConfigError: for data without facts, or changes that no run can have.
+    """
+    if "retrieval" not in mixture(base):
+        raise ConfigError(
+            f"data.mixture is {base.data.mixture!r}, but must have the source retrieval, whose facts are asked for."
+        )
+    for arm in arms:
+        config_of(base, arm, base.seed)
 
 
 def fork_step(config: ml_collections.ConfigDict, every: int) -> int:

@@ -4,7 +4,7 @@ python -m experiments.compare --config=configs/quickstart.py --workdir=DIR [--se
 
 MEAP is trained twice: with its mask ratio from the start, and with one that ramps up as objective.ramp_* of the config
 say. An interrupted comparison goes on where it was: the same command again does the rest. Every model is left as a run
-in a folder of its own, as `meap_jax.main` leaves it.
+in a folder of its own, from which `meap_jax.main` can go on.
 """
 
 import argparse
@@ -19,17 +19,18 @@ import ml_collections
 from etils import epath
 
 from experiments import population, report
-from experiments.arms import Arm
+from experiments.arms import Arm, check_arms, config_of
 from experiments.members import Member
 from experiments.outcomes import outcome
 from meap_jax import cli
-from meap_jax.checkpoint import Checkpointer
+from meap_jax.checkpoint import Checkpointer, newest_meta
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.errors import ConfigError
+from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, Kind, make_set
 from meap_jax.metrics import METRICS_FILE
 from meap_jax.models import save_tokenizer, write_config
-from meap_jax.run import Run, make_folder, open_run, versions
+from meap_jax.run import Run, check_resume, make_folder, open_run, versions
 
 ARMS = (
     Arm("ntp", "NTP", {"objective.name": "ntp"}),
@@ -37,7 +38,9 @@ ARMS = (
     Arm("meap_ramped", "MEAP ramped up", {"objective.name": "meap", "objective.ramp_from": 0.0}),
     Arm("random_ramped", "random tokens ramped up", {"objective.name": "random_tokens", "objective.ramp_from": 0.0}),
 )
+TASKS = "validation,facts"
 STATES = "states"  # Folder of what an interrupted comparison goes on from.
+PROBES = 1_000_003  # Added to a seed.
 DOCUMENTS = 3  # Of each kind that is asked for during training: a sixteenth of the time.
 
 
@@ -48,7 +51,8 @@ def probes(run: Run) -> dict[str, FactSet]:
     trained = [Kind(n, f, DOCUMENTS) for n in range(r.min_facts, r.num_facts + 1) for f in fillers]
     longer = [Kind(r.num_eval_facts, f, 2 * DOCUMENTS) for f in fillers]
     sets = {"trained": trained, "longer": longer}
-    return {name: make_set(tokenizer, kinds, r.num_keys, r.num_values, run.config.seed) for name, kinds in sets.items()}
+    seed = run.config.eval.seed + PROBES  # Other documents than those of the task `facts`.
+    return {name: make_set(tokenizer, kinds, r.num_keys, r.num_values, seed) for name, kinds in sets.items()}
 
 
 def steps_of_a_turn(num_steps: int) -> int:
@@ -56,8 +60,25 @@ def steps_of_a_turn(num_steps: int) -> int:
     return max(n for n in range(1, max(1, num_steps // 60) + 1) if num_steps % n == 0)
 
 
+def check_folders(run: Run, workdir: epath.Path, seeds: Sequence[int]) -> None:
+    """Stops a comparison whose runs would come into folders of other runs.
+
+    Raises:
+      ConfigError: naming the folder and the fields that differ.
+    """
+    for arm in ARMS:
+        for seed in seeds:
+            folder = workdir / f"{arm.name}-seed{seed}"
+            meta = newest_meta(folder)
+            if meta is not None:
+                check_resume(config_of(run.config, arm, seed), meta, folder)
+
+
 def write_run(run: Run, member: Member, folder: epath.Path) -> None:
-    """Writes a member as the run that `meap_jax.main` would have made of it, with a checkpoint of its last step."""
+    """Writes a member as a run with a checkpoint of its last step, unless that run is there, or has gone on."""
+    meta = newest_meta(folder)
+    if meta is not None and meta["data"]["next_index"] >= member.step:
+        return
     config = ml_collections.ConfigDict(member.config.to_dict())
     config.data.prepared = str(run.prepared.folder)
     make_folder("workdir", folder)
@@ -80,15 +101,17 @@ def write_run(run: Run, member: Member, folder: epath.Path) -> None:
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Trains, evaluates and writes runs and report; returns the content of results.json."""
     began = time.perf_counter()
+    check_arms(config, ARMS)
     is_fresh = not (workdir / STATES).exists()
     run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
-    asked = probes(run)
+    check_folders(run, workdir, seeds)
+    asked, evaluators = probes(run), make_evaluators(Setting.of(run, "test"), TASKS)
     prepared = time.perf_counter()
     members = population.train(
         run, ARMS, seeds, every=steps_of_a_turn(config.num_steps), questions=asked, folder=workdir / STATES
     )
     trained = time.perf_counter()
-    results = population.evaluate(run, members, "test", "validation,facts")
+    results = population.evaluate(run, members, evaluators)
     for member in members:
         write_run(run, member, workdir / member.name)
     evaluated = time.perf_counter()

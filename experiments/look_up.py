@@ -2,8 +2,9 @@
 
 python -m experiments.look_up --config=configs/quickstart.py --workdir=runs/look_up [--config.field=value ...]
 
-Trains the arms of `experiments.compare` with one seed, and draws the attention from the last token of a question to the
-tokens around the value where it is stated, of the head that ends with most on the value: WORKDIR/look_up.png.
+Trains NTP and both arms of MEAP of `experiments.compare` with one seed, and draws the attention from the last token of
+a question to the tokens around the value where it is stated, of the head that ends with most on the value:
+WORKDIR/look_up.png.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float32
 from matplotlib.figure import Figure
 
 from experiments import population
+from experiments.arms import check_arms
 from experiments.compare import ARMS, probes, steps_of_a_turn
 from experiments.members import Member
 from meap_jax import cli
@@ -120,6 +122,7 @@ def command(argv: list[str]) -> None:
     """Trains and draws as the command line says."""
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/look_up", *argv[1:]])
     population.check_mesh(config)
+    check_arms(config, ARMS)
     make_folder("workdir", workdir)
     population.use_all_cores()
     run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))

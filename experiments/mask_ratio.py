@@ -8,7 +8,7 @@ python -m experiments.mask_ratio --config=configs/quickstart.py --workdir=runs/m
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +21,17 @@ from experiments.arms import Arm
 from experiments.members import Member
 from meap_jax import cli
 from meap_jax.errors import ConfigError
+from meap_jax.evals import Setting, make_evaluators
 from meap_jax.run import Run, make_folder, open_run, versions
 from meap_jax.statistics import paired_t_interval
+from meap_jax.train import Evaluator
 
 MOST_STEPS_A_TURN = 50
 
 
-def measure(run: Run, members: Sequence[Member]) -> dict[str, np.ndarray]:
+def measure(run: Run, members: Sequence[Member], evaluators: Mapping[str, Evaluator]) -> dict[str, np.ndarray]:
     """Every result on validation rows, on clean inputs: {"validation_retrieval/loss": [P], ...}."""
-    results = population.evaluate(run, members, "validation", run.config.eval.tasks)
+    results = population.evaluate(run, members, evaluators)
     names = [name for name in results[0].metrics if not name.endswith(("/masked_loss", "/chance"))]
     return {name: np.array([result.metrics[name].estimate for result in results]) for name in names}
 
@@ -112,7 +114,8 @@ def command(argv: list[str]) -> None:
     make_folder("workdir", workdir)
     population.use_all_cores()
     run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
-    measured = measure(run, train(run, ratios, int(args.seeds)))
+    evaluators = make_evaluators(Setting.of(run, "validation"), config.eval.tasks)
+    measured = measure(run, train(run, ratios, int(args.seeds)), evaluators)
     metrics = {name: summarize(values, ratios) for name, values in measured.items()}
     setting = {"config": config.to_dict(), "fingerprint": run.prepared.fingerprint, "versions": versions()}
     (workdir / "mask_ratio.json").write_text(json.dumps({"metrics": metrics, "setting": setting}, indent=1))

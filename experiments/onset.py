@@ -22,11 +22,12 @@ import ml_collections
 from etils import epath
 
 from experiments import population
-from experiments.arms import Arm, config_of
-from experiments.compare import probes, steps_of_a_turn
-from experiments.outcomes import outcome
+from experiments.arms import Arm, check_arms, config_of
+from experiments.compare import TASKS, probes, steps_of_a_turn
+from experiments.outcomes import outcome, write_whole
 from meap_jax import cli
 from meap_jax.errors import ConfigError
+from meap_jax.evals import Setting, make_evaluators
 from meap_jax.run import make_folder, open_run, versions
 
 _log = logging.getLogger("meap_jax.experiments.onset")
@@ -123,11 +124,11 @@ def run_setting(
     changed = config_of(config, Arm(setting, setting, changes), config.seed)
     folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting) or "own")
     run = open_run(changed, folder, population.evaluation_mesh(changed, jax.devices()))
-    asked = probes(run)
+    asked, evaluators = probes(run), make_evaluators(Setting.of(run, "test"), TASKS)
     members = population.train(
         run, part.arms, seeds, every=steps_of_a_turn(changed.num_steps), questions=asked, folder=folder / "states"
     )
-    results = population.evaluate(run, members, "test", "validation,facts")
+    results = population.evaluate(run, members, evaluators)
     return [outcome(member, found, asked, setting) for member, found in zip(members, results, strict=True)]
 
 
@@ -138,10 +139,18 @@ def study(
     seeds: Sequence[int],
     text: str | None = None,
 ) -> None:
-    """Runs parts, and writes PART.json of each that is not there; `text` is a path of English, as in data.path."""
+    """Runs parts, and writes PART.json of each that is not there; `text` is a path of English, as in data.path.
+
+    Raises:
+      ConfigError: a part is there that was made with another config or other seeds.
+    """
     for name in parts:
+        check_arms(config, PARTS[name].arms)
         file = workdir / f"{name}.json"
         if file.exists():
+            about = json.loads(file.read_text())["about"]
+            if about["seeds"] != list(seeds) or about["config"] != json.loads(json.dumps(config.to_dict())):
+                raise ConfigError(f"{file} was made with another config or other seeds: name another --workdir.")
             _log.info("%s is there: it is not run again", file)
             continue
         began = time.perf_counter()
@@ -153,7 +162,7 @@ def study(
         ]
         about = {"question": part.question, "config": config.to_dict(), "versions": versions(), "seeds": list(seeds)}
         about["minutes"] = round((time.perf_counter() - began) / 60, 1)
-        file.write_text(json.dumps({"about": about, "members": members}))
+        write_whole(file, {"about": about, "members": members})
         _log.info("wrote %s after %.1f minutes", file, about["minutes"])
 
 

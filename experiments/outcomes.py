@@ -1,10 +1,12 @@
 """What runs of an experiment came to: one record a run, and the runs of one arm beside each other."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from experiments.members import Member
 from experiments.population import Evaluation
@@ -53,6 +55,13 @@ def _grouped(examples: Sequence[Mapping[str, Any]], key: str, edges: Sequence[fl
         if own:
             groups.append({"low": low, "high": high, "correct": sum(own), "asked": len(own)})
     return groups
+
+
+def write_whole(file: epath.Path, content: Any) -> None:
+    """Writes JSON into a file that is there whole or not at all."""
+    partial = file.parent / f"{file.name}.part"
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(file)
 
 
 class Outcomes(NamedTuple):

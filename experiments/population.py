@@ -35,7 +35,6 @@ from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
 from meap_jax.errors import ConfigError
-from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, hits
 from meap_jax.model.decoder import Definition
 from meap_jax.objective import FILLERS
@@ -43,7 +42,7 @@ from meap_jax.results import Interval
 from meap_jax.rows import Row, stacked
 from meap_jax.run import Run, open_data
 from meap_jax.start import imported_params
-from meap_jax.train import Diverged, TrainState, init_state, state_of_params, step_function
+from meap_jax.train import Diverged, Evaluator, TrainState, init_state, state_of_params, step_function
 
 AXIS = "population"
 SECONDS_BETWEEN_SAVES = 60.0
@@ -88,27 +87,28 @@ def population_mesh(num_members: int, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def compile_turn(config: ml_collections.ConfigDict, definition: Definition, mesh: Mesh) -> Callable:
-    """(states [D], treatments [D], batches [D, steps, B, T + 1], questions) -> (states, losses [D, steps], hits).
+    """(states [D], treatments [D], batches [D, steps, B, T + 1], questions) -> (states, measured [D, steps], hits).
 
-    Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1], at [N, A])}, which all devices have. Jitted for
-    a mesh of D devices, each of which trains and asks one member and sends nothing to others.
+    What is measured is {"loss", "mask_fraction"}. Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1],
+    at [N, A])}, which all devices have. Jitted for a mesh of D devices, each of which trains and asks one member and
+    sends nothing to others.
     """
     step_fn = step_function(config, definition)
 
     def on_device(
         state: TrainState, treatment: Treatment, batches: Row, questions: Mapping[str, tuple[Row, jax.Array]]
-    ) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         state, treatment, batches = jax.tree.map(lambda x: x[0], (state, treatment, batches))
         filler = treatment.filler if filler_of(config) is not None else None
 
-        def step(state: TrainState, own: tuple[Row, Any]) -> tuple[TrainState, jax.Array]:
+        def step(state: TrainState, own: tuple[Row, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
             batch, ratio = own
             state, metrics = step_fn(state, batch, ratio, filler)
-            return state, metrics["loss"]
+            return state, {name: metrics[name] for name in ("loss", "mask_fraction")}
 
-        state, losses = jax.lax.scan(step, state, (batches, treatment.ratios))
+        state, measured = jax.lax.scan(step, state, (batches, treatment.ratios))
         found = {name: hits(definition, state.params, rows, at) for name, (rows, at) in questions.items()}
-        return jax.tree.map(lambda x: x[None], (state, losses, found))
+        return jax.tree.map(lambda x: x[None], (state, measured, found))
 
     members, everywhere = PartitionSpec(AXIS), PartitionSpec()
     # The model finds no axis in this mesh that it knows, so attention and loss take the path of a single device.
@@ -146,7 +146,7 @@ class _Program:
     def _sequence(self, seed: int) -> Any:
         return global_sequence(self._prepared, mixture(self._config), seed)
 
-    def dispatch(self, members: Sequence[Member], questions: Any) -> tuple[TrainState, jax.Array, dict]:
+    def dispatch(self, members: Sequence[Member], questions: Any) -> tuple[TrainState, dict, dict]:
         """Starts a turn of these members, as many as there are devices or fewer."""
         filled = [*members, *[members[-1]] * (self._mesh.size - len(members))]
         over_members = NamedSharding(self._mesh, PartitionSpec(AXIS))
@@ -190,7 +190,8 @@ def train(
       keep: steps whose parameters members keep. A member that goes on from `folder` lacks those of earlier ones.
 
     Returns:
-      The members, arm by arm in each seed. Their records are {"step", "loss": mean over the turn, "SET/accuracy"}.
+      The members, arm by arm in each seed. Their records are {"step", "loss", "mask_fraction", "SET/accuracy"},
+      the second and third as means over the turn.
 
     Raises:
       ConfigError: for a number of steps that `every` does not divide, or an arm that no run can be.
@@ -243,9 +244,9 @@ def train(
 
 def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping[str, FactSet]) -> None:
     """Gives members their new states and records."""
-    states, losses, found = turn
+    states, measured, found = turn
     for i, member in enumerate(members):
-        if not np.isfinite(losses[i]).all():
+        if not np.isfinite(measured["loss"][i]).all():
             raise Diverged(
                 f"the loss of {member.arm.name} with seed {member.seed} is not finite by step {member.step + every}: "
                 "try a lower optimizer.learning_rate or a longer warm-up."
@@ -255,7 +256,8 @@ def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping
         accuracies = {
             f"{name}/accuracy": float(of_set.correct(found[name][i]).mean()) for name, of_set in questions.items()
         }
-        member.records.append({"step": member.step, "loss": float(losses[i].mean())} | accuracies)
+        means = {name: float(of_steps[i].mean()) for name, of_steps in measured.items()}
+        member.records.append({"step": member.step, **means, **accuracies})
 
 
 def _start(run: Run, members: Sequence[Member], every: int, folder: epath.Path | None) -> None:
@@ -299,16 +301,14 @@ def evaluation_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
     return Mesh(np.reshape(devices[:num], shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def evaluate(run: Run, members: Sequence[Member], split: str, tasks: str) -> list[Evaluation]:
+def evaluate(run: Run, members: Sequence[Member], evaluators: Mapping[str, Evaluator]) -> list[Evaluation]:
     """Runs evaluators on members that are trained, one after the other.
 
     Args:
       run: with the mesh to evaluate on.
       members: whose parameters are evaluated.
-      split: of the data.
-      tasks: names of evaluators, as in `eval.tasks`.
+      evaluators: by name, as of `meap_jax.evals.make_evaluators`; made before training, so that a mistake shows then.
     """
-    evaluators = make_evaluators(Setting.of(run, split), tasks)
     everywhere = sharding.replicated(run.mesh)
     found = []
     with jax.set_mesh(run.mesh):

@@ -12,13 +12,15 @@ class Preset(NamedTuple):
 
 # Batches split over up to 8 devices. Larger models get more documents, and a lower learning rate. Sizes come from
 # arithmetic (6 FLOPs a parameter and token, at a fifth to a third of the chip's peak), not from tuning.
-QUICKSTART = Preset("quickstart", {})  # 0.2M parameters, 2.5M tokens.
+QUICKSTART = Preset("quickstart", {})  # 0.2M parameters, 2.9M tokens.
 SMALL = Preset(  # 3M parameters, 61M tokens: 1.3 PFLOPs a run.
     "small",
     {
         "num_steps": 4_000,
         "global_batch_size": 64,
         "model.num_layers": 4,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 4,
         "model.head_dim": 64,
         "model.embed_dim": 256,
         "model.mlp_dim": 704,

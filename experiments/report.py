@@ -1,7 +1,6 @@
 """The page that compares NTP, MEAP and a control: results.json, report.md and two pictures."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from experiments import report_plots
-from experiments.outcomes import Outcomes, begun, by_arm, difference, p_value, spread, times_as_many
+from experiments.outcomes import Outcomes, begun, by_arm, difference, p_value, spread, times_as_many, write_whole
 from meap_jax.statistics import paired_t_interval
 
 NTP, FROM_START, RAMPED, CONTROL = "ntp", "meap", "meap_ramped", "random_ramped"
@@ -27,7 +26,7 @@ def write(folder: epath.Path, outcomes: Sequence[dict[str, Any]], setting: dict[
     """
     arms = by_arm(outcomes)
     results = {"seeds": arms[NTP].seeds, "summary": summary(arms), "runs": list(outcomes), "setting": setting}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_whole(folder / "results.json", results)
     config = setting["config"]
     report_plots.learning(folder / "learning.png", arms, _ramp_tokens(config))
     report_plots.accuracy(folder / "accuracy.png", arms)

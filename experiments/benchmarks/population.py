@@ -74,8 +74,8 @@ def _turns(config: ml_collections.ConfigDict, num_devices: int, calls: int, step
     def call() -> Any:
         nonlocal states
         for _ in range(calls):
-            states, losses, _ = turn(states, treatments, batches, {})
-        return losses
+            states, measured, _ = turn(states, treatments, batches, {})
+        return measured
 
     return call
 

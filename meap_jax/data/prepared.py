@@ -216,15 +216,14 @@ class Prepared:
     def _check_roles(self) -> None:
         """Stops masks on a role that no source has: a source may lack it where another has it."""
         _, roles = roles_of(self.spec.where)
-        known = sorted(
-            {role for name in self.spec.plans for role in open_store(self.folder / name).roles()} if roles else []
-        )
+        sources = self.spec.plans if roles else ()
+        known = sorted({role for name in sources for role in open_store(self.folder / name).roles()})
         for role in roles:
             if role not in known:
                 raise ConfigError(
                     f"objective.where is {self.spec.where!r}, but no document in {self.folder} has a span of the role "
-                    f"{role!r}, only of {', '.join(known) or 'none'}: name another, or prepare the data anew in another "
-                    "data.prepared if an older version made it."
+                    f"{role!r}, only of {', '.join(known) or 'none'}: name another, or prepare the data anew in "
+                    "another data.prepared if an older version made it."
                 )
 
     def _plan(self, name: str, split: str) -> plans_lib.Plan:

@@ -11,7 +11,7 @@ import tiny_data
 from meap_jax import sharding
 from meap_jax.data.store import TokenSpan
 from meap_jax.evals import Setting
-from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, _hits, answer_positions, exact_matches, questions
+from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, answer_positions, exact_matches, hits_at, questions
 from meap_jax.evals.validation import Validation
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
@@ -73,7 +73,7 @@ def test_logits_of_answers_alone_are_computed(setup):
     _, definition, params, blocks = setup
     batch, at = stacked([blocks[i] for i in range(4)]), answer_positions(blocks.spans("answer"), 6, T)[:4]
     assert at.tolist() == [[4, 8, 9, 13, 14, 15]] * 4
-    program = str(jax.make_jaxpr(functools.partial(_hits, definition))(params, batch, at))
+    program = str(jax.make_jaxpr(functools.partial(hits_at, definition))(params, batch, at))
     assert f"f32[{4 * 6},{V}]" in program and f"f32[{4 * T},{V}]" not in program
 
 

@@ -29,6 +29,8 @@ def test_the_command_runs_each_part_once_and_the_report_reads_it(tmp_path, monke
         assert member["chance"]["longer"] == pytest.approx(1 / 3)
     monkeypatch.setattr(onset, "run_setting", lambda *_: pytest.fail("it is done"))
     onset.command(words)
+    with pytest.raises(ConfigError, match="ratio.json was made with another config or other seeds"):
+        onset.command(["onset", "--seeds=3", *words[2:]])
 
     capsys.readouterr()
     onset_report.command(["onset_report", f"--workdir={tmp_path}"])
@@ -96,8 +98,9 @@ def made_up(tmp_path):
         for arm, steps in begun.items()
         for seed in range(3)
     ]
-    (tmp_path / "ratio.json").write_text(json.dumps({"members": members}))
-    return onset_report.read(tmp_path)
+    config = tiny_runs.tiny_config(**{"data.retrieval.max_fillers": 1}).to_dict()
+    (tmp_path / "ratio.json").write_text(json.dumps({"about": {"config": config}, "members": members}))
+    return {name: arm.of for (_, name), arm in onset_report.read(tmp_path).arms.items()}
 
 
 def test_the_report_prints_all_parts_and_draws_pictures(tmp_path, capsys):
@@ -109,15 +112,36 @@ def test_the_report_prints_all_parts_and_draws_pictures(tmp_path, capsys):
         assert (tmp_path / f"onset_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_takes_documents_with_no_more_between_than_in_training(tmp_path):
+    made_up(tmp_path)
+    content = json.loads((tmp_path / "ratio.json").read_text())
+    for run in content["members"]:
+        run["cells"] = [cell for cell in run["cells"] if not cell["num_fillers"]]
+    (tmp_path / "ratio.json").write_text(json.dumps(content))
+    onset_report.command(["onset_report", f"--workdir={tmp_path}"])
+    assert (tmp_path / "onset_documents.png").exists()
+
+
+def test_parts_that_are_compared_are_of_one_config_and_have_ntp(tmp_path):
+    made_up(tmp_path)
+    content = json.loads((tmp_path / "ratio.json").read_text())
+    content["about"]["config"]["num_steps"] = 7
+    (tmp_path / "place.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"holds the parts ratio and place of different configs \(num_steps\)"):
+        onset_report.read(tmp_path)
+    content["members"] = [run for run in content["members"] if run["arm"] != "ntp"]
+    (tmp_path / "place.json").write_text(json.dumps(content))
+    (tmp_path / "ratio.json").unlink()
+    with pytest.raises(ConfigError, match="lacks the part ratio"):
+        onset_report.read(tmp_path)
+
+
 def test_tables_say_onsets_factors_and_differences(tmp_path):
     arms = made_up(tmp_path)
-    rows = {
-        row.split(" | ")[0].strip("| "): row
-        for row in onset_report.table([arm.of for arm in arms.values()], arms["", "ntp"].of)
-    }
+    rows = {row.split(" | ")[0].strip("| "): row for row in onset_report.table([*arms.values()], arms["ntp"])}
     # 0.625, half of the range above chance, is reached at 0.625 of the 10 steps behind the last 0.
     assert re.match(r"\| NTP \| 36 \(3 of 3\) \|  \|  \|", rows["NTP"])
-    assert [o.tokens for o in arms["", "ntp"].of.onsets([0, 1, 2])] == [26_250, 36_250, 46_250]
+    assert [o.tokens for o in arms["ntp"].onsets([0, 1, 2])] == [26_250, 36_250, 46_250]
     times = np.exp(np.mean(np.log([46.25 / 26.25, 66.25 / 36.25, 86.25 / 46.25])))
     assert (
         f"| 66 (3 of 3) | {times:.2f} [" in rows["MEAP5"] and "| +0.0 [+0.0, +0.0] | +0.100 [+0.100, " in rows["MEAP5"]
@@ -129,7 +153,7 @@ def test_tables_say_onsets_factors_and_differences(tmp_path):
 
 def test_documents_are_those_trained_on_by_facts_and_all_by_what_is_between(tmp_path):
     arms = made_up(tmp_path)
-    header, _, ntp, *_, ramped = onset_report.documents_table([arm.of for arm in arms.values()], arms["", "ntp"].of)
+    header, _, ntp, *_, ramped = onset_report.documents_table([*arms.values()], arms["ntp"], 1)
     assert header == "| arm | 2 facts | 16 facts | 4 sentences between |"
     assert ntp == "| NTP | 80.0 | 80.0 | 40.0 |"
     assert ramped.startswith("| MEAP15_RAMPED | 90.0 (+10.0 [+10.0, +10.0]) | 90.0 ")

@@ -104,6 +104,8 @@ def test_every_member_is_bit_equal_to_the_model_trained_alone_and_all_share_one_
     for member in members:
         assert_equal(member.trained, alone(member.arm.name, member.seed))
         assert [record["step"] for record in member.records] == [2, 4, 6, 8]
+        shares = [record["mask_fraction"] for record in member.records]
+        assert [share > 0 for share in shares] == [member.arm is MEAP] * 2 + [member.arm is not NTP] * 2
     first = [np.concatenate([x.ravel() for x in jax.tree.leaves(m.trained.params)]) for m in members]
     assert len(np.unique(first, axis=0)) == len(members)
     assert step.call_count == 1
@@ -216,10 +218,9 @@ def test_members_are_asked_what_the_evaluator_asks(run):
     kinds = [Kind(count, fillers, 4) for count in (2, 3) for fillers in (0, 1)]
     asked = {"facts": make_set(run.prepared.tokenizer, kinds, 16, 16, 0)}
     [member] = population.train(run, [NTP], [0], every=4, questions=asked)
-    result = Facts(Setting.of(run._replace(config=config), "test")).run(
-        jax.tree.map(lambda x: sharding.put_whole(sharding.replicated(run.mesh), x), member.trained.params)
-    )
-    right = [example["correct"] for example in result.examples]
+    evaluators = {"facts": Facts(Setting.of(run._replace(config=config), "test"))}
+    [result] = population.evaluate(run, [member], evaluators)
+    right = [example["correct"] for example in result.examples["facts"]]
     assert member.records[-1]["facts/accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
     assert len(right) == 2 * 4 * (2 + 3)
 
@@ -228,7 +229,7 @@ def test_members_are_asked_what_the_evaluator_asks(run):
 def test_a_loss_that_is_not_finite_stops_the_population_and_names_the_member(run, num_devices, monkeypatch):
     def diverging(state, batch, ratio, filler):
         loss = jnp.where((ratio > 0.2) & (state.step >= 5), jnp.nan, 1.0)
-        return state._replace(step=state.step + 1), {"loss": loss}
+        return state._replace(step=state.step + 1), {"loss": loss, "mask_fraction": ratio}
 
     use_devices(monkeypatch, num_devices)
     monkeypatch.setattr(population, "step_function", lambda *_: diverging)
