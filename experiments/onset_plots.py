@@ -61,7 +61,7 @@ def differences(file: Path, arms: dict[str, Outcomes], baseline: Outcomes) -> No
         axes.plot([of.estimate], [y], "|", color=COLORS[1], markersize=14)
     axes.axvline(0, color="0.4", linewidth=1)
     axes.set_yticks(range(len(shown)), [arm.label for arm in reversed(shown)])
-    axes.set_xlabel("accuracy on longer documents minus NTP's, points (a dot a seed; 95 % intervals over seeds)")
+    axes.set_xlabel("accuracy on longer documents minus NTP's, points\n(a dot a seed; 95 % intervals over seeds)")
     _save(figure, file, axes)
 
 
@@ -97,6 +97,7 @@ def documents(file: Path, shown: Sequence[Outcomes], retrieval: dict[str, Any]) 
             panel.plot(list(columns), values, "o", color=color, alpha=0.35, markersize=3)
             panel.plot(list(columns), values.mean(axis=1), color=color, label=arm.label)
         panel.set_xlabel(label)
+        panel.set_xticks(list(columns))
     panels[0].axvspan(retrieval["min_facts"], retrieval["num_facts"], color="0.93", zorder=0)
     panels[0].set_ylabel("answers right at the end, %")
     panels[0].legend(frameon=False)

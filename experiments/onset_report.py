@@ -23,7 +23,7 @@ from meap_jax.config import flatten
 from meap_jax.errors import ConfigError
 
 NTP = "ntp"
-MAIN = ("ntp", "meap15_ramped", "random_ramped", "zero_ramped")  # In the picture of documents.
+MAIN = ("ntp", "meap15_ramped", "random_ramped", "dropout_ramped")  # In the picture of documents.
 
 
 class Arm(NamedTuple):
