@@ -8,8 +8,9 @@ that is compiled once: what arms differ in (mask ratios, and what fills the gaps
 or optimizer have a program of their own. Between turns states are on the host. An arm that begins as next-token
 prediction (NTP) is no member until its ratio leaves 0: then it starts from the state of its seed's NTP member.
 
-Each member comes out bit-equal to the same model trained alone with `train_step` on one device, as tests show on CPU;
-XLA promises it for no backend, since it compiles a program for several devices by other passes than one for one.
+Each member comes out as the same model trained alone with `train_step` on one device, up to rounding. Tests, for which
+XLA optimizes less, find the same bits; it promises them for no backend, since it compiles a program for several devices
+by other passes than one for one. A fork of NTP whose arm NTP's own program trains has the bits of one trained whole.
 
 Two models at a time, one on each core, take 0.72 of the time that one after the other take with both cores each
 (the quickstart's model, `experiments.benchmarks.population`).
