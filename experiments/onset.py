@@ -93,8 +93,8 @@ PARTS = {
             "batch x 2": {"global_batch_size": 16},
             "4 heads of 16": {"model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 16},
             "4 layers": {"model.num_layers": 4, "model.unroll": 4},
-            "width 128": {
-                "model.embed_dim": 128, "model.mlp_dim": 352, "model.num_heads": 4, "model.num_kv_heads": 4,
+            "width 32, 1 head": {
+                "model.embed_dim": 32, "model.mlp_dim": 88, "model.num_heads": 1, "model.num_kv_heads": 1,
             },
         },
     ),
