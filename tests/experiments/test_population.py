@@ -240,3 +240,27 @@ def test_a_loss_that_is_not_finite_stops_the_population_and_names_the_member(run
 def test_turns_must_divide_the_run(run):
     with pytest.raises(ConfigError, match="num_steps is 8, but must be a multiple of the 3 steps"):
         population.train(run, [NTP], [0], every=3)
+
+
+def test_an_arm_that_is_new_begins_where_it_would_have_begun(run, alone, tmp_path):
+    population.train(run, [NTP], [0], every=EVERY, folder=tmp_path)
+    ntp, ramped = population.train(run, [NTP, RAMPED], [0], every=EVERY, folder=tmp_path)
+    assert_equal(ramped.trained, alone("ramped", 0))
+    assert_equal(ntp.trained, alone("ntp", 0))
+    assert [record["step"] for record in ntp.records] == [record["step"] for record in ramped.records] == [2, 4, 6, 8]
+
+
+def test_states_in_bfloat16_come_back_as_they_were(run, tmp_path):
+    state = jax.device_get(train.init_state(run.config, run.definition))
+    state = state._replace(params=jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), state.params))
+    config = config_of(run.config, NTP, 0)
+    members_lib.save(tmp_path, [members_lib.Member(NTP, 0, config, state)])
+    member = members_lib.Member(NTP, 0, config)
+    assert members_lib.restore(tmp_path, member, state)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), member.state, state)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_arms_have_names_of_their_own(run):
+    with pytest.raises(ValueError, match="arms must have different names, got ntp, ntp"):
+        population.train(run, [NTP, NTP], [0], every=EVERY)
