@@ -9,6 +9,7 @@ import pytest
 
 import tiny_data
 from meap_jax import sharding
+from meap_jax.data.prepared import Blocks
 from meap_jax.data.store import TokenSpan
 from meap_jax.evals import Setting
 from meap_jax.evals.retrieval import QUESTION_DTYPE, Retrieval, answer_positions, exact_matches, hits_at, questions
@@ -132,3 +133,18 @@ def test_validation_loss_is_the_mean_over_targets_and_the_masked_one_differs(set
     assert [example["tokens"] for example in result.examples] == counts.sum(axis=1).tolist()
     of_rows = [row[counted].mean() for row, counted in zip(losses, counts, strict=True)]
     assert [example["loss"] for example in result.examples] == pytest.approx(of_rows, rel=1e-5)
+
+
+def test_the_masked_loss_is_the_same_wherever_training_masks(setup):
+    c, definition, params, blocks = setup
+    only = tiny_config(**{"model.vocab_size": V, "global_batch_size": 4, "seq_len": T, "objective.where": "only:fact"})
+    where = Blocks(
+        blocks._store, blocks._plan, blocks.block_len, blocks._pad_id,
+        is_one_segment=blocks.is_one_segment, where="only:fact",
+    )  # fmt: skip
+    everywhere, some = (
+        Validation(setting(config, definition, 1), of).run(params).metrics
+        for config, of in ((c, blocks), (only, where))
+    )
+    assert where[0].maskable is not None and not where[0].maskable.all()
+    assert some == everywhere
