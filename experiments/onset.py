@@ -125,7 +125,7 @@ def run_setting(
     if "data.mixture" in changes:
         changes["data.sources.text.path"] = text
     changed = config_of(config, Arm(setting, setting, changes), config.seed)
-    folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting) or "own")
+    folder = workdir / (re.sub(r"[^a-z0-9.]+", "_", setting.lower()) or "own")
     run = open_run(changed, folder, population.evaluation_mesh(changed, jax.devices()))
     asked, evaluators = probes(run), make_evaluators(Setting.of(run, "test"), TASKS)
     members = population.train(
