@@ -35,6 +35,28 @@ def config_of(base: ml_collections.ConfigDict, arm: Arm, seed: int) -> ml_collec
     return config
 
 
+def check_num_seeds(text: str) -> int:
+    """Reads `--seeds`.
+
+    Raises:
+      ConfigError: it is no number from 2 on.
+    """
+    if not text.isdecimal() or int(text) < 2:
+        raise ConfigError(f"--seeds is {text!r}, but must be a number from 2 on: one seed has no spread.")
+    return int(text)
+
+
+def seeds_of(config: ml_collections.ConfigDict, num: int) -> list[int]:
+    """So many seeds, from the config's own on.
+
+    Raises:
+      ConfigError: there are not so many below 2^32.
+    """
+    if config.seed + num > 2**32:
+        raise ConfigError(f"--seeds is {num}, but from seed {config.seed} on there are not so many below 2^32.")
+    return [config.seed + i for i in range(num)]
+
+
 def check_arms(base: ml_collections.ConfigDict, arms: Sequence[Arm]) -> None:
     """Stops what no arm could be trained or asked with, before anything is done.
 

@@ -19,13 +19,12 @@ import ml_collections
 from etils import epath
 
 from experiments import population, report
-from experiments.arms import Arm, check_arms, config_of
+from experiments.arms import Arm, check_arms, check_num_seeds, config_of, seeds_of
 from experiments.members import Member
 from experiments.outcomes import outcome
 from meap_jax import cli
 from meap_jax.checkpoint import Checkpointer, newest_meta
 from meap_jax.data.pipeline import TrainBatches
-from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, Kind, make_set
 from meap_jax.metrics import METRICS_FILE
@@ -136,16 +135,14 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="?", const="", default="4")
     parser.add_argument("--workdir")
     args, rest = parser.parse_known_args(argv[1:])
-    if not args.seeds.isdecimal() or int(args.seeds) < 2:
-        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one pair has no spread.")
+    num_seeds = check_num_seeds(args.seeds)
     own = [] if args.workdir is None else [f"--workdir={args.workdir}"]
     config, workdir = cli.parse_config([argv[0], *rest, *own])
-    if config.seed + int(args.seeds) > 2**32:
-        raise ConfigError(f"--seeds is {args.seeds}, but from seed {config.seed} on there are not so many below 2^32.")
+    seeds = seeds_of(config, num_seeds)
     population.check_mesh(config)
     make_folder("workdir", workdir)
     population.use_all_cores()
-    compare(config, workdir, [config.seed + i for i in range(int(args.seeds))])
+    compare(config, workdir, seeds)
     print(f"report: {workdir / 'report.md'}")
 
 

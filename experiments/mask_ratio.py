@@ -17,7 +17,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from experiments import population
-from experiments.arms import Arm
+from experiments.arms import Arm, check_num_seeds, seeds_of
 from experiments.members import Member
 from meap_jax import cli
 from meap_jax.errors import ConfigError
@@ -78,7 +78,7 @@ def train(run: Run, ratios: Sequence[float], num_seeds: int) -> list[Member]:
     config = run.config
     name = "meap" if config.objective.name == "ntp" else config.objective.name  # NTP would ignore the ratio.
     arms = [Arm(f"ratio{r!r}", f"{r:g}", {"objective.name": name, "objective.mask_ratio": r}) for r in ratios]
-    seeds = [config.seed + i for i in range(num_seeds)]
+    seeds = seeds_of(config, num_seeds)
     every = max(n for n in range(1, MOST_STEPS_A_TURN + 1) if config.num_steps % n == 0)
     members = {(m.arm.name, m.seed): m for m in population.train(run, arms, seeds, every=every)}
     return [members[arm.name, seed] for arm in arms for seed in seeds]
@@ -106,8 +106,7 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="?", const="", default="3")
     args, rest = parser.parse_known_args(argv[1:])
     ratios = parse_ratios(args.ratios)
-    if not args.seeds.isdecimal() or int(args.seeds) < 2:
-        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one seed has no spread.")
+    num_seeds = check_num_seeds(args.seeds)
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/mask_ratio", *rest])
     population.check_mesh(config)
 
@@ -115,7 +114,7 @@ def command(argv: list[str]) -> None:
     population.use_all_cores()
     run = open_run(config, workdir, population.evaluation_mesh(config, jax.devices()))
     evaluators = make_evaluators(Setting.of(run, "validation"), config.eval.tasks)
-    measured = measure(run, train(run, ratios, int(args.seeds)), evaluators)
+    measured = measure(run, train(run, ratios, num_seeds), evaluators)
     metrics = {name: summarize(values, ratios) for name, values in measured.items()}
     setting = {"config": config.to_dict(), "fingerprint": run.prepared.fingerprint, "versions": versions()}
     (workdir / "mask_ratio.json").write_text(json.dumps({"metrics": metrics, "setting": setting}, indent=1))

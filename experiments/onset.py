@@ -22,7 +22,7 @@ import ml_collections
 from etils import epath
 
 from experiments import population
-from experiments.arms import Arm, check_arms, config_of
+from experiments.arms import Arm, check_arms, check_num_seeds, config_of, seeds_of
 from experiments.compare import TASKS, probes, steps_of_a_turn
 from experiments.outcomes import outcome, write_whole
 from meap_jax import cli
@@ -183,13 +183,12 @@ def command(argv: list[str]) -> None:
         raise ConfigError(f"--parts is {args.parts!r}, but must be some of {', '.join(PARTS)}.")
     if "language" in parts and not args.text:
         raise ConfigError("--text is not set, but the part language needs files of English, as in data.path.")
-    if not args.seeds.isdecimal() or int(args.seeds) < 2:
-        raise ConfigError(f"--seeds is {args.seeds!r}, but must be a number from 2 on: one seed has no spread.")
+    num_seeds = check_num_seeds(args.seeds)
     config, workdir = cli.parse_config([argv[0], "--workdir=runs/onset", *rest])
     population.check_mesh(config)
     make_folder("workdir", workdir)
     population.use_all_cores()
-    study(config, workdir, parts, [config.seed + i for i in range(int(args.seeds))], args.text)
+    study(config, workdir, parts, seeds_of(config, num_seeds), args.text)
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ class Retrieval:
 
     def _generate(self, split: str) -> Iterator[Document]:
         source = self.spec
-        known = [field.name for field in dataclasses.fields(RetrievalSpec) if hasattr(source, field.name)]
-        spec = RetrievalSpec(**{name: getattr(source, name) for name in known})
+        names = {field.name for field in dataclasses.fields(RetrievalSpec)} - {"min_fillers"}  # 0 in training.
+        spec = RetrievalSpec(**{name: getattr(source, name) for name in names})
         if split != "train":
             spec = dataclasses.replace(spec, min_facts=None, num_facts=source.num_eval_facts, questions_per_fact=None)
         num_documents = source.num_documents if split == "train" else source.num_eval_documents
