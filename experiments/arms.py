@@ -72,7 +72,7 @@ def check_arms(base: ml_collections.ConfigDict, arms: Sequence[Arm]) -> None:
 
 
 def fork_step(config: ml_collections.ConfigDict, every: int) -> int:
-    """Until which step, a multiple of `every`, a run is the NTP run of its seed; `num_steps` for NTP itself."""
+    """Finds until which step, a multiple of `every`, a run is the NTP run of its seed; `num_steps` for NTP itself."""
     objective = Objective.of(config)
     if objective.mask_ratio == 0 and not objective.ramp_from:
         return config.num_steps

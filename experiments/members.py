@@ -106,11 +106,11 @@ def next_turn(members: Sequence[Member], num_devices: int, every: int, running: 
 
 
 def fork(member: Member, every: int) -> None:
-    """Starts what begins with the state that a member has come to."""
-    for fork in member.forks:
-        if fork.state is None and fork_step(fork.config, every) == member.step:
-            fork.state, fork.step = member.state, member.step
-            fork.records, fork.kept = list(member.records), dict(member.kept)
+    """Gives the members that start from this one its state, if it has come to the step where they do."""
+    for other in member.forks:
+        if other.state is None and fork_step(other.config, every) == member.step:
+            other.state, other.step = member.state, member.step
+            other.records, other.kept = list(member.records), dict(member.kept)
 
 
 def save(folder: epath.Path, members: Sequence[Member]) -> None:
