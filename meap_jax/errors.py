@@ -15,3 +15,13 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError, ValueError):
     """Data that cannot be used; the text names the file or the count."""
+
+
+class Preempted(Exception):
+    """The machines of this run are to be taken away; the text says what was saved."""
+
+
+# Exit codes, in the form 128 + signal that shells use. Launchers start a run again after both; a user's mistake is 1.
+EXIT_PREEMPTED = 143  # SIGTERM.
+EXIT_HUNG = 142  # SIGALRM.
+EXIT_INTERRUPTED = 130  # SIGINT, which is Ctrl-C.
