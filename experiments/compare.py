@@ -23,12 +23,13 @@ from experiments.arms import Arm, check_arms, check_num_seeds, config_of, seeds_
 from experiments.members import Member
 from experiments.outcomes import outcome
 from meap_jax import cli
-from meap_jax.checkpoint import Checkpointer, newest_meta
+from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, Kind, make_set
 from meap_jax.metrics import METRICS_FILE
 from meap_jax.models import save_tokenizer, write_config
+from meap_jax.restore import newest_meta
 from meap_jax.run import Run, check_resume, make_folder, open_run, versions
 
 ARMS = (
@@ -85,7 +86,7 @@ def write_run(run: Run, member: Member, folder: epath.Path) -> None:
     tokenizer = save_tokenizer(folder, run.prepared.tokenizer)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2))
     (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in member.records))
-    checkpointer = Checkpointer(folder, config.checkpoint.keep)
+    checkpointer = Checkpointer(folder, Keep(config.checkpoint.keep))
     meta = {
         "config": config.to_dict(),
         "fingerprint": run.prepared.fingerprint,

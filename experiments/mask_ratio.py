@@ -22,9 +22,9 @@ from experiments.members import Member
 from meap_jax import cli
 from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, make_evaluators
+from meap_jax.loop import Evaluator
 from meap_jax.run import Run, make_folder, open_run, versions
 from meap_jax.statistics import paired_t_interval
-from meap_jax.train import Evaluator
 
 MOST_STEPS_A_TURN = 50
 

@@ -35,15 +35,16 @@ from experiments.members import Member, fork, make_members, next_turn, restore, 
 from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
-from meap_jax.errors import ConfigError
+from meap_jax.errors import ConfigError, Diverged
 from meap_jax.evals.facts import FactSet, hits
+from meap_jax.loop import Evaluator
 from meap_jax.model.decoder import Definition
 from meap_jax.objective import FILLERS
 from meap_jax.results import Interval
 from meap_jax.rows import Row, stacked
 from meap_jax.run import Run, open_data
 from meap_jax.start import imported_params
-from meap_jax.train import Diverged, Evaluator, TrainState, init_state, state_of_params, step_function
+from meap_jax.train import TrainState, init_state, state_of_params, step_function
 
 AXIS = "population"
 SECONDS_BETWEEN_SAVES = 60.0

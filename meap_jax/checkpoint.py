@@ -2,64 +2,139 @@
 
 They are plain nested dicts of arrays with a layout version. A step's folder holds `params` (so that another run can
 start from them alone), `rest` (optimizer, step, keys) and `meta` (JSON: layout, the whole config, the data's
-fingerprint and iterator state). Orbax writes into a temporary folder and renames it when it is complete.
+fingerprint and iterator state, and a checksum of every array and of itself). Orbax writes into a temporary folder and
+renames it when it is complete; in a bucket, which can't rename, it puts a file `commit_success.txt` there.
 """
 
 import logging
-import textwrap
 import time
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
 from jax.experimental import multihost_utils
 
-from meap_jax.errors import ConfigError
+from meap_jax import integrity
+from meap_jax.errors import ConfigError, UserError
+from meap_jax.paths import is_url
+from meap_jax.restore import FOLDER, ITEMS, LAYOUT, Restored, newest_readable, on_all, sealed, short
 
 _log = logging.getLogger(__name__)
 
-LAYOUT = 2  # Raise when the tree of a checkpoint changes.
-FOLDER = "checkpoints"
-ITEMS = ("params", "rest", "meta")
+COMMIT_MARK = "commit_success.txt"
 PARAMS_CHUNK_BYTES = 2**22  # Of parameters saved alone: a chunk is compressed as a whole, in memory.
-SECONDS_BETWEEN_READS = 2.0  # A network that drops one read is no damaged checkpoint.
+TRIES = 3  # To save, until the run ends.
+SECONDS_BETWEEN_TRIES = 10.0
 
 
-class Restored(NamedTuple):
-    """A checkpoint that was read."""
+class SaveFailed(UserError, RuntimeError):
+    """Nothing can be saved, so that training on would be in vain."""
 
-    step: int
-    state: Any  # A tree like the template that was given.
-    meta: dict[str, Any]
+
+class Keep(NamedTuple):
+    """Which checkpoints of a run stay."""
+
+    newest: int  # So many.
+    every: int = 0  # And those of its multiples; 0: none.
+    best: int = 0  # And so many with the lowest validation loss.
+
+    def chosen(self, steps: Collection[int], losses: Mapping[int, float]) -> set[int]:
+        """Those of `steps` that stay; `losses` are validation losses, of steps that have one."""
+        newest = sorted(steps)[-self.newest :]
+        every = [step for step in steps if self.every and step % self.every == 0]
+        best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], step))[: self.best]
+        return {*newest, *every, *best}
 
 
 class Checkpointer:
     """The checkpoints of one run, in `workdir/checkpoints`. Saving is asynchronous; `close` waits for it."""
 
-    def __init__(self, workdir: epath.Path, keep: int):
-        self._folder = workdir / FOLDER
+    def __init__(self, workdir: epath.Path, keep: Keep):
+        self._folder, self._keep = workdir / FOLDER, keep
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _clean_up(self._folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints were cleaned up")
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
+                # Without a limit: what is deleted is our own decision, when what was saved is known to be there.
+                enable_async_checkpointing=True,
+                enable_background_delete=True,
+                cleanup_tmp_directories=False,  # In a bucket it would delete copies that lack the commit mark.
+                create=False,
             ),
             item_names=ITEMS,
         )
+        self._losses = self._known_losses() if keep.best else {}
+        self._pending: int | None = None  # The step whose save is not known to have succeeded.
+        self._failures = 0  # In a row.
+        self._try_again_at = 0.0
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copies the state (a NamedTuple with `params`) to the host and returns; files are written meanwhile."""
+    def save(self, step: int, state: Any, meta: dict[str, Any], loss: float | None = None) -> None:
+        """Copies the state (a NamedTuple with `params`) to the host and returns; files are written meanwhile.
+
+        Args:
+          step: that it is the state of.
+          state: of arrays.
+          meta: of JSON's types.
+          loss: on validation data; None: unknown.
+
+        Raises:
+          SaveFailed: for what happened to the save before, when it was the last of `TRIES`.
+        """
+        self._settle()
         tree = serialization.to_state_dict(state)
+        params = tree.pop("params")
+        if loss is not None:
+            self._losses[step] = loss
+            meta = meta | {"validation_loss": loss}
+        sums = {"params": integrity.checksums(params), "rest": integrity.checksums(tree)}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(tree.pop("params")),
+            params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave({"layout": LAYOUT, **meta}),
+            meta=ocp.args.JsonSave(sealed({**meta, "layout": LAYOUT, "checksums": sums})),
         )
-        # The training loop forbids copies that nobody asked for, and JAX takes orbax's for such.
-        with jax.transfer_guard_device_to_host("allow"):
-            self._manager.save(step, args=items)
+        self._pending = step
+        try:
+            # The training loop forbids copies that nobody asked for, and JAX takes orbax's for such.
+            with jax.transfer_guard_device_to_host("allow"):
+                self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # The others are in the middle of it.
+            self._failed(error)
+
+    def is_to_save_again(self) -> bool:
+        """Whether the last save has failed, and it is time to try again; waits for nothing.
+
+        Where there are several processes it is False: they find out together, when the next save is due.
+        """
+        if jax.process_count() > 1:
+            return False
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+        return bool(self._failures) and time.monotonic() >= self._try_again_at
+
+    def finish(self) -> bool:
+        """Waits for the save in progress; returns whether there is nothing left to save again.
+
+        Raises:
+          SaveFailed: it was the last of `TRIES`.
+        """
+        self._settle()
+        if self._failures:
+            time.sleep(max(0.0, self._try_again_at - time.monotonic()))
+        return not self._failures
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is complete; None if there is none. Waits for a save in progress."""
+        self._settle()
+        return self._manager.latest_step()
 
     def restore(self, template: Any) -> Restored | None:
         """Reads the newest checkpoint that can be read; a damaged one is put aside, with a warning.
@@ -74,14 +149,14 @@ class Checkpointer:
           ConfigError: if there are checkpoints, but none can be read.
         """
         tree = serialization.to_state_dict(template)
-        items = {"params": ocp.args.StandardRestore(tree.pop("params")), "rest": ocp.args.StandardRestore(tree)}
+        items = {"params": tree.pop("params"), "rest": tree}
         newest = self._folder / str(self._manager.latest_step())
         if (newest / "params").exists() and not (newest / "rest").exists():
             raise ConfigError(
                 f"{self._folder} holds parameters alone, from which no run can go on: set init_from to "
                 f"{self._folder.parent}, and another --workdir."
             )
-        found = _newest_readable(self._manager, items)
+        found = newest_readable(self._manager, items)
         if found is None:
             return None
         step, read = found
@@ -90,41 +165,100 @@ class Checkpointer:
         return Restored(step, state, read["meta"])
 
     def close(self) -> None:
-        """Waits for the save in progress."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save in progress; one that failed is in the log."""
+        try:
+            self._settle()
+        finally:
+            self._manager.close()
+
+    def _settle(self) -> None:
+        """Waits for the save in progress and finds out whether it is there; then what needn't stay is deleted.
+
+        Raises:
+          SaveFailed: it is not, for the last of `TRIES` times.
+        """
+        if self._pending is None:
+            return
+        step, error = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as raised:
+            error = raised
+        # What the manager remembers may be a save that failed; what is on disk decides.
+        self._manager.reload()
+        is_there = error is None and step in self._manager.all_steps()
+        if not on_all(is_there):
+            self._failed(error)
+            return
+        self._pending, self._failures = None, 0
+        steps = self._manager.all_steps()
+        for old in sorted(set(steps) - self._keep.chosen(steps, self._losses)):
+            self._manager.delete(old)
+
+    def _failed(self, error: Exception | None) -> None:
+        step, self._pending = self._pending, None
+        self._failures += 1
+        self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES * self._failures
+        cause = short(error) if error else "another process failed, or the files are not there"
+        if jax.process_index() == 0:
+            _clean_up(self._folder)
+        self._manager.reload()
+        if self._failures >= TRIES:
+            newest = self._manager.latest_step()
+            kept = f"the same command goes on from step {newest}" if newest is not None else "none was saved before"
+            raise SaveFailed(
+                f"the checkpoint of step {step} can't be saved in {self._folder}, after {TRIES} tries ({cause}): make "
+                f"room, or see to the disk; {kept}."
+            )
+        _log.warning("the checkpoint of step %d was not saved (%s): it will be tried again", step, cause)
+
+    def _known_losses(self) -> dict[int, float]:
+        found = {}
+        for step in self._manager.all_steps():
+            try:
+                read = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+                found[step] = float(read["meta"]["validation_loss"])
+            except Exception:  # Damaged, or without one: no candidate for the best.
+                _log.debug("checkpoint %d has no validation loss", step)
+        return found
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
             if jax.process_index() == 0:
-                aside = self._folder.parent / "damaged_checkpoints" / str(step)
+                aside = _free(self._folder.parent / "damaged_checkpoints" / str(step))
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / str(step)).rename(aside)
                 _log.warning("moved the damaged checkpoint to %s", aside)
         if steps:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints were moved")
             self._manager.reload()
 
 
-def newest_meta(workdir: epath.Path) -> dict[str, Any] | None:
-    """Reads the `meta`, and no arrays, of a run's newest checkpoint that can be read; None if there is none.
+def _clean_up(folder: epath.Path) -> None:
+    """Deletes what saves left that never came to an end, and puts aside what only looks like a checkpoint.
 
-    Raises:
-      ConfigError: if it has another layout, or there are checkpoints of which none can be read.
+    The latter are folders in a bucket without a commit mark: perhaps half of a checkpoint, perhaps a whole one that was
+    copied from a disk, where there are no marks.
     """
-    found = _read(workdir, {})
-    return found and found[1]["meta"]
+    for path in list(folder.iterdir()):
+        if ".orbax-checkpoint-tmp" in path.name:
+            path.rmtree()
+        elif is_url(folder) and path.name.isdigit() and not (path / COMMIT_MARK).exists():
+            aside = _free(folder.parent / "unmarked_checkpoints" / path.name)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(aside)
+            _log.warning(
+                "%s has no %s, so that it may be half a checkpoint: it was moved to %s. If it is whole, such as a copy "
+                "from a disk, put an empty file of that name into it and move it back.", path, COMMIT_MARK, aside,
+            )  # fmt: skip
 
 
-def read_meta(workdir: epath.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Reads the `meta`, and no arrays, of a checkpoint; returns its step and that.
-
-    Raises:
-      ConfigError: if there is none, or it can't be read.
-    """
-    found = _read(workdir, {}, step)
-    if found is None:
-        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
-    return found[0], found[1]["meta"]
+def _free(path: epath.Path) -> epath.Path:
+    """The path, or with a number behind it if it is taken."""
+    names = [path, *(path.parent / f"{path.name}-{i}" for i in range(1, 1_000))]
+    return next(name for name in names if not name.exists())
 
 
 def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: int = 0) -> None:
@@ -142,106 +276,7 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
     handlers = {"params": ocp.PyTreeCheckpointHandler(handler_impl=one_by_one), "meta": ocp.JsonCheckpointHandler()}
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PARAMS_CHUNK_BYTES), params)
     with ocp.CheckpointManager(workdir / FOLDER, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(params, chunks), "meta": ocp.args.JsonSave({"layout": LAYOUT, **meta})}
+        sums = {"params": integrity.checksums(params)}
+        meta = sealed({**meta, "layout": LAYOUT, "checksums": sums})
+        items = {"params": ocp.args.PyTreeSave(params, chunks), "meta": ocp.args.JsonSave(meta)}
         manager.save(step, args=ocp.args.Composite(**items))
-
-
-def restore_params(workdir: epath.Path, shapes: Any, step: int | None = None) -> Restored:
-    """Reads the parameters (only) of a checkpoint; changes nothing there.
-
-    Args:
-      workdir: of that run.
-      shapes: nested dict of ShapeDtypeStructs that carry shardings.
-      step: of the checkpoint; default: the newest that can be read.
-
-    Raises:
-      ConfigError: if there is no checkpoint, or none that holds parameters of these shapes.
-    """
-    found = _read(workdir, {"params": ocp.args.StandardRestore(shapes)}, step)
-    if found is None:
-        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
-    step, read = found
-    return Restored(step, read["params"], read["meta"])
-
-
-def restore_some_params(workdir: epath.Path, shapes: Any, step: int) -> Any:
-    """Reads some of the parameters of a checkpoint, and nothing else of it.
-
-    Args:
-      workdir: of the run.
-      shapes: nested dict of ShapeDtypeStructs that carry shardings, with these parameters alone.
-      step: of the checkpoint.
-
-    Raises:
-      ConfigError: if they can't be read.
-    """
-    how = ocp.checkpoint_utils.construct_restore_args(shapes)
-    items = {"params": ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)}
-    found = _read(workdir, items, step)
-    if found is None:
-        raise ConfigError(f"{workdir / FOLDER} holds no checkpoint: name the workdir of a run that has saved one.")
-    return found[1]["params"]
-
-
-def _read(
-    workdir: epath.Path, items: dict[str, ocp.args.CheckpointArgs], step: int | None = None
-) -> tuple[int, Any] | None:
-    """Calls `_newest_readable` on the checkpoints of a workdir, which may have none."""
-    if not (workdir / FOLDER).exists():
-        return None
-    with ocp.CheckpointManager(workdir / FOLDER, item_names=ITEMS) as manager:
-        return _newest_readable(manager, items, step)
-
-
-def _newest_readable(
-    manager: ocp.CheckpointManager, items: dict[str, ocp.args.CheckpointArgs], step: int | None = None
-) -> tuple[int, Any] | None:
-    """Reads `items` and `meta` of the newest checkpoint that every process can read; returns its step and them.
-
-    A read that failed is tried once more before its checkpoint counts as damaged.
-
-    Args:
-      manager: of the checkpoints.
-      items: how to read each.
-      step: reads this checkpoint alone.
-
-    Returns:
-      None if there is no checkpoint at all.
-
-    Raises:
-      ConfigError: there are checkpoints, but not that of `step`, none that can be read, or of another layout.
-    """
-    folder, steps = manager.directory, sorted(manager.all_steps(), reverse=True)
-    if not steps:
-        return None
-    if step is not None and step not in steps:
-        raise ConfigError(f"the step is {step}, but {folder} holds {', '.join(map(str, sorted(steps)))}.")
-    steps = steps if step is None else [step]
-    for step in steps:
-        for attempt in (1, 2):
-            error = None
-            try:
-                read = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
-            except Exception as raised:  # Orbax raises many kinds, a bare Exception for a truncated array.
-                error = raised
-            if multihost_utils.process_allgather(np.array(error is None)).all():
-                if (layout := read["meta"].get("layout")) != LAYOUT:
-                    raise ConfigError(f"{folder} has layout {layout}, this version reads layout {LAYOUT}.")
-                return step, read
-            cause = _short(error) if error else "another process failed"
-            if attempt == 1:
-                _log.warning("checkpoint %s can't be read (%s): trying again", folder / str(step), cause)
-                time.sleep(SECONDS_BETWEEN_READS)
-            else:
-                _log.warning("checkpoint %s is damaged (%s)", folder / str(step), cause)
-    raise ConfigError(
-        f"none of the checkpoints in {folder} (steps {steps}) can be read as this model's; the reasons are logged "
-        "above. To train from the start, move the folder away."
-    )
-
-
-def _short(error: BaseException) -> str:
-    """The first cause in one line: what tensorstore said, without the specification that orbax wraps it in."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return textwrap.shorten(str(error), 200, placeholder=" ...")

@@ -1,5 +1,6 @@
 """What all commands share: flags to configs, help, the cache of compiled programs, and errors in one sentence."""
 
+import errno
 import inspect
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -18,7 +19,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from meap_jax import config as config_lib
-from meap_jax.errors import ConfigError, UserError
+from meap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, Preempted, UserError
 from meap_jax.fields import fields_of
 from meap_jax.hosts import join_hosts
 from meap_jax.paths import absolute, is_url
@@ -153,12 +154,55 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
             join_hosts()
         command(sys.argv)
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        fail(str(error))
+    except Preempted as notice:
+        print(f"preempted: {notice}; the same command goes on from there.", file=sys.stderr, flush=True)
+        sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        print("stopped; what was saved is kept.", file=sys.stderr)
-        sys.exit(130)
+        print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
+        # At once: threads of libraries may be in the middle of something, and would end in a crash or a traceback.
+        os._exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        sentence = of_the_system(error)
+        if sentence is None:
+            raise
+        fail(sentence)
+
+
+def fail(sentence: str) -> NoReturn:
+    """Ends the process with a sentence for its user and exit code 1."""
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def of_the_system(error: BaseException) -> str | None:
+    """A sentence for what a full or faulty disk, or the like, made of a command; None for any other error.
+
+    Libraries wrap such errors in their own, of which some keep nothing but the text.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        known = next((n for n in _OF_THE_SYSTEM if n == number or os.strerror(n) in str(seen)), None)
+        if known is not None:
+            path = getattr(seen, "filename", None)
+            where = f"{path}: " if path else ""
+            return (
+                f"{where}{os.strerror(known)}. {_OF_THE_SYSTEM[known]}; the same command goes on from what was saved."
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "Make room on that disk",
+    errno.EDQUOT: "Make room, or ask for more",
+    errno.EROFS: "Write to another place",
+    errno.EACCES: "Write to another place, or as another user",
+    errno.EIO: "See to the disk",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+}
 
 
 def _mute_abandoned_reads() -> None:

@@ -27,6 +27,7 @@ WITHOUT_COPIES_OF_ANSWERS = ("mir", "fcm", "dropout")
 # The path of data may change, since its content is compared by a fingerprint.
 MAY_CHANGE_ON_RESUME = (
     "num_steps", "num_epochs", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
+    "numerics.*", "watchdog.*", "debug.*",
     "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
 )  # fmt: skip
 

@@ -17,6 +17,10 @@ class DataError(UserError, ValueError):
     """Data that cannot be used; the text names the file or the count."""
 
 
+class Diverged(UserError, RuntimeError):
+    """Numbers from which no training can go on: a loss, gradient or parameter that is not finite, or a wrong copy."""
+
+
 class Preempted(Exception):
     """The machines of this run are to be taken away; the text says what was saved."""
 

@@ -383,9 +383,29 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": Field(1_000, "Steps between checkpoints; 0: one at the end of each epoch.",
         at_least(0), NEEDS_EPOCHS),
     "checkpoint.keep": Field(2, "Checkpoints that are kept, the newest ones.", at_least(1)),
+    "checkpoint.keep_every": Field(0, "Steps: checkpoints at its multiples are kept too; 0: none.", at_least(0)),
+    "checkpoint.keep_best": Field(0, "So many with the lowest validation loss are kept too, of those at whose step "
+        "it was measured.", at_least(0)),
     "checkpoint.export": Field("none", "What is written beside each checkpoint, as export/STEP in the workdir: merge: "
         "the model as transformers loads it; peft: its adapters alone, as PEFT loads them; none.",
         one_of("none", "merge", "peft")),
+    "numerics.max_skipped": Field(10, "Steps in a row whose loss or gradient is not finite, and whose update is "
+        "skipped; one more stops the run.", at_least(0)),
+    "numerics.spike": Field(0.0, "A loss is a spike if it is above the median of the last ones by so many times their "
+        "median absolute deviation; 0: it is not looked for.", at_least(0)),
+    "numerics.spike_window": Field(100, "How many last ones.", at_least(10)),
+    "numerics.max_rewinds": Field(0, "After so many spikes at most the run goes back to its last checkpoint and "
+        "leaves out the data that it has read since; 0: spikes are logged alone.", at_least(0)),
+    "numerics.check_replicas": Field(0, "Steps between comparisons, by checksums, of what several devices hold; 0: "
+        "none.", at_least(0)),
+    "watchdog.times_median": Field(20.0, "A step hangs if it takes so many times the median step ...",
+        rule(lambda v: v > 1, "above 1", 1.0)),
+    "watchdog.least_seconds": Field(600.0, "... and more seconds than this: stacks are written, and the run ends. 0: "
+        "nothing is watched.", at_least(0)),
+    "watchdog.other_seconds": Field(7_200.0, "Compilation, an evaluation or a save hangs if it takes longer.",
+        POSITIVE),
+    "debug.check_determinism": Field(False, "Takes each step twice and stops the run where the results differ in a "
+        "bit."),
     "log.every": Field(10, "Steps between records.", at_least(1)),
     "eval.every": Field(1_000, "Steps between evaluations; 0: at the end of each epoch.", at_least(0), NEEDS_EPOCHS),
     "eval.max_rows": Field(1_000, "Rows of each held-out set.", at_least(1)),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 
 import tqdm
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
-from meap_jax.errors import DataError
 from meap_jax.model.config import ModelConfig
-from meap_jax.paths import is_url
+from meap_jax.paths import is_url, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +107,8 @@ class MetricsWriter:
             (self._local / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
         cut_back(self._local / METRICS_FILE, start)
         self._file = (self._local / METRICS_FILE).open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self._local / TENSORBOARD_FOLDER), purge_step=start + 1)
+        self._tensorboard = TensorBoard(self._local / TENSORBOARD_FOLDER)
+        self._tensorboard.forget_after(start)
         self._speed = "? tokens/s"
         self._first_write: tuple[int, float] | None = None
         self._bar = tqdm.tqdm(
@@ -120,10 +123,9 @@ class MetricsWriter:
             values = {**values, **self._work.rates(values["step_seconds"])}
             mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
             self._speed = f"{values['tokens_per_second']:.0f} tokens/s{mfu}"
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(as_json({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.write(step, values)
         if self._bar.disable:
             extra = "".join(f"  {name} {value:.4f}" for name, value in values.items() if "/" in name)
             _log.info(
@@ -142,6 +144,14 @@ class MetricsWriter:
         """Moves the bar."""
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self._speed}", refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def rewind(self, step: int) -> None:
+        """Goes back to the end of a step: what was written about later ones is cut off."""
+        self._file.close()
+        cut_back(self._local / METRICS_FILE, step)
+        self._file = (self._local / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard.forget_after(step)
+        self._bar.n = step
 
     def flush(self) -> None:
         """Puts everything on disk (and in the bucket), so that no checkpoint is ahead of the log."""
@@ -167,10 +177,43 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes all files."""
-        self.flush()
-        self._bar.close()
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self.flush()
+        finally:
+            self._bar.close()
+            self._file.close()
+            self._tensorboard.close()
+
+
+class TensorBoard:
+    """Writes scalars into an event file, in the thread that asks for it.
+
+    tensorboardX's own writer does so in another one, which ends at the first error, such as a full disk. Whoever writes
+    then waits for it for ever as soon as its queue is full.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of each start a file of its own: its name has the second, and the process for two in one second.
+        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+
+    def forget_after(self, step: int) -> None:
+        """Tells readers to drop what earlier files say of later steps."""
+        started = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=started))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the values of a step."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def flush(self) -> None:
+        """Puts everything on disk."""
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._events.close()
 
 
 class NoWriter:
@@ -179,7 +222,7 @@ class NoWriter:
     def write(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing."""
 
-    progress = flush = close = write
+    progress = rewind = flush = close = write
 
 
 def local_folder(workdir: epath.Path) -> pathlib.Path:
@@ -190,6 +233,11 @@ def local_folder(workdir: epath.Path) -> pathlib.Path:
     return pathlib.Path(tempfile.gettempdir()) / f"meap_jax-{os.getuid()}" / name
 
 
+def as_json(record: Mapping[str, float]) -> str:
+    """A record as one line of JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()})
+
+
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     """All records of a run, in order."""
     return [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
@@ -198,17 +246,35 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 def cut_back(file: pathlib.Path, step: int) -> None:
     """Drops records after `step` and a last line that a kill cut short: no step is in the file twice.
 
-    Raises:
-      DataError: another line is damaged; the file stays as it is.
+    Lines that are no records, as a faulty disk leaves them, are left out with a warning; all others stay, and the file
+    as it was is kept beside it.
     """
     if not file.exists():
         return
     # Lines are written whole and in order: only the last can be torn, and lacks its end.
-    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    *lines, _ = file.read_bytes().split(b"\n")
+    records: dict[int, bytes] = {}
+    damaged = []
+    for number, line in enumerate(lines, 1):
+        of_step = _step_of(line)
+        if of_step is None or of_step in records:
+            damaged.append(number)
+        elif of_step <= step:
+            records[of_step] = line
+    if damaged:
+        copy = file.with_name(f"{file.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        copy.write_bytes(file.read_bytes())
+        _log.warning(
+            "%s has %d lines that are no record of a step (the first is line %d): they are left out, and the file as "
+            "it was is %s", file, len(damaged), damaged[0], copy.name,
+        )  # fmt: skip
+    write_whole(file, b"".join(line + b"\n" for line in records.values()))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of which a line is the record; None if it is none."""
     try:
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} has a line that is no record of a step ({error}): correct it or delete it.") from error
-    new = file.with_suffix(".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(file)
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

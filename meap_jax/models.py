@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 
 from meap_jax import config as config_lib
 from meap_jax import partition, sharding, tokenizers
-from meap_jax.checkpoint import read_meta, restore_params, restore_some_params
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.objective import Objective, named_keys
+from meap_jax.paths import write_whole
 from meap_jax.quantization import dequantize, is_quantized
+from meap_jax.restore import read_meta, restore_params, restore_some_params
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -191,7 +192,7 @@ def _placed_shapes(model: Model) -> Params:
 
 def write_config(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
     """Writes a config into a model's folder."""
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2))
+    write_whole(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2))
 
 
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
@@ -216,13 +217,16 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
 def save_tokenizer(folder: epath.Path, tokenizer: tokenizers.Tokenizer) -> str:
     """Writes a tokenizer's files into a model's folder, in place of another's; returns their hash."""
     files, place = tokenizer.files(), folder / TOKENIZER_FOLDER
-    place.mkdir(parents=True, exist_ok=True)
-    for path in place.iterdir():
-        path.unlink()
-    for name, content in files.items():
-        (place / name).write_bytes(content)
+    wanted = dict(files)
     if tokenizer.chat_template:
-        (place / tokenizers.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        wanted[tokenizers.CHAT_TEMPLATE] = tokenizer.chat_template.encode()
+    place.mkdir(parents=True, exist_ok=True)
+    there = {path.name: path.read_bytes() for path in place.iterdir()}
+    for name in there.keys() - wanted.keys():
+        (place / name).unlink()
+    for name, content in wanted.items():
+        if there.get(name) != content:
+            write_whole(place / name, content)
     return hash_of(files)
 
 

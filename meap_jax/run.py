@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from meap_jax import __version__
-from meap_jax.checkpoint import newest_meta
 from meap_jax.config import changed_on_resume, mixture
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
@@ -23,6 +22,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition
 from meap_jax.models import Model, define_model
+from meap_jax.restore import newest_meta
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 
 from meap_jax import partition
-from meap_jax.checkpoint import Checkpointer, Restored, read_meta, restore_params, restore_some_params
+from meap_jax.checkpoint import Checkpointer
 from meap_jax.config import flatten, read_back
 from meap_jax.data.spec import ChatPlanSpec
 from meap_jax.errors import ConfigError
@@ -21,6 +21,7 @@ from meap_jax.models import origin_of
 from meap_jax.objective import named_keys
 from meap_jax.paths import absolute
 from meap_jax.quantization import is_quantized
+from meap_jax.restore import Restored, read_meta, restore_params, restore_some_params
 from meap_jax.run import Run
 from meap_jax.train import TrainState, abstract_inputs, init_state, state_of_params
 
@@ -40,6 +41,7 @@ class Start(NamedTuple):
     state: TrainState
     data: dict[str, Any] | None  # State of the data iterator; None: from the first block.
     origin: dict[str, Any]  # What an import said of the model that training began from; where answers end.
+    monitor: dict[str, Any] = {}  # State of `meap_jax.numerics.Monitor`.
 
 
 def start(run: Run, checkpointer: Checkpointer) -> Start:
@@ -54,10 +56,21 @@ def start(run: Run, checkpointer: Checkpointer) -> Start:
     restored = checkpointer.restore(template)
     if restored is not None:
         _log.info("resuming from step %d of %s", restored.step, run.workdir)
-        if restored.step >= run.config.num_steps:
+        if restored.step > run.config.num_steps:
+            raise ConfigError(
+                f"num_steps is {run.config.num_steps}, but {run.workdir} has been trained for {restored.step} steps: "
+                "set it to that or more, or name another --workdir."
+            )
+        if restored.step == run.config.num_steps:
             _log.info("nothing is left to do: num_steps is %d", run.config.num_steps)
-        return Start(restored.step, restored.state, restored.meta["data"], restored.meta.get("origin", {}))
+        meta = restored.meta
+        return Start(restored.step, restored.state, meta["data"], meta.get("origin", {}), meta.get("monitor", {}))
+    return begin(run)
 
+
+def begin(run: Run) -> Start:
+    """Imports or draws the state before the first step."""
+    template, _ = abstract_inputs(run.config, run.definition, run.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, template)
     if run.config.init_from is not None:
 

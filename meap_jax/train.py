@@ -1,31 +1,25 @@
-"""The training state, the training step and the loop around it."""
+"""The training state and the training step."""
 
-import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
 from meap_jax import partition, sharding
-from meap_jax.config import is_due
 from meap_jax.data.spec import data_spec
-from meap_jax.errors import UserError
 from meap_jax.model.decoder import Definition, Params
 from meap_jax.objective import Inputs, Objective, make_inputs, named_keys
 from meap_jax.optimizer import learning_rate, make_optimizer
 from meap_jax.quantization import is_quantized
-from meap_jax.results import Result
 from meap_jax.rounding import stochastically
 from meap_jax.rows import Row, abstract_rows
-from meap_jax.timing import Clock, Trace
 
 Metrics = dict[str, jax.Array]
 
@@ -69,7 +63,8 @@ def train_step(
       loss_options: static too, `chunk_size` and `z_loss` of `meap_jax.losses.linear_cross_entropy`.
 
     Returns:
-      The state after the step, and float32 scalars measured on the way.
+      The state after the step, and float32 scalars measured on the way. Where the loss or the norm of the gradient is
+      not finite, parameters and moments are what they were before.
     """
     # Mask: for the whole batch at once, so that micro-batches don't change the draw.
     keys = jax.tree.map(jax.random.wrap_key_data, state.keys)
@@ -94,17 +89,23 @@ def train_step(
         (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches(inputs, grad_accum_steps))
     loss, grads = jax.tree.map(lambda total: total / num_targets, (loss, grads))
 
-    # Update, in float32.
+    # Update, in float32; none from a loss or gradient that is not finite.
     exact = partition.cast(trained, "float32")
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, exact)
+    updates, opt_state = where(
+        is_finite, (updates, opt_state), (jax.tree.map(jnp.zeros_like, updates), state.opt_state)
+    )
     exact = optax.apply_updates(exact, updates)
-    params = partition.merge(rounded_like(trained, exact, rounding, keys["noise"], state.step), frozen)
+    updated = where(is_finite, rounded_like(trained, exact, rounding, keys["noise"], state.step), trained)
+    params = partition.merge(updated, frozen)
 
     # Metrics.
     metrics = {
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm([x.astype(jnp.float32) for x in floats(params)]),
         "update_norm": optax.tree.norm(updates),
         "mask_fraction": inputs.is_masked.sum() / jnp.maximum(num_inputs(inputs), 1),
@@ -119,6 +120,11 @@ def summed_loss(definition: Definition, params: Params, inputs: Inputs, **option
     return definition.decoder(params).loss(
         inputs.tokens, inputs.visibility, inputs.targets, inputs.loss_weights, *where, **options
     )
+
+
+def where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The arrays of one tree or of another."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def floats(params: Params) -> list[jax.Array]:
@@ -224,107 +230,3 @@ def abstract_inputs(config: ml_collections.ConfigDict, definition: Definition, m
     state = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, state_shardings(config, definition, mesh))
     shape = (config.global_batch_size, config.seq_len + 1)
     return state, abstract_rows(data_spec(config).row_fields, shape, sharding.batch_sharding(mesh))
-
-
-# ---------------------------------------------------------------------------------------------------------------- loop
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """Measures a model; the loop knows no evaluator by name."""
-
-    def run(self, params: Params) -> Result:
-        """Measures the model with these parameters."""
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Records numbers of a step; see `meap_jax.metrics`."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records the numbers of optimizer step `step`, counted from 1."""
-
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows them on the terminal."""
-
-    def flush(self) -> None:
-        """Writes everything recorded so far to disk."""
-
-
-class Diverged(UserError, RuntimeError):
-    """A loss or gradient that is not finite."""
-
-
-def train_loop(
-    config: ml_collections.ConfigDict,
-    state: TrainState,
-    batches: Iterator[Row],
-    step_fn: Callable[[TrainState, Row], tuple[TrainState, Metrics]],
-    *,
-    start: int,
-    evaluators: Mapping[str, Evaluator],
-    writer: Writer,
-    save: Callable[[int, TrainState], Any],
-    clock: Clock,
-    trace: Trace,
-) -> TrainState:
-    """Runs steps `start + 1` to `config.num_steps`, with metrics, evaluations and checkpoints on the way.
-
-    A step is dispatched before the metrics of the one before are fetched, so that the device never waits for the host.
-    Before a save they are fetched, must be finite, and are flushed to disk. `clock` measures the times of a record.
-
-    Raises:
-      Diverged: naming the step. What was saved before stays.
-    """
-    pending: tuple[int, Metrics] | None = None
-
-    def settle(evaluate: bool = False) -> None:
-        """Fetches, checks and records the metrics of the last step, with its evaluations if they are due."""
-        nonlocal pending
-        if pending is None:
-            return
-        (step, on_device), pending = pending, None
-        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        clock.arrived()
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise Diverged(
-                f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, which must be "
-                "finite. The last checkpoint is kept; try a lower optimizer.learning_rate or a longer warm-up."
-            )
-        if evaluate:
-            with clock.aside("evaluations"):
-                for name, evaluator in evaluators.items():
-                    metrics = evaluator.run(state.params).metrics
-                    values |= {f"{name}/{key}": metric.estimate for key, metric in metrics.items()}
-        if evaluate or step % config.log.every == 0 or step in (1, config.num_steps):
-            writer.write(step, {**values, **clock.report()})
-        writer.progress(step, values)
-
-    def device_is_busy() -> bool:
-        """Whether the last step that was dispatched is still to be done."""
-        arrays = (x for x in pending[1].values() if isinstance(x, jax.Array)) if pending else ()
-        return not all(x.is_ready() for x in arrays)  # type: ignore[attr-defined]  # Not in jax's stubs.
-
-    clock.start_steps()
-    with jax.transfer_guard("disallow"):
-        for step in range(start + 1, config.num_steps + 1):
-            with clock.aside("traces"):
-                trace.before(step, state)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                with clock.waiting_for_data(device_is_busy):
-                    batch = next(batches)
-                with clock.aside("compilation") if step == start + 1 else contextlib.nullcontext():
-                    state, metrics = step_fn(state, batch)
-                settle()
-            pending = (step, metrics)
-            with clock.aside("traces"):
-                trace.after(step, state)
-
-            if is_due(config, config.eval.every, step):
-                settle(evaluate=True)
-            if is_due(config, config.checkpoint.every, step):
-                settle()
-                with clock.aside("saves"):
-                    writer.flush()
-                    save(step, state)
-    return state

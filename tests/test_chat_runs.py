@@ -13,7 +13,7 @@ import tiny_runs
 from chat_files import alpaca
 from meap_jax import config as config_lib
 from meap_jax import sharding
-from meap_jax.checkpoint import Checkpointer
+from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.cli import parse_config
 from meap_jax.config import is_due
 from meap_jax.data.pipeline import TrainBatches
@@ -136,7 +136,7 @@ def test_a_mesh_gives_the_losses_of_one_device(finished, arrangement, mesh, tmp_
 def losses_on(mesh, config, workdir):
     """The loss and the gradient norm of two steps on a mesh."""
     run = open_run(config, workdir, mesh)
-    state = start(run, Checkpointer(workdir, 1)).state
+    state = start(run, Checkpointer(workdir, Keep(1))).state
     layout = sharding.batch_sharding(run.mesh)
     batches = TrainBatches(run.prepared, {"text": 1.0}, seed=0, batch_size=8, sharding=layout)
     step, values = compile_step(run.config, run.definition, run.mesh), []

@@ -12,7 +12,7 @@ from etils import epath
 from hub_folders import read_tensors
 from meap_jax import cli, main, partition, run, start, train
 from meap_jax import config as config_lib
-from meap_jax.checkpoint import Checkpointer
+from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.convert import export_model
 from meap_jax.decoding import decoding_params
 from meap_jax.errors import ConfigError
@@ -79,7 +79,7 @@ def params_of(workdir, step=None):
 def begun(workdir, **overrides):
     """The parameters that a run would begin with."""
     config, workdir = cli.parse_config(["main", *flags(workdir, **overrides)])
-    checkpointer = Checkpointer(workdir, 1)
+    checkpointer = Checkpointer(workdir, Keep(1))
     try:
         return jax.device_get(start.start(run.open_run(config, workdir), checkpointer).state.params)
     finally:

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from meap_jax import models, tokenizers
-from meap_jax.checkpoint import Checkpointer, save_params
+from meap_jax.checkpoint import Checkpointer, Keep, save_params
 from meap_jax.errors import ConfigError
 from meap_jax.train import abstract_inputs, init_state
 from tiny_runs import tiny_config
@@ -77,7 +77,7 @@ def test_a_config_of_a_version_before_gets_defaults_and_one_of_a_version_after_i
 
 def test_no_run_goes_on_from_parameters_alone(folder):
     model = models.open_model(folder).model
-    checkpointer = Checkpointer(folder, keep=2)
+    checkpointer = Checkpointer(folder, Keep(2))
     with pytest.raises(ConfigError, match="holds parameters alone, from which no run can go on: set init_from to"):
         checkpointer.restore(abstract_inputs(*model[::2], model.mesh)[0])
     checkpointer.close()

@@ -1,9 +1,6 @@
 """The training step: against a step written out, over meshes, with accumulation, and the loop around it."""
 
 import functools
-import pathlib
-import types
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +14,7 @@ from meap_jax.model.decoder import define
 from meap_jax.model.visibility import causal
 from meap_jax.objective import Objective, make_inputs, named_keys
 from meap_jax.optimizer import make_optimizer
-from meap_jax.results import Interval, Result
 from meap_jax.rows import Row
-from meap_jax.timing import Clock, Trace
 from tiny_runs import tiny_config
 
 B, T, V = 8, 16, 64
@@ -194,95 +189,3 @@ def test_rows_of_one_segment_need_no_segment_ids():
     with_ids = step(state, batch._replace(segment_ids=np.ones_like(batch.segment_ids)))
     without = step(state, Row(batch.tokens))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), without, with_ids)
-
-
-# An evaluator that always has the same answer.
-QUIZ = types.SimpleNamespace(run=lambda params: Result({"answer": Interval(42.0, None, None)}, []))
-
-
-def fake_step(state, batch):
-    """A step whose loss is its number."""
-    state = state._replace(step=state.step + 1)
-    return state, {"loss": np.float32(state.step), "grad_norm": np.float32(1), "learning_rate": np.float32(0.1)}
-
-
-def loop(step_fn=fake_step, evaluators=(), clock=None, batches=None, recorder=None, **overrides):
-    """Runs the loop; returns a mock that its writer and its saves were calls of."""
-    recorder = recorder or mock.Mock()
-    writer = types.SimpleNamespace(write=recorder.write, progress=recorder.progress, flush=recorder.flush)
-    train.train_loop(
-        tiny_config(**overrides), train.TrainState(np.int32(0), {}, (), {}), batches or iter(lambda: {}, None), step_fn,
-        start=0, evaluators=dict(evaluators), writer=writer, save=recorder.save,
-        clock=clock or Clock(), trace=Trace(pathlib.Path(), start=1, num_steps=0),
-    )  # fmt: skip
-    return recorder
-
-
-def args_of(calls):
-    return [call.args for call in calls.call_args_list]
-
-
-def test_the_loop_writes_every_nth_step_once_with_evaluations_and_flushes_before_a_save_of_it():
-    every = {"num_steps": 10, "log.every": 3, "eval.every": 4, "checkpoint.every": 6}
-    recorder = loop(evaluators={"quiz": QUIZ}, **every)
-    records = args_of(recorder.write)
-    assert [step for step, _ in records] == [1, 3, 4, 6, 8, 9, 10]
-    assert all(values["loss"] == step for step, values in records)
-    assert [step for step, values in records if values.get("quiz/answer") == 42.0] == [4, 8, 10]
-    assert [(step, int(state.step)) for step, state in args_of(recorder.save)] == [(6, 6), (10, 10)]
-    names = [call[0] for call in recorder.mock_calls if call[0] != "progress"]
-    assert names == ["write"] * 4 + ["flush", "save"] + ["write"] * 3 + ["flush", "save"]
-
-
-@pytest.mark.parametrize("name, value", [("loss", np.nan), ("grad_norm", np.inf)])
-def test_what_is_not_finite_stops_the_run_names_the_step_and_is_never_saved(name, value):
-    sentence = "step 10: the loss is (nan and the gradient norm 1.0|10.0 and the gradient norm inf), which must be"
-
-    def step_fn(state, batch):
-        state, metrics = fake_step(state, batch)
-        return state, metrics | ({name: np.float32(value)} if state.step == 10 else {})
-
-    recorder = mock.Mock()
-    with pytest.raises(train.Diverged, match=sentence):
-        loop(step_fn, recorder=recorder, **{"checkpoint.every": 5})
-    assert [step for step, _ in args_of(recorder.save)] == [5]
-
-
-def test_metrics_are_fetched_after_the_next_step_was_dispatched():
-    recorder, seen = mock.Mock(), []
-
-    def spying(state, batch):
-        seen.append(recorder.write.call_count)
-        return fake_step(state, batch)
-
-    loop(spying, recorder=recorder, **{"num_steps": 6, "log.every": 1})
-    assert seen == [0, 0, 1, 2, 3, 4]  # When step n is dispatched, step n - 2 is the last one on record.
-
-
-def test_a_record_has_the_time_of_steps_apart_from_start_compilation_evaluations_and_saves(monkeypatch):
-    """Seconds of this loop: start 5, compilation 10, data 1/4 a step, metrics 3 a step, evaluation 7."""
-    time = [0.0]
-
-    def passes(seconds, result=None):
-        time[0] += seconds
-        return result
-
-    slow_quiz = types.SimpleNamespace(run=lambda params: passes(7.0, QUIZ.run(params)))
-
-    def step_fn(state, batch):
-        return passes(0.0 if state.step else 10.0, fake_step(state, batch))
-
-    clock = Clock(now=lambda: time[0])
-    passes(5.0)
-    monkeypatch.setattr(train.jax, "device_get", lambda metrics: passes(3.0, metrics))
-    batches, every = iter(lambda: passes(0.25, {}), None), {"num_steps": 4, "log.every": 2}
-    recorder = loop(step_fn, {"quiz": slow_quiz}, clock, batches, **every)
-
-    names = ("step_seconds", "step_seconds_p50", "step_seconds_p90", "data_wait", "goodput")
-    # Step 2 is dispatched, and its data waited for, before the metrics of step 1 arrive; so step 4 waits for none.
-    assert {step: [values[name] for name in names] for step, values in args_of(recorder.write)} == {
-        1: pytest.approx([3.5, 3.5, 3.5, 0.5 / 3.5, 3 / 18.5]),
-        2: pytest.approx([3.25, 3.25, 3.25, 0.25 / 3.25, 6 / 21.75]),
-        4: pytest.approx([3.125, 3.125, 3.225, 0.25 / 6.25, 12 / 35]),
-    }
-    assert clock.summary() == "35.0 s: steps 12.0 s, compilation 10.0 s, evaluations 7.0 s, start 5.0 s, data 1.0 s"

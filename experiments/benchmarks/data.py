@@ -30,10 +30,13 @@ from meap_jax import sharding, train
 from meap_jax.config import mixture
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.data.prepared import Prepared
+from meap_jax.loop import Guards, train_loop
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import define
+from meap_jax.numerics import Monitor
 from meap_jax.run import open_data
 from meap_jax.timing import Clock, Trace
+from meap_jax.watchdog import Watchdog
 
 PAPER_SEQ_LEN, PAPER_VOCAB = 4096, 32_064
 BATCH_SIZE = 8
@@ -133,7 +136,7 @@ def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mappin
     writer = _LastRecord()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         shardings = train.state_shardings(config, definition, mesh)
-        train.train_loop(
+        train_loop(
             config,
             jax.jit(lambda: train.init_state(config, definition), out_shardings=shardings)(),
             _batches(config, prepared, config.global_batch_size),
@@ -141,7 +144,8 @@ def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mappin
             start=0,
             evaluators={},
             writer=writer,
-            save=lambda step, state: None,
+            saver=_NoSaver(),
+            guards=Guards(Monitor(config.numerics), Watchdog(**config.watchdog)),
             clock=Clock(),
             trace=Trace(pathlib.Path(folder), start=1, num_steps=0),
         )
@@ -151,6 +155,25 @@ def last_record(config: ml_collections.ConfigDict, prepared: Prepared) -> Mappin
 def _batches(config: ml_collections.ConfigDict, prepared: Prepared, batch_size: int) -> TrainBatches:
     on_mesh = sharding.batch_sharding(make_mesh(config))
     return TrainBatches(prepared, mixture(config), seed=0, batch_size=batch_size, sharding=on_mesh)
+
+
+class _NoSaver:
+    """A saver that saves nothing."""
+
+    def save(self, step: int, state: train.TrainState, loss: float | None = None) -> None:
+        """Does nothing."""
+
+    def is_to_save_again(self) -> bool:
+        """Never."""
+        return False
+
+    def finish(self) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def go_back(self) -> tuple[int, train.TrainState, dict[str, Any]]:
+        """Is not asked for: spikes are not looked for."""
+        raise NotImplementedError
 
 
 class _LastRecord:
@@ -165,6 +188,9 @@ class _LastRecord:
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Shows nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Has nothing to forget."""
 
     def flush(self) -> None:
         """Has nothing to write."""

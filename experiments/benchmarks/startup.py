@@ -29,7 +29,7 @@ from configs import quickstart
 from experiments.benchmarks import harness
 from experiments.benchmarks.timing import Ratio, interleave
 from experiments.benchmarks.workload import Workload, config_of
-from meap_jax.checkpoint import Checkpointer
+from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.config import flatten
 from meap_jax.errors import ConfigError
 from meap_jax.metrics import METRICS_FILE
@@ -149,7 +149,7 @@ def _save_row(size: str, seq_len: int, batch_size: int, folder: pathlib.Path, re
         return time.perf_counter() - began
 
     def with_save() -> float:
-        checkpointer = Checkpointer(epath.Path(folder), keep=1)
+        checkpointer = Checkpointer(epath.Path(folder), Keep(1))
         began = time.perf_counter()
         checkpointer.save(int(workload.state.step), workload.state, {"config": workload.config.to_dict()})
         calls.append(time.perf_counter() - began)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from meap_jax.errors import ConfigError
 from meap_jax.evals import commonsense, facts, kv, mdqa, mneedle, niah, retrieval, ruler, summaries, validation
 from meap_jax.evals.setting import Setting
-from meap_jax.train import Evaluator
+from meap_jax.loop import Evaluator
 
 __all__ = ["EVALUATORS", "Setting", "check_tasks", "make_evaluators"]
 

@@ -11,9 +11,8 @@ import tiny_runs
 from experiments import compare
 from experiments.compare import steps_of_a_turn
 from meap_jax import cli, main
-from meap_jax.errors import ConfigError
+from meap_jax.errors import ConfigError, Diverged
 from meap_jax.models import open_model
-from meap_jax.train import Diverged
 
 FIELDS = dict(num_steps=4, eval__facts__counts="2,3", eval__facts__documents=2)
 

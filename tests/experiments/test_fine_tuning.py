@@ -12,11 +12,11 @@ from etils import epath
 import tiny_runs
 from experiments import fine_tuning, fine_tuning_report, looking_up
 from meap_jax import tokenizers
-from meap_jax.checkpoint import read_meta
 from meap_jax.convert import export_model
 from meap_jax.errors import ConfigError
 from meap_jax.evals.mdqa import read_questions, shown
 from meap_jax.readers.conversations import messages_of
+from meap_jax.restore import read_meta
 from meap_jax.tokenizers import chat
 
 WORDS = [

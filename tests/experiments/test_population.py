@@ -13,7 +13,7 @@ import tiny_runs
 from experiments import members as members_lib
 from experiments import population
 from experiments.arms import Arm, config_of, fork_step, program
-from meap_jax import cli, sharding, train
+from meap_jax import cli, errors, sharding, train
 from meap_jax.config import mixture
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.errors import ConfigError
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_population_and_names_the_member(run
 
     use_devices(monkeypatch, num_devices)
     monkeypatch.setattr(population, "step_function", lambda *_: diverging)
-    with pytest.raises(train.Diverged, match="the loss of meap with seed 0 is not finite by step 6"):
+    with pytest.raises(errors.Diverged, match="the loss of meap with seed 0 is not finite by step 6"):
         population.train(run, [NTP, MEAP], SEEDS, every=EVERY)
 
 

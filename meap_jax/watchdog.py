@@ -1,0 +1,114 @@
+"""Ends a run that hangs, after it has written where each of its threads stands.
+
+A collective that waits for a host which is gone, a disk that answers no more or a deadlock in a library would keep an
+accelerator busy with nothing until a person looks.
+"""
+
+import collections
+import contextlib
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from meap_jax.errors import EXIT_HUNG
+
+STEPS_OF_MEDIAN = 101
+_SECONDS_FOR_OTHERS = 5.0  # Until all hosts have written their stacks.
+_SECONDS_WITHOUT_PYTHON = (
+    60.0  # Longer than any call of a library holds the interpreter's lock, than which it can hang.
+)
+
+
+class Watchdog:
+    """Watches over the steps of a loop from a thread of its own."""
+
+    def __init__(
+        self,
+        *,
+        times_median: float,
+        least_seconds: float,
+        other_seconds: float,
+        ask_all_hosts: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.monotonic,
+        end: Callable[[str], None] | None = None,
+    ):
+        """Starts the thread; `close` ends it.
+
+        Args:
+          times_median: a step hangs if it takes so many times the median of the last ones, ...
+          least_seconds: ... and more than this. 0: nothing is watched.
+          other_seconds: compilation, an evaluation or a save hangs if it takes longer.
+          ask_all_hosts: asks the other hosts for their stacks too.
+          now: a clock in seconds.
+          end: is called with a sentence when something hangs; default: write all stacks and end the process.
+        """
+        self._times_median, self._least, self._other = times_median, least_seconds, other_seconds
+        self._ask_all_hosts, self._now, self._end = ask_all_hosts, now, end or self._dump_and_exit
+        self._times: collections.deque[float] = collections.deque(maxlen=STEPS_OF_MEDIAN)
+        self._what, self._began, self._limit = "the start", now(), other_seconds
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if least_seconds:
+            self._thread.start()
+
+    def step(self, step: int) -> None:
+        """A step begins; what was before it, if it was a step too, is over."""
+        now = self._now()
+        if self._what.startswith("step "):
+            self._times.append(now - self._began)
+        self._begin(f"step {step}", self.step_limit())
+
+    def step_limit(self) -> float:
+        """Seconds that a step may take; the first ones, which compile, as long as anything else."""
+        if len(self._times) < 3:
+            return self._other
+        return max(self._least, self._times_median * statistics.median(self._times))
+
+    @contextlib.contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """In this block something else than a step is watched, such as an evaluation."""
+        self._begin(what, self._other)
+        try:
+            yield
+        finally:
+            self._begin(f"what comes after {what}", self._other)
+
+    def close(self) -> None:
+        """Watches no longer."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _begin(self, what: str, limit: float) -> None:
+        self._what, self._limit, self._began = what, limit, self._now()
+
+    def _watch(self) -> None:
+        interval = min(1.0, self._least / 4)
+        while not self._closed.wait(interval):
+            # This thread needs the interpreter's lock. Should another never give it back, a thread without Python ends
+            # the process, unless it is put off again.
+            faulthandler.dump_traceback_later(_SECONDS_WITHOUT_PYTHON + self._limit, exit=True)
+            what, limit, seconds = self._what, self._limit, self._now() - self._began
+            if seconds > limit:
+                self._end(self._sentence(what, limit, seconds))
+                return
+
+    def _sentence(self, what: str, limit: float, seconds: float) -> str:
+        median = f", and the median step {statistics.median(self._times):.3g} s" if self._times else ""
+        return (
+            f"{what} hangs: it takes {seconds:.0f} s so far, where {limit:.0f} s are allowed{median}. The stacks of "
+            "all threads are above; the last checkpoint is kept, and the same command goes on from it."
+        )
+
+    def _dump_and_exit(self, sentence: str) -> None:
+        with contextlib.suppress(Exception):  # The other hosts may be what hangs.
+            self._ask_all_hosts()
+        faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
+        time.sleep(_SECONDS_FOR_OTHERS if self._ask_all_hosts is not None else 0)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(EXIT_HUNG)  # No clean-up: it could wait for what hangs.
