@@ -194,8 +194,8 @@ class TensorBoard:
 
     def __init__(self, folder: pathlib.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        # Of each start a file of its own: its name has the second, and the process for two in one second.
-        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        # Of each start a file of its own. Names begin with the second, and readers take files in the order of names.
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}.{os.getpid()}")
 
     def forget_after(self, step: int) -> None:
         """Tells readers to drop what earlier files say of later steps."""
@@ -268,7 +268,7 @@ def cut_back(file: pathlib.Path, step: int) -> None:
             "%s has %d lines that are no record of a step (the first is line %d): they are left out, and the file as "
             "it was is %s", file, len(damaged), damaged[0], copy.name,
         )  # fmt: skip
-    write_whole(file, b"".join(line + b"\n" for line in records.values()))
+    write_whole(file, b"".join(line + b"\n" for _, line in sorted(records.items())))
 
 
 def _step_of(line: bytes) -> int | None:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,7 +19,10 @@ _CACHE = Path(tempfile.gettempdir()) / f"meap-jax-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import jax  # noqa: E402  After the environment is set, as are the next two.
+import fsspec  # noqa: E402  After the environment is set, as is all that follows.
+import jax  # noqa: E402
+from etils import epath  # noqa: E402
+from fsspec.registry import _registry as implementations  # noqa: E402
 
 from meap_jax.model.config import ModelConfig  # noqa: E402
 from tiny_runs import ROOT, environment, tiny_config  # noqa: E402
@@ -32,6 +36,17 @@ hypothesis.settings.load_profile("meap-jax")
 def tiny() -> ModelConfig:
     """A decoder with two of everything that can be two: 2 layers, 2 query heads a kv head, 2 kv heads."""
     return ModelConfig.of(tiny_config().model, "cpu")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[epath.Path]:
+    """A folder of gs://, served from memory through fsspec, as a real bucket is."""
+    memory = fsspec.filesystem("memory")
+    for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
+        monkeypatch.setitem(implementations, protocol, type(memory))
+    yield epath.Path("gs://bucket/run")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

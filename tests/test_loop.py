@@ -159,9 +159,9 @@ def test_spikes_after_the_last_rewind_are_logged_and_the_run_goes_on(caplog):
 
     def step_fn(state, batch):
         state, metrics = fake_step(state, batch)
-        return state, metrics | {"loss": np.float32(1000 if batch in (13, 18) else 2 + batch % 3)}
+        return state, metrics | {"loss": np.float32(1000 if batch in (13, 30) else 2 + batch % 3)}
 
-    recorder = loop(step_fn, batches=data, **SPIKES)
+    recorder = loop(step_fn, batches=data, **SPIKES | {"num_steps": 30})
     assert args_of(recorder.rewind) == [(10,)]
     said = [record.getMessage() for record in caplog.records if "is a spike" in record.getMessage()]
     assert len(said) == 2 and "goes back to its last checkpoint" in said[0] and "the run goes on" in said[1]

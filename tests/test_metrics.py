@@ -2,16 +2,15 @@
 
 import dataclasses
 import logging
+import struct
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from etils import epath
-from fsspec.registry import _registry as implementations
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
 
 from meap_jax.metrics import METRICS_FILE, MetricsWriter, StepWork, local_folder, model_flops, read_metrics
 from meap_jax.model.decoder import define
@@ -43,11 +42,55 @@ def test_a_record_has_step_loss_rate_and_throughput_and_mfu_where_the_chip_is_kn
     assert WORK.rates(4.0).keys() - WORK._replace(peak_flops=None).rates(4.0).keys() == {"mfu"}
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
-    scalars = []
-    monkeypatch.setattr(SummaryWriter, "add_scalar", lambda self, *scalar: scalars.append(scalar))
+def events_of(workdir):
+    """What event files say, in the order of their lines: (step, {name: value}), or (step, "forget")."""
+    found = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:
+            [length] = struct.unpack("Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.HasField("session_log"):
+                found.append((event.step, "forget"))
+            elif event.HasField("summary"):
+                found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
+    return found
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_what_is_written_again(tmp_path):
     write(tmp_path, {1: {"loss": 2.5}, 2: {"loss": 2.0, "validation/accuracy": 0.5}})
-    assert scalars == [("loss", 2.5, 1), ("loss", 2.0, 2), ("validation/accuracy", 0.5, 2)]
+    assert events_of(tmp_path) == [(1, "forget"), (1, {"loss": 2.5}), (2, {"loss": 2.0, "validation/accuracy": 0.5})]
+    w = writer(tmp_path, start=1)
+    w.write(2, {"loss": 1.5})
+    w.rewind(1)
+    w.close()
+    assert events_of(tmp_path)[3:] == [(2, "forget"), (2, {"loss": 1.5}), (2, "forget")]
+    assert [r["step"] for r in read_metrics(epath.Path(tmp_path))] == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_lacks_are_null(tmp_path, value):
+    [record] = write(tmp_path, {1: {"loss": value, "grad_norm": 1.0}})
+    assert record == {"step": 1, "loss": None, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\0\0\0\0", b"\xff\xfe\xfd", b"null", b"[1]", b'{"step": "x"}', b'{"step": 3, "loss": 9}', b"{" * 5000],
+)
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_damaged_line_costs_no_other_record_and_the_file_as_it_was_stays(tmp_path, damage, place, caplog):
+    good = write(tmp_path, {step: {"loss": float(step)} for step in range(1, 8)})
+    file = tmp_path / METRICS_FILE
+    lines = file.read_bytes().splitlines()
+    damaged = b"".join(line + b"\n" for line in [*lines[:place], damage, *lines[place:]])
+    file.write_bytes(damaged)
+    records = write(tmp_path, {7: {"loss": 7.0}}, start=6)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6, 7]
+    assert records[:2] == good[:2] and records[3:] == good[3:]
+    [copy] = tmp_path.glob(f"{METRICS_FILE}.damaged-*")
+    assert copy.read_bytes() == damaged and "1 lines that are no record of a step" in caplog.text
 
 
 def test_plain_lines_stand_in_for_the_bar_where_there_is_no_terminal(tmp_path, caplog):
@@ -63,16 +106,6 @@ def test_resume_drops_later_steps_and_a_line_torn_by_a_kill(tmp_path):
         file.write('{"step": 8, "lo')
     records = write(tmp_path, {5: {"loss": 55.0}}, start=4)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 55)]
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """gs:// served from memory, through fsspec, as a real bucket is."""
-    memory = fsspec.filesystem("memory")
-    for protocol in ("gs", "gcs"):  # What `register_implementation` sets, and here takes back: other tests want none.
-        monkeypatch.setitem(implementations, protocol, type(memory))
-    yield epath.Path("gs://bucket/run")
-    memory.store.clear()
 
 
 def test_a_bucket_gets_the_log_at_every_flush_and_gives_it_back_on_resume(bucket, tmp_path, monkeypatch):
