@@ -206,12 +206,13 @@ _OF_THE_SYSTEM = {
 
 
 def _mute_abandoned_reads() -> None:
-    """Keeps tracebacks of abandoned reads from the log when a checkpoint is damaged.
+    """Keeps tracebacks from the log when a checkpoint is damaged, or can't be saved.
 
     Orbax raises the first read that failed, which we log in a line, and abandons the others: their failures would come
     as tracebacks, from asyncio's log, from tensorstore's threads ("Event loop is closed") or when Python collects the
-    coroutines.
+    coroutines. Of a save that failed it logs the traceback in each thread that had to do with it, and raises it too.
     """
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
