@@ -5,10 +5,13 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +27,8 @@ from meap_jax.fields import fields_of
 from meap_jax.hosts import join_hosts
 from meap_jax.paths import absolute, is_url
 from meap_jax.sharding import AXES
+
+SECONDS_AFTER_INTERRUPT = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +154,9 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every detail at INFO.
     _mute_abandoned_reads()
     use_compile_cache()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # As in the background of a shell.
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         if joins_hosts:
             join_hosts()
@@ -167,6 +175,16 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
         if sentence is None:
             raise
         fail(sentence)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; should something swallow it or take too long to clean up, the process ends anyway."""
+    end = threading.Timer(SECONDS_AFTER_INTERRUPT, os._exit, (EXIT_INTERRUPTED,))
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
 
 
 def fail(sentence: str) -> NoReturn:
