@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import logging
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from meap_jax.model.decoder import Params
 from meap_jax.objective import Objective
 from meap_jax.run import Run
 from meap_jax.train import TrainState
+
+_log = logging.getLogger("meap_jax.experiments.members")
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,16 +142,20 @@ def restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
     file = folder / f"{member.name}.npz"
     if not file.exists():
         return False
-    with file.open("rb") as stream, np.load(stream) as saved:
-        about = json.loads(str(saved["about"]))
-        if about["config"] != json.loads(json.dumps(member.config.to_dict())):
-            raise ConfigError(
-                f"{file} is of another config: use another --workdir, or the fields that it was made with."
-            )
-        leaves, tree = jax.tree.flatten(template)
-        # numpy's files know no bfloat16: it comes back as two bytes that mean nothing.
-        own = [saved[str(i)].view(leaf.dtype) for i, leaf in enumerate(leaves)]
-        member.state = jax.tree.unflatten(tree, own)
+    leaves, tree = jax.tree.flatten(template)
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
+            about = json.loads(str(saved["about"]))
+            # numpy's files know no bfloat16: it comes back as two bytes that mean nothing.
+            own = [saved[str(i)].view(leaf.dtype) for i, leaf in enumerate(leaves)]
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:  # Each part has a checksum.
+        aside = file.with_name(file.name + ".damaged")
+        file.replace(aside)
+        _log.warning("%s is damaged (%s): it was moved to %s, and is trained again", file, error, aside.name)
+        return False
+    if about["config"] != json.loads(json.dumps(member.config.to_dict())):
+        raise ConfigError(f"{file} is of another config: use another --workdir, or the fields that it was made with.")
+    member.state = jax.tree.unflatten(tree, own)
     member.records = about["records"]
     member.step = int(member.state.step)
     return True

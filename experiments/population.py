@@ -16,6 +16,7 @@ Two models at a time, one on each core, take 0.72 of the time that one after the
 (the quickstart's model, `experiments.benchmarks.population`).
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -35,14 +36,16 @@ from experiments.members import Member, fork, make_members, next_turn, restore, 
 from meap_jax import sharding
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import global_sequence
-from meap_jax.errors import ConfigError, Diverged
+from meap_jax.errors import ConfigError, Diverged, Preempted
 from meap_jax.evals.facts import FactSet, hits
+from meap_jax.lease import held
 from meap_jax.loop import Evaluator
 from meap_jax.model.decoder import Definition
 from meap_jax.objective import FILLERS
+from meap_jax.preemption import notices
 from meap_jax.results import Interval
 from meap_jax.rows import Row, stacked
-from meap_jax.run import Run, open_data
+from meap_jax.run import Run, make_folder, open_data
 from meap_jax.start import imported_params
 from meap_jax.train import TrainState, init_state, state_of_params, step_function
 
@@ -198,20 +201,39 @@ def train(
     Raises:
       ConfigError: for a number of steps that `every` does not divide, or an arm that no run can be.
       Diverged: naming the first member with a loss that is not finite.
+      Preempted: the machine is to be taken away; states are saved.
     """
     num_steps = run.config.num_steps
     if num_steps % every:
         raise ConfigError(f"num_steps is {num_steps}, but must be a multiple of the {every} steps between evaluations.")
     members = make_members(run, arms, seeds, every)
-    _start(run, members, every, folder)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            make_folder("workdir", folder)
+            stack.enter_context(held(folder))
+        _start(run, members, every, folder)
+        _take_turns(run, members, every, questions or {}, folder, keep, stack.enter_context(notices()))
+    return [member for member in members if member.is_asked_for]
+
+
+def _take_turns(
+    run: Run,
+    members: Sequence[Member],
+    every: int,
+    questions: Mapping[str, FactSet],
+    folder: epath.Path | None,
+    keep: Collection[int],
+    is_preempted: Callable[[int], bool],
+) -> None:
+    """Trains members to their last steps."""
     mesh = population_mesh(len(members), jax.devices())
     programs: dict[str, _Program] = {}
     everywhere = sharding.replicated(mesh)
     asked = {
         name: jax.tree.map(lambda x: sharding.put_whole(everywhere, x), (of_set.rows, of_set.at))
-        for name, of_set in (questions or {}).items()
+        for name, of_set in questions.items()
     }
-    _log.info("%d members, %d steps each, on %d devices", len(members), num_steps, mesh.size)
+    _log.info("%d members, %d steps each, on %d devices", len(members), run.config.num_steps, mesh.size)
 
     began = saved = time.perf_counter()
     total, at_first = steps_to_do(members, every), None
@@ -224,14 +246,17 @@ def train(
             step = member.step + every * (member in chosen)
             if member.program == key:
                 programs[key].batches(seed_of(member.config, "data"), step)
-        _settle(chosen, jax.device_get(turn), every, questions or {})
+        _settle(chosen, jax.device_get(turn), every, questions)
         for member in chosen:
             if member.step in keep:
                 member.kept[member.step] = member.trained.params
             fork(member, every)
-        if folder is not None and time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
+        is_last = is_preempted(chosen[0].step)
+        if folder is not None and (is_last or time.perf_counter() - saved > SECONDS_BETWEEN_SAVES):
             save(folder, members)
             saved = time.perf_counter()
+        if is_last:
+            raise Preempted("all models are saved" if folder is not None else "nothing was to be saved")
         left = steps_to_do(members, every)
         at_first = at_first or (left, time.perf_counter())
         done = at_first[0] - left
@@ -241,7 +266,6 @@ def train(
     if folder is not None:
         save(folder, members)
     _log.info("trained in %.0f s", time.perf_counter() - began)
-    return [member for member in members if member.is_asked_for]
 
 
 def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping[str, FactSet]) -> None:

@@ -97,7 +97,7 @@ class Checkpointer:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave(sealed({**meta, "layout": LAYOUT, "checksums": sums})),
+            meta=ocp.args.JsonSave(sealed({**meta, "layout": LAYOUT, "step": step, "checksums": sums})),
         )
         self._pending = step
         try:
@@ -277,6 +277,6 @@ def save_params(workdir: epath.Path, params: Any, meta: dict[str, Any], step: in
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PARAMS_CHUNK_BYTES), params)
     with ocp.CheckpointManager(workdir / FOLDER, item_handlers=handlers) as manager:
         sums = {"params": integrity.checksums(params)}
-        meta = sealed({**meta, "layout": LAYOUT, "checksums": sums})
+        meta = sealed({**meta, "layout": LAYOUT, "step": step, "checksums": sums})
         items = {"params": ocp.args.PyTreeSave(params, chunks), "meta": ocp.args.JsonSave(meta)}
         manager.save(step, args=ocp.args.Composite(**items))

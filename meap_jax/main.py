@@ -13,6 +13,7 @@ from meap_jax import cli, sharding
 from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
+from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, check_tasks, make_evaluators
 from meap_jax.export import check_export
 from meap_jax.hardware import detect
@@ -49,7 +50,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
       Preempted: the machines are to be taken away; the state is saved.
     """
     clock = Clock(began)
-    check_tasks(config.eval.tasks)
+    tasks = check_tasks(config.eval.tasks)
+    if config.checkpoint.keep_best and "validation" not in tasks:
+        raise ConfigError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but eval.tasks is {config.eval.tasks!r}, without "
+            "validation, whose loss says which are best: add it, or set checkpoint.keep_best=0."
+        )
     make_folder("workdir", workdir)
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(held_for_all(workdir))

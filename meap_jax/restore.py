@@ -165,6 +165,8 @@ def _read_step(manager: ocp.CheckpointManager, step: int, items: Mapping[str, An
         return {"meta": meta}
     if meta["layout"] >= 3 and meta.get("sha256") != _digest(meta):
         raise ValueError("meta is not as it was saved: its SHA-256 is another")
+    if meta["layout"] >= 3 and meta["step"] != step:
+        raise ValueError(f"it is the checkpoint of step {meta['step']} under another name")
     read = {"meta": meta}
     for item, template in items.items():
         sums = meta.get("checksums", {}).get(item, {})

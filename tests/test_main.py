@@ -8,9 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from meap_jax import cli, evaluate, main
 from meap_jax.errors import ConfigError
+from meap_jax.lease import FILE, held
 from tiny_runs import ROOT, TIMES, TINY, flags, losses, records, run
 
 
@@ -309,6 +311,25 @@ def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpo
     failed = int(text.split("step ")[1].split(":")[0])
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     assert all(step < failed for step in (*kept, *losses(tmp_path)))
+
+
+def test_a_second_run_in_one_workdir_is_told_so_and_the_first_loses_nothing(data, tmp_path, refused):
+    with held(epath.Path(tmp_path)):
+        text = refused(*flags(tmp_path, data__prepared=data))
+    assert f"{tmp_path} is in use: a run is going on there since 20" in text
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_fewer_steps_than_were_taken_are_refused_and_nothing_is_written(trained, data, refused):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != FILE}
+    text = refused(*flags(trained, data__prepared=data, num_steps=5))
+    assert f"num_steps is 5, but {trained} has been trained for 8 steps: set it to that or more" in text
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_best_checkpoint_needs_a_validation_loss(data, tmp_path, refused):
+    text = refused(*flags(tmp_path, data__prepared=data, checkpoint__keep_best=1, eval__tasks="retrieval"))
+    assert "checkpoint.keep_best is 1, but eval.tasks is 'retrieval', without validation" in text
 
 
 def test_a_run_that_would_take_more_passes_than_a_source_may_is_refused_with_the_steps_that_it_may(tmp_path, refused):
