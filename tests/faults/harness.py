@@ -41,7 +41,7 @@ class Group:
 
     def __init__(
         self, workdir: pathlib.Path, num_processes: int = 1, *, prefix: tuple[str, ...] = (), logs: Any = None,
-        variables: dict[str, str] | None = None, **overrides: Any,
+        seen: pathlib.Path | None = None, variables: dict[str, str] | None = None, **overrides: Any,
     ):  # fmt: skip
         """Starts them.
 
@@ -50,17 +50,18 @@ class Group:
           num_processes: of one device each; 1 is a run without a coordinator.
           prefix: words before the command, as of `nsenter`.
           logs: folder of their stderr; default: that of the workdir.
+          seen: the workdir as it is seen from here, if that is another path.
           variables: of the environment.
           overrides: fields of the config, `__` for a dot.
         """
-        self.workdir, logs = workdir, logs or workdir.parent
+        self.workdir, logs = seen or workdir, logs or workdir.parent
         of_all = dict(variables or {})
         if num_processes > 1:
             overrides = dict(mesh__data=1, mesh__fsdp=-1) | overrides
             with socket.create_server(("127.0.0.1", 0)) as probe:  # A port that is free.
                 address = "{}:{}".format(*probe.getsockname())
             of_all |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num_processes)}
-        self.found = max(saved(workdir), default=0)  # The checkpoint that it is to go on from.
+        self.found = max(saved(self.workdir), default=0)  # The checkpoint that it is to go on from.
         self.logs, self.processes = [], []
         for index in range(num_processes):
             own = {"JAX_PROCESS_ID": str(index)} if num_processes > 1 else {}
