@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from faults.harness import MOMENTS, Campaign, Fault, setting
+from faults.campaigns import MOMENTS, Campaign, Fault
+from faults.harness import setting
 
 QUICK = {
     "SIGKILL": (1, [Fault("SIGKILL", "step"), Fault("SIGKILL", "save"), Fault("SIGKILL", "evaluation")]),
