@@ -16,9 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from faults.harness import (
-    EVAL_EVERY, EXIT_PREEMPTED, LONGEST_EXIT, LONGEST_ORPHAN, LONGEST_WAIT, POLL_SECONDS, Group, is_saving, leftovers,
-    logged, num_wrong, saved,
-)  # fmt: skip
+    EVAL_EVERY,
+    EXIT_PREEMPTED,
+    LONGEST_EXIT,
+    LONGEST_ORPHAN,
+    LONGEST_WAIT,
+    POLL_SECONDS,
+    Group,
+    is_saving,
+    leftovers,
+    logged,
+    num_wrong,
+    saved,
+)
 
 
 class Moment(NamedTuple):

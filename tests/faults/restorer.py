@@ -1,7 +1,8 @@
 """Damages the newest checkpoint of a run again and again and restores each time: python restorer.py TASK FLAGS.
 
 TASK is a JSON list of damages, {"how": ..., "file": ..., "seed": ...} with how from DAMAGES and a file of the
-checkpoint, "every" for each in turn, or null for one that is drawn. Writes a JSON line for each: what was damaged, and the outcome:
+checkpoint, "every" for each in turn, or null for one that is drawn. Writes a JSON line for each: what was damaged, and
+the outcome:
 
   same       the newest checkpoint, every bit of it: what was damaged doesn't matter
   older      the one before, every bit of it
