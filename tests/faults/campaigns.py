@@ -97,6 +97,7 @@ SIGNALS = {
     "SIGTERM": (signal.SIGTERM,),
     "SIGSTOP, SIGKILL": (signal.SIGSTOP, signal.SIGKILL),
     "SIGSTOP, SIGCONT": (signal.SIGSTOP, signal.SIGCONT),
+    "SIGSTOP": (signal.SIGSTOP,),  # For good, of one of several; it is killed when the others have ended.
 }
 
 
@@ -163,6 +164,9 @@ class Campaign:
             return group
 
         everybody = len(targets) == self.num_processes or fault.signals == "SIGTERM"
+        if fault.signals == "SIGSTOP":
+            group.wait_for(sorted({*range(self.num_processes)} - {*targets}), LONGEST_ORPHAN)
+            group.send(signal.SIGKILL, targets)
         codes = group.wait(LONGEST_EXIT if everybody else LONGEST_ORPHAN)
         outcome |= dict(seconds=time.monotonic() - sent, exit_codes=codes, targets=targets)
         newest = max(saved(self.workdir), default=0)

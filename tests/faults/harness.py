@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Group:
         """Whether one of them has ended."""
         return any(process.poll() is not None for process in self.processes)
 
-    def send(self, number: int, targets: list[int]) -> None:
+    def send(self, number: int, targets: Iterable[int]) -> None:
         """Sends a signal to those that still run."""
         for index in targets:
             self.processes[index].send_signal(number)
@@ -81,14 +82,19 @@ class Group:
         Raises:
           AssertionError: if one of them is still there after so long; all are killed then.
         """
+        try:
+            return self.wait_for(range(len(self.processes)), seconds)
+        finally:
+            self.kill()
+
+    def wait_for(self, targets: Iterable[int], seconds: float) -> list[int]:
+        """The same for some of them, none of which is killed."""
         end = time.monotonic() + seconds
         try:
-            return [process.wait(max(0.01, end - time.monotonic())) for process in self.processes]
+            return [self.processes[i].wait(max(0.01, end - time.monotonic())) for i in targets]
         except subprocess.TimeoutExpired:
             states = [process.poll() for process in self.processes]
             raise AssertionError(f"not all ended within {seconds} s, but {states}:\n{self.said()[-6000:]}") from None
-        finally:
-            self.kill()
 
     def kill(self) -> None:
         """Ends what is left of them."""

@@ -50,11 +50,11 @@ def of_kills(outcomes: list[dict]) -> str:
     return table([*columns, "seconds until all had ended, median / most"], rows)
 
 
-def of_disks_and_clocks(outcomes: list[dict]) -> str:
+def of_surroundings(outcomes: list[dict]) -> str:
     """What happened around the run."""
     rows = []
     for (kind, fault, moment, direction), group in grouped(outcomes, "kind", "fault", "moment", "direction").items():
-        what = f"disk {fault}, {moment}" if kind == "disk" else f"clock jumps {direction}"
+        what = f"{kind}, {fault or 'jumps ' + direction}" + (f", {moment}" if moment else "")
         survived = sum(outcome["survived"] for outcome in group)
         seconds = [outcome["seconds"] for outcome in group if "seconds" in outcome]
         wrong = sum(outcome.get("wrong", 0) > 0 for outcome in group)
@@ -78,7 +78,7 @@ def report(outcomes: list[dict]) -> str:
     of = grouped(outcomes, "kind")
     parts = (
         ("Processes", of_kills, ["kill"]),
-        ("Disks and clocks", of_disks_and_clocks, ["disk", "clock"]),
+        ("Disks, clocks and second starts", of_surroundings, ["disk", "clock", "second start"]),
         ("Files", of_damages, ["checkpoint", "records"]),
     )
     tables = []

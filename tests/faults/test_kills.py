@@ -28,7 +28,7 @@ FULL = {
     "two-SIGKILL-one": (2, every_moment("SIGKILL", "one", ("start", "step", "save", "evaluation"))),
     "two-SIGTERM-all": (2, every_moment("SIGTERM", "all", ("step", "save", "evaluation", "any"))),
     "two-SIGTERM-one": (2, every_moment("SIGTERM", "one", ("step", "save", "evaluation"))),
-    "two-pauses": (2, [Fault(signals, "step", "one") for signals in PAUSES]),
+    "two-pauses": (2, [Fault(signals, "step", "one") for signals in (*PAUSES, "SIGSTOP")]),
     "four-SIGKILL": (4, [Fault("SIGKILL", "save"), Fault("SIGKILL", "step", "one"), Fault("SIGKILL", "evaluation")]),
     "four-SIGTERM": (4, [Fault("SIGTERM", "step", "one"), Fault("SIGTERM", "save")]),
 }
