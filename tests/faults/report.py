@@ -59,7 +59,7 @@ def of_surroundings(outcomes: list[dict]) -> str:
         seconds = [outcome["seconds"] for outcome in group if "seconds" in outcome]
         wrong = sum(outcome.get("wrong", 0) > 0 for outcome in group)
         rows.append([what, f"{survived} of {len(group)}", wrong, over(seconds, 1)])
-    return table(["fault", "survived", "wrong results", "seconds until the sentence, median / most"], rows)
+    return table(["fault", "survived", "wrong results", "seconds until it had ended, median / most"], rows)
 
 
 def of_damages(outcomes: list[dict]) -> str:
@@ -78,7 +78,7 @@ def report(outcomes: list[dict]) -> str:
     of = grouped(outcomes, "kind")
     parts = (
         ("Processes", of_kills, ["kill"]),
-        ("Disks, clocks and second starts", of_surroundings, ["disk", "clock", "second start"]),
+        ("Around the run", of_surroundings, ["notice", "disk", "clock", "second start"]),
         ("Files", of_damages, ["checkpoint", "records"]),
     )
     tables = []

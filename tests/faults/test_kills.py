@@ -1,10 +1,16 @@
 """Runs of 1, 2 and 4 processes, killed at every kind of moment, end bit for bit as if nothing had happened."""
 
+import signal
+import time
+
 import numpy as np
 import pytest
 
+from configs import quickstart
 from faults.campaigns import MOMENTS, Campaign, Fault
-from faults.harness import setting
+from faults.harness import EXIT_PREEMPTED, LONGEST_EXIT, POLL_SECONDS, Group, logged, saved, setting
+from meap_jax.config import flatten
+from tiny_runs import TINY
 
 QUICK = {
     "SIGKILL": (1, [Fault("SIGKILL", "step"), Fault("SIGKILL", "save"), Fault("SIGKILL", "evaluation")]),
@@ -57,3 +63,23 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(name, workdir, reference_
 @pytest.mark.parametrize("name", FULL)
 def test_a_run_that_is_killed_many_times_ends_as_one_that_was_not(name, workdir, reference_of, record):
     check(name, *FULL[name], workdir, reference_of, record)
+
+
+def test_the_quickstart_is_saved_within_20_seconds_of_a_notice(workdir, record):
+    default = flatten(quickstart.get_config())
+    overrides = {name.replace(".", "__"): default[name] for name in TINY}
+    overrides |= dict(log__every=1, eval__every=1_000, checkpoint__every=1_000)
+    overrides |= dict(data__retrieval__num_documents=200, data__retrieval__num_eval_documents=10)
+    group = Group(workdir, **overrides)
+    try:
+        while logged(workdir) < 3:
+            assert not group.is_over(), group.said()
+            time.sleep(POLL_SECONDS)
+        sent = time.monotonic()
+        group.send(signal.SIGTERM, [0])
+        assert group.wait(LONGEST_EXIT) == [EXIT_PREEMPTED], group.said()
+    finally:
+        group.kill()
+    seconds = time.monotonic() - sent
+    record(dict(kind="notice", fault="SIGTERM, the quickstart's model", survived=True, seconds=seconds))
+    assert saved(workdir) == [logged(workdir)] and seconds < 20
