@@ -39,7 +39,7 @@ class Moment(NamedTuple):
 
 
 def _at_a_step(group: Group, rng: np.random.Generator, start_seconds: float) -> Moment:
-    first = logged(group.workdir) + int(rng.integers(2, 18))
+    first = logged(group.workdir) + int(rng.integers(2, 13))
     return Moment(lambda: logged(group.workdir) >= first, rng.uniform(0, 0.02))
 
 
@@ -70,7 +70,7 @@ def _at_start(group: Group, rng: np.random.Generator, start_seconds: float) -> M
 
 
 def _at_random(group: Group, rng: np.random.Generator, start_seconds: float) -> Moment:
-    return Moment(lambda: True, rng.uniform(0, 1.4 * start_seconds))
+    return Moment(lambda: True, start_seconds * rng.uniform(0.5, 1.1))
 
 
 MOMENTS: dict[str, Callable[[Group, np.random.Generator, float], Moment]] = {

@@ -12,7 +12,7 @@ import numpy as np
 
 import tiny_runs
 
-STEPS, SAVE_EVERY, EVAL_EVERY = 200, 10, 20
+STEPS, SAVE_EVERY, EVAL_EVERY = 160, 10, 20
 EXIT_PREEMPTED, EXIT_USER_ERROR = 143, 1
 # Seconds: until a moment comes, until a process ends after its signal, and until those end that lost one of theirs.
 LONGEST_WAIT, LONGEST_EXIT, LONGEST_ORPHAN = 300.0, 60.0, 150.0
@@ -22,8 +22,8 @@ TEMPORARY = ("*tmp*", "*.new")  # Names that nothing has in a workdir when a run
 
 def setting(data: pathlib.Path, **overrides: Any) -> dict[str, Any]:
     """Overrides of a run whose steps depend on all that they may: ramps, draws for each row, roles without masks."""
-    drawn = dict(objective__name="mir", objective__ramp_from=0.0, objective__ratio_per_row=True)
-    drawn |= dict(objective__where="never:fact,answer", data__retrieval__num_eval_documents=32)
+    drawn = dict(objective__name="meap", objective__ramp_from=0.0, objective__ratio_per_row=True)
+    drawn |= dict(objective__where="never:fact,answer", data__retrieval__num_eval_documents=16)
     sizes = dict(num_steps=STEPS, checkpoint__every=SAVE_EVERY, eval__every=EVAL_EVERY, data__prepared=data)
     return drawn | sizes | overrides
 

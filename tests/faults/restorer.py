@@ -25,8 +25,6 @@ from meap_jax.errors import UserError
 from meap_jax.run import open_run
 from meap_jax.train import abstract_inputs
 
-OLDER, NEWEST = "190", "200"
-
 
 def flip(file, older, rng):
     content = bytearray(file.read_bytes())
@@ -62,10 +60,11 @@ class Restorer:
         self._config, self._workdir = cli.parse_config(["restorer", *words])
         self.folder = pathlib.Path(self._workdir) / "checkpoints"
         self._aside = self.folder.parent / "aside"
-        self._known = {int(NEWEST): self._state()}
-        shutil.copytree(self.folder / NEWEST, self._aside)
-        shutil.rmtree(self.folder / NEWEST)
-        self._known[int(OLDER)] = self._state()
+        self.older, self.newest = sorted(self.folder.iterdir(), key=lambda path: int(path.name))
+        self._known = {int(self.newest.name): self._state()}
+        shutil.copytree(self.newest, self._aside)
+        shutil.rmtree(self.newest)
+        self._known[int(self.older.name)] = self._state()
         self.repair()
 
     def _state(self):
@@ -81,8 +80,8 @@ class Restorer:
 
     def repair(self):
         """Puts the newest checkpoint back as it was."""
-        shutil.rmtree(self.folder / NEWEST, ignore_errors=True)
-        shutil.copytree(self._aside, self.folder / NEWEST)
+        shutil.rmtree(self.newest, ignore_errors=True)
+        shutil.copytree(self._aside, self.newest)
         shutil.rmtree(self.folder.parent / "damaged_checkpoints", ignore_errors=True)
 
     def files(self):
@@ -100,7 +99,7 @@ class Restorer:
             return "traceback", f"{type(error).__name__}: {error}"
         if found != self._known.get(found[0]):
             return "wrong", f"step {found[0]}"
-        return ("same" if found[0] == int(NEWEST) else "older"), f"step {found[0]}"
+        return ("same" if found[0] == int(self.newest.name) else "older"), f"step {found[0]}"
 
 
 def main(task, *words):
@@ -112,10 +111,10 @@ def main(task, *words):
         rng = np.random.default_rng(damage["seed"])
         chosen = files if damage["file"] == "every" else [damage["file"] or str(rng.choice(files))]
         for name in chosen:
-            older = restorer.folder / OLDER / name
+            older = restorer.older / name
             if damage["how"] == "swap" and not older.exists():
                 continue  # Files of arrays are named at random.
-            DAMAGES[damage["how"]](restorer.folder / NEWEST / name, older, rng)
+            DAMAGES[damage["how"]](restorer.newest / name, older, rng)
             outcome, said = restorer.outcome()
             print(json.dumps(dict(how=damage["how"], file=name, outcome=outcome, said=said)), flush=True)
             restorer.repair()

@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 from faults import harness, restorer
 
-NEWEST, OLDER = int(restorer.NEWEST), int(restorer.OLDER)
+NEWEST, OLDER = harness.STEPS, harness.STEPS - harness.SAVE_EVERY
 
 
 @pytest.fixture
