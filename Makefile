@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-data test-parity test-aot test-cloud lint bench .venv .beam .parity .cloud
+.PHONY: help quickstart test test-faults test-data test-parity test-aot test-cloud lint bench .venv .beam .parity .cloud
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -43,7 +43,16 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers --ignore=tests/parity
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers --ignore=tests/parity \
+	    --ignore=tests/faults
+
+# Some of them in minutes, with QUICK=1; all of them in most of an hour.
+test-faults: .venv ## kill runs, fill their disk and damage their files, and print what came of it
+	@cd "$(ROOT)"
+	export MEAP_JAX_OUTCOMES="$$PWD/runs/faults/outcomes.jsonl"
+	rm -f "$$MEAP_JAX_OUTCOMES"
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -rs -n 2 --dist=worksteal $(if $(QUICK),-m 'not slow') tests/faults
+	.venv/bin/python tests/faults/report.py
 
 test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS
 	@cd "$(ROOT)"
