@@ -1,0 +1,337 @@
+"""Watches the other processes of a run: when one ends, hangs or is killed, the others stop with one sentence.
+
+Each process has a thread that beats every second, under its key in the key-value store of jax's coordination service,
+and reads what the others wrote there; a second thread judges. A host that stops for a reason writes its sentence
+before it exits. One that is killed is noticed by its connection to host 0 (`meap_jax.rollcall`), one that hangs, or
+whose machine is gone, by beats that are missing. In a run of one process all of this does nothing.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Set
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from meap_jax.coordinator import Coordinator
+from meap_jax.errors import ConfigError, UserError
+from meap_jax.rollcall import Facts, differences, listed
+from meap_jax.stacks import dump_stacks
+
+_log = logging.getLogger(__name__)
+
+EXIT_LOST = 143  # Of a host that stops since another is gone: launchers start the run again, and it goes on.
+SECONDS_BETWEEN_BEATS = 1.0
+SECONDS_IF_CLOSED = 3.0  # Without beats, for a host whose connection was closed.
+SECONDS_OF_A_STALL = 5.0  # A pause of this process itself, after which it must not judge others by their silence.
+SECONDS_TO_SAY_IT_TOO = 2.0  # A mistake that all hosts make is reported by each itself.
+SECONDS_TO_TELL = 5.0  # That a host gives the others at its end.
+SECONDS_TO_FOLLOW = 60.0  # After a host left in good order with a code such as that of preemption.
+_FOLDER = "meap_jax/watch/"
+
+# What the loss of a peer looks like in the process that talks to it, from Gloo, NCCL, gRPC and jax's service.
+_LOST_CONNECTION = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|"
+    r"CANCELLED|coordination|barrier|heartbeat|\\bpeer\\b", re.IGNORECASE,
+)  # fmt: skip
+
+
+class End(NamedTuple):
+    """How a host ended."""
+
+    code: int  # Its exit code.
+    sentence: str
+    host: int  # That is the cause: itself, or the one that it stopped for.
+    orderly: bool = False  # It did all that it had to do.
+
+
+class Pulse:
+    """When each host was last heard of; times are in seconds on one clock, that of `time.monotonic`."""
+
+    def __init__(self, hosts: Set[int], timeout: float, now: float):
+        self._timeout = timeout
+        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(hosts, ("", now))
+        self._round = self._judged = now
+        self.closed: set[int] = set()  # Hosts whose connections were closed.
+
+    def hear(self, beats: Mapping[int, str], now: float) -> None:
+        """Takes in what the hosts' keys say; a host lives if its own has changed."""
+        self._round = now
+        for host, beat in beats.items():
+            if host in self._heard and self._heard[host][0] != beat:
+                self._heard[host] = (beat, now)
+
+    def lost(self, ended: Set[int], now: float) -> str:
+        """One sentence on the hosts that are gone without a word; "" if there are none."""
+        if now - self._judged > SECONDS_OF_A_STALL:  # This process was stopped, and heard nobody.
+            self._heard = {host: (beat, now) for host, (beat, _) in self._heard.items()}
+            self._round = now
+        self._judged = now
+        silent = {host: now - since for host, (_, since) in self._heard.items() if host not in ended}
+        killed = [host for host in self.closed & silent.keys() if silent[host] > SECONDS_IF_CLOSED]
+        if killed:
+            return f"{listed(killed)} ended without a word, as if killed; its own log and its machine's may say why"
+        if now - self._round > self._timeout:
+            return f"host 0 can't be reached since {now - self._round:.0f} s; its machine or the network may be down"
+        hung = [host for host, seconds in silent.items() if seconds > self._timeout]
+        if hung:
+            seconds = max(silent[host] for host in hung)
+            return f"{listed(hung)} gave no sign of life for {seconds:.0f} s; it hangs, or its machine is down"
+        return ""
+
+
+class Peers:
+    """The other processes of this run, as this one sees them."""
+
+    def __init__(
+        self, client: Any, index: int, count: int, connections: Mapping[int, socket.socket], timeout: float,
+        coordinator: Coordinator | None,
+    ):  # fmt: skip
+        self.client, self.index, self.count = client, index, count
+        self.coordinator = coordinator
+        self.ends: dict[int, End] = {}
+        self._others = set(range(count)) - {index}
+        self._connections = {connection: host for host, connection in connections.items()}
+        self._pulse = Pulse(self._others, timeout, time.monotonic())
+        self.timeout = timeout
+        self._first_seen: dict[int, float] = {}
+        self._news: dict[str, str] = {}
+        self._dumped: str | None = None
+        self._stopping, self._ending = threading.Event(), threading.Lock()
+        for target in (self._beat, self._judge):
+            threading.Thread(target=target, name=f"peers{target.__name__}", daemon=True).start()
+
+    # ------------------------------------------------------------------------------------------------------ threads
+
+    def _beat(self) -> None:
+        """Beats, and reads what the others wrote; may block while the service can't be reached."""
+        number = 0
+        while not self._stopping.is_set():
+            with contextlib.suppress(Exception):  # `_judge` sees that rounds are missing.
+                number += 1
+                self.client.key_value_set(f"{_FOLDER}beat/{self.index}", str(number), allow_overwrite=True)
+                entries = self.client.key_value_dir_get(_FOLDER)
+                self._news = {name.rpartition(_FOLDER)[2]: value for name, value in entries}
+                beats = {int(name[5:]): value for name, value in self._news.items() if name.startswith("beat/")}
+                self._pulse.hear(beats, time.monotonic())
+            self._stopping.wait(SECONDS_BETWEEN_BEATS)
+
+    def _judge(self) -> None:
+        while not self._stopping.is_set():
+            self._look_at_connections(0.5)
+            now = time.monotonic()
+            self._read_ends(now)
+            self._answer_for_stacks()
+            if not self._ending.locked() and (end := self._reason_to_stop(now)) is not None:
+                self.stop(end, say=True)
+
+    def _look_at_connections(self, seconds: float) -> None:
+        if not self._connections:
+            time.sleep(seconds)
+            return
+        for connection in select.select(list(self._connections), [], [], seconds)[0]:
+            with contextlib.suppress(OSError):
+                if connection.recv(2**16):
+                    continue
+            self._pulse.closed.add(self._connections.pop(connection))
+
+    def _read_ends(self, now: float) -> None:
+        for name, value in list(self._news.items()):
+            if name.startswith("end/") and (host := int(name[4:])) not in self.ends:
+                self.ends[host], self._first_seen[host] = End(**json.loads(value)), now
+
+    def _reason_to_stop(self, now: float) -> End | None:
+        """Why this process must end now; None while all is well."""
+        for host in sorted(self._others & self.ends.keys(), key=lambda host: self.ends[host].host != host):
+            end, seconds = self.ends[host], now - self._first_seen[host]
+            if end.orderly and end.code and self.index not in self.ends and seconds > SECONDS_TO_FOLLOW:
+                return End(end.code, f"host {host} left with exit code {end.code}, {seconds:.0f} s ago", host)
+            if not end.orderly and seconds >= (SECONDS_TO_SAY_IT_TOO if end.code == 1 else 0):
+                return end
+        lost = self._pulse.lost(self.ends.keys(), now)
+        if lost:
+            host = int(re.search(r"\d+", lost)[0])  # type: ignore[index]
+            return End(EXIT_LOST, f"{lost}. Start the run again: it goes on from its last checkpoint", host)
+        return None
+
+    # ---------------------------------------------------------------------------------------------------------- end
+
+    def stop(self, end: End, *, say: bool) -> None:
+        """Ends this process, after it told the others; does not return, and the first caller's end counts."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # Another thread is ending this process.
+        sys.stdout.flush()
+        if say:
+            whole = end.sentence if end.code == EXIT_LOST else f"host {end.host} stopped: {end.sentence}"
+            print(f"error: {whole.rstrip('.')}.", file=sys.stderr, flush=True)
+        threading.Thread(target=self._tell, args=(end,), daemon=True).start()
+        self._wait_until_told()
+        for child in multiprocessing.active_children():
+            child.kill()
+        if self.coordinator is not None:
+            self.coordinator.shutdown()
+        sys.stderr.flush()
+        os._exit(end.code)
+
+    def _tell(self, end: End) -> None:
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"{_FOLDER}end/{self.index}", json.dumps(end._asdict()), allow_overwrite=True)
+            self.ends[self.index] = end
+
+    def _wait_until_told(self) -> None:
+        """Waits until the others can know; host 0, until they ended: a service that ends first makes them abort."""
+        limit = time.monotonic() + SECONDS_TO_TELL
+        judges = threading.current_thread().name == "peers_judge"
+        while time.monotonic() < limit:
+            if self.index in self.ends and not (self.index == 0 and self._connections):
+                break
+            if judges:
+                self._look_at_connections(0.05)
+            else:
+                time.sleep(0.05)
+
+    def finish(self, code: int) -> None:
+        """Says that this process has done all it had to, and waits until all have; the watch is over then."""
+        self._tell(End(code, "", self.index, orderly=True))
+        limit = time.monotonic() + (SECONDS_TO_FOLLOW if code else float("inf"))
+        while not self.ends.keys() >= self._others:
+            if time.monotonic() > limit:
+                self.stop(End(code, "", self.index, orderly=True), say=False)
+            time.sleep(0.05)
+        self._stopping.set()
+
+    # ------------------------------------------------------------------------------------------------------- stacks
+
+    def ask_for_stacks(self, folder: str) -> None:
+        """Asks every host for its stacks; this one writes them at once."""
+        request = json.dumps({"folder": folder, "of": self.index, "at": time.time()})
+        self._dumped = request
+        dump_stacks(epath.Path(folder), self.index)
+        self.client.key_value_set(f"{_FOLDER}stacks", request, allow_overwrite=True)
+
+    def _answer_for_stacks(self) -> None:
+        request = self._news.get("stacks")
+        if request is not None and request != self._dumped:
+            self._dumped = request
+            dump_stacks(epath.Path(json.loads(request)["folder"]), self.index)
+
+
+_peers: Peers | None = None
+
+
+def begin(
+    client: Any, index: int, count: int, connections: Mapping[int, socket.socket], timeout: float,
+    coordinator: Coordinator | None = None,
+) -> None:  # fmt: skip
+    """Begins to watch the other processes of this run; `meap_jax.hosts` calls it once they are connected.
+
+    Args:
+      client: of jax's coordination service.
+      index, count: of this process, and of all.
+      connections: to host 0, or on host 0 to each of the others.
+      timeout: seconds without a beat after which a host counts as lost.
+      coordinator: on host 0, the process of the service.
+    """
+    global _peers
+    _peers = Peers(client, index, count, connections, timeout, coordinator)
+
+
+def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) -> None:
+    """Compares facts between all hosts; the same on all of them in the end, and needs no device.
+
+    Args:
+      topic: a name that this comparison has on all hosts, and no other one has.
+      facts: {name: value} as text.
+      advice: what to do if they differ, after the differences.
+      timeout: in seconds, for the slowest host.
+
+    Raises:
+      ConfigError: on every host, naming hosts, fields and both values.
+    """
+    if _peers is None:
+        return
+    client, index, folder = _peers.client, _peers.index, f"meap_jax/same/{topic}/"
+    limit = int(timeout * 1000)
+    if index == 0:
+        client.key_value_set(folder + "facts", json.dumps(dict(facts)))
+    first = json.loads(client.blocking_key_value_get(folder + "facts", limit))
+    client.key_value_set(f"{folder}found/{index}", differences({0: first, index: facts}) if index else "")
+    found = [client.blocking_key_value_get(f"{folder}found/{host}", limit) for host in range(_peers.count)]
+    problems = [problem for problem in found if problem]
+    if problems:
+        more = f"; and {len(problems) - 3} hosts more" if len(problems) > 3 else ""
+        raise ConfigError(f"{'; '.join(problems[:3])}{more}: {advice}")
+
+
+@contextlib.contextmanager
+def telling(*, finishes: bool = False) -> Iterator[None]:
+    """Around work that several processes share: an error in it ends this process at once, and tells the others.
+
+    Without, an error would first pass clean-ups that wait for hosts which wait for this one. In a run of one process
+    it does nothing. SystemExit is no error: who raises it on all hosts leaves in good order.
+
+    Args:
+      finishes: the work is the whole command, after which hosts wait for each other.
+    """
+    code = 0
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        leave(error)
+        raise
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    finally:
+        if finishes and _peers is not None:
+            _peers.finish(code)
+
+
+def leave(error: BaseException) -> None:
+    """Ends this process for an error, if there are other hosts, and tells them; returns in a run of one process.
+
+    An error that the loss of another host may have caused is held back until that host is known.
+    """
+    if _peers is None:
+        return
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _peers.stop(End(1, str(error), _peers.index), say=False)
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
+        _peers.stop(End(130, "it was interrupted", _peers.index), say=False)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if _LOST_CONNECTION.search(reason):
+        time.sleep(_peers.timeout + SECONDS_IF_CLOSED)  # The judge ends this process meanwhile.
+        sentence = f"host {_peers.index} lost its connection to the others, which are all alive ({reason})"
+        again = "Start the run again: it goes on from its last checkpoint"
+        _peers.stop(End(EXIT_LOST, f"{sentence}. {again}", _peers.index), say=True)
+    traceback.print_exception(error)
+    _peers.stop(End(1, reason, _peers.index), say=False)
+
+
+def stop(reason: str, code: int) -> None:
+    """Ends this process, if there are other hosts, which stop too and print the reason; else returns."""
+    if _peers is not None:
+        _peers.stop(End(code, reason, _peers.index), say=False)
+
+
+def ask_for_stacks(folder: epath.Path) -> None:
+    """Makes every host write the stacks of all its Python threads to stderr and to `folder/host-<number>.txt`.
+
+    The others answer within two seconds, also if their main threads hang. In a run of one process, it does alone.
+    """
+    if _peers is not None:
+        _peers.ask_for_stacks(str(folder))
+    else:
+        dump_stacks(folder, 0)

@@ -1,0 +1,82 @@
+"""Several processes of one run, each of which takes itself for a host, on the loopback interface."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+import tiny_runs
+
+
+class Hosts:
+    """Processes that meet on a free port; each writes its stderr to a file, so that no pipe fills up.
+
+    Used in a `with` statement, at whose end all of them are killed.
+    """
+
+    def __init__(self, commands, num_devices=1, **variables):
+        self.began = time.monotonic()
+        with socket.create_server(("127.0.0.1", 0)) as probe:  # A port that is free.
+            self.address = "{}:{}".format(*probe.getsockname())
+        self.count, self.num_devices, self.variables = len(commands), num_devices, variables
+        self.processes, self.files = {}, {}
+        for index, command in enumerate(commands):
+            if command is not None:  # Else `start` does it, later.
+                self.start(index, command)
+
+    def start(self, index, command, **variables):
+        """Starts one host."""
+        cluster = {"JAX_COORDINATOR_ADDRESS": self.address, "JAX_NUM_PROCESSES": str(self.count)}
+        names = cluster | {"JAX_PROCESS_ID": str(index)} | self.variables | variables
+        environment = tiny_runs.environment(**names)
+        environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace(
+            "device_count=1", f"device_count={self.num_devices}"
+        )
+        self.files[index] = tempfile.TemporaryFile("w+")
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=self.files[index], stdin=subprocess.DEVNULL)
+        self.processes[index] = subprocess.Popen(command, env=environment, cwd=tiny_runs.ROOT, **pipes)
+
+    def said(self, index):
+        """What a host wrote to stderr so far."""
+        # Of the same open file: its position is the writer's too, so it is read without being moved.
+        file = self.files[index].fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+    def wait_for(self, index, words, timeout=180):
+        """Waits until a host has said these words."""
+        limit = time.monotonic() + timeout
+        while words not in self.said(index):
+            assert time.monotonic() < limit and self.processes[index].poll() is None, self.everything()
+            time.sleep(0.05)
+
+    def send(self, index, number):
+        """Sends a signal to a host."""
+        self.processes[index].send_signal(number)
+
+    def codes(self, timeout=240, but=()):
+        """Waits until all have ended, `but` those that can't; returns the exit codes of the others."""
+        limit = time.monotonic() + timeout
+        waited = [process for index, process in sorted(self.processes.items()) if index not in but]
+        for process in waited:
+            try:
+                process.wait(max(0.1, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"still running after {timeout} s\n{self.everything()}") from None
+        return [process.returncode for process in waited]
+
+    def everything(self):
+        """What all hosts said."""
+        return "\n".join(f"===== host {index}\n{self.said(index)}" for index in self.files)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        for file in self.files.values():
+            file.close()
