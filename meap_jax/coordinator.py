@@ -3,7 +3,7 @@
 Within host 0, as jax would have it, the service dies with it, and jax's client in every other process then aborts with
 a C++ stack before anyone can say why. As a program, this file is that process, and needs nothing but jaxlib:
 python -P coordinator.py. It reads the arguments of the service as a line of JSON, answers "ready", and ends when it
-reads "quit", or `SECONDS_AFTER_HOST_0` after its parent is gone.
+reads "quit", or `SECONDS_AFTER_HOST_0` after its parent is gone, or at once then if it read "end with me".
 """
 
 import contextlib
@@ -42,8 +42,15 @@ class Coordinator:
             raise RuntimeError(answer or "the process of jax's coordination service ended")
         return self
 
+    def end_with_this_process(self) -> None:
+        """Lets the service end when this process does, since no other host needs it any more."""
+        assert self._process.stdin
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write("end with me\n")
+            self._process.stdin.flush()
+
     def shutdown(self) -> None:
-        """Ends the service; the other hosts must have left it, or abort."""
+        """Ends the service now; the clients in this process and the others must have left it, or abort."""
         if self._process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
                 self._process.communicate("quit\n", timeout=5)
@@ -63,17 +70,18 @@ def main() -> None:
         print(" ".join(str(error).split()), flush=True)
         return
     print("ready", flush=True)
-    open_input, end = True, None
+    grace, end = SECONDS_AFTER_HOST_0, None
     while end is None or time.monotonic() < end:
-        if open_input and select.select([sys.stdin], [], [], 0.5)[0]:
-            open_input = sys.stdin.readline() != ""
-            if open_input:  # "quit"
+        if end is None and select.select([sys.stdin], [], [], 0.2)[0]:
+            word = sys.stdin.readline().strip()
+            if word == "quit":
                 break
-        elif not open_input:
-            time.sleep(0.5)
-        # Processes that host 0 forked may hold the pipe open after its end.
-        if end is None and not (open_input and os.getppid() == parent):
-            end = time.monotonic() + SECONDS_AFTER_HOST_0
+            grace = 0 if word == "end with me" else grace
+            end = None if word else time.monotonic() + grace
+        elif end is not None:
+            time.sleep(0.2)
+        elif os.getppid() != parent:  # Processes that host 0 forked may hold the pipe open after its end.
+            end = time.monotonic() + grace
     os._exit(0)  # Without the end of the service, which would wait for hosts.
 
 

@@ -18,25 +18,25 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from meap_jax.coordinator import Coordinator
 from meap_jax.errors import ConfigError, UserError
-from meap_jax.rollcall import Facts, differences, listed
+from meap_jax.pulse import SECONDS_IF_CLOSED, Pulse
+from meap_jax.rollcall import Facts, differences
 from meap_jax.stacks import dump_stacks
 
 _log = logging.getLogger(__name__)
 
 EXIT_LOST = 143  # Of a host that stops since another is gone: launchers start the run again, and it goes on.
 SECONDS_BETWEEN_BEATS = 1.0
-SECONDS_IF_CLOSED = 3.0  # Without beats, for a host whose connection was closed.
-SECONDS_OF_A_STALL = 5.0  # A pause of this process itself, after which it must not judge others by their silence.
 SECONDS_TO_SAY_IT_TOO = 2.0  # A mistake that all hosts make is reported by each itself.
 SECONDS_TO_TELL = 5.0  # That a host gives the others at its end.
 SECONDS_TO_FOLLOW = 60.0  # After a host left in good order with a code such as that of preemption.
+AGAIN = "Start the run again: it goes on from its last checkpoint"
 _FOLDER = "meap_jax/watch/"
 
 # What the loss of a peer looks like in the process that talks to it, from Gloo, NCCL, gRPC and jax's service.
@@ -53,41 +53,6 @@ class End(NamedTuple):
     sentence: str
     host: int  # That is the cause: itself, or the one that it stopped for.
     orderly: bool = False  # It did all that it had to do.
-
-
-class Pulse:
-    """When each host was last heard of; times are in seconds on one clock, that of `time.monotonic`."""
-
-    def __init__(self, hosts: Set[int], timeout: float, now: float):
-        self._timeout = timeout
-        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(hosts, ("", now))
-        self._round = self._judged = now
-        self.closed: set[int] = set()  # Hosts whose connections were closed.
-
-    def hear(self, beats: Mapping[int, str], now: float) -> None:
-        """Takes in what the hosts' keys say; a host lives if its own has changed."""
-        self._round = now
-        for host, beat in beats.items():
-            if host in self._heard and self._heard[host][0] != beat:
-                self._heard[host] = (beat, now)
-
-    def lost(self, ended: Set[int], now: float) -> str:
-        """One sentence on the hosts that are gone without a word; "" if there are none."""
-        if now - self._judged > SECONDS_OF_A_STALL:  # This process was stopped, and heard nobody.
-            self._heard = {host: (beat, now) for host, (beat, _) in self._heard.items()}
-            self._round = now
-        self._judged = now
-        silent = {host: now - since for host, (_, since) in self._heard.items() if host not in ended}
-        killed = [host for host in self.closed & silent.keys() if silent[host] > SECONDS_IF_CLOSED]
-        if killed:
-            return f"{listed(killed)} ended without a word, as if killed; its own log and its machine's may say why"
-        if now - self._round > self._timeout:
-            return f"host 0 can't be reached since {now - self._round:.0f} s; its machine or the network may be down"
-        hung = [host for host, seconds in silent.items() if seconds > self._timeout]
-        if hung:
-            seconds = max(silent[host] for host in hung)
-            return f"{listed(hung)} gave no sign of life for {seconds:.0f} s; it hangs, or its machine is down"
-        return ""
 
 
 class Peers:
@@ -107,6 +72,7 @@ class Peers:
         self._first_seen: dict[int, float] = {}
         self._news: dict[str, str] = {}
         self._dumped: str | None = None
+        self._lost: list[int] = []
         self._stopping, self._ending = threading.Event(), threading.Lock()
         for target in (self._beat, self._judge):
             threading.Thread(target=target, name=f"peers{target.__name__}", daemon=True).start()
@@ -158,10 +124,9 @@ class Peers:
                 return End(end.code, f"host {host} left with exit code {end.code}, {seconds:.0f} s ago", host)
             if not end.orderly and seconds >= (SECONDS_TO_SAY_IT_TOO if end.code == 1 else 0):
                 return end
-        lost = self._pulse.lost(self.ends.keys(), now)
-        if lost:
-            host = int(re.search(r"\d+", lost)[0])  # type: ignore[index]
-            return End(EXIT_LOST, f"{lost}. Start the run again: it goes on from its last checkpoint", host)
+        self._lost, sentence = self._pulse.lost(self.ends.keys(), now)
+        if self._lost:
+            return End(EXIT_LOST, f"{sentence}. {AGAIN}", self._lost[0])
         return None
 
     # ---------------------------------------------------------------------------------------------------------- end
@@ -179,7 +144,7 @@ class Peers:
         for child in multiprocessing.active_children():
             child.kill()
         if self.coordinator is not None:
-            self.coordinator.shutdown()
+            self.coordinator.end_with_this_process()
         sys.stderr.flush()
         os._exit(end.code)
 
@@ -193,7 +158,7 @@ class Peers:
         limit = time.monotonic() + SECONDS_TO_TELL
         judges = threading.current_thread().name == "peers_judge"
         while time.monotonic() < limit:
-            if self.index in self.ends and not (self.index == 0 and self._connections):
+            if self.index in self.ends and not (self.index == 0 and set(self._connections.values()) - set(self._lost)):
                 break
             if judges:
                 self._look_at_connections(0.05)
@@ -273,6 +238,20 @@ def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) ->
         raise ConfigError(f"{'; '.join(problems[:3])}{more}: {advice}")
 
 
+def wait_for_first(topic: str) -> None:
+    """Host 0 says that it has done something, and the others wait until it has, however long that takes.
+
+    A collective would not do: Gloo's end with an error after 30 s.
+    """
+    if _peers is None:
+        return
+    client, key = _peers.client, f"meap_jax/done/{topic}"
+    if _peers.index == 0:
+        client.key_value_set(key, "")
+    while not any(name.endswith(key) for name, _ in client.key_value_dir_get("meap_jax/done/")):
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def telling(*, finishes: bool = False) -> Iterator[None]:
     """Around work that several processes share: an error in it ends this process at once, and tells the others.
@@ -314,8 +293,7 @@ def leave(error: BaseException) -> None:
     if _LOST_CONNECTION.search(reason):
         time.sleep(_peers.timeout + SECONDS_IF_CLOSED)  # The judge ends this process meanwhile.
         sentence = f"host {_peers.index} lost its connection to the others, which are all alive ({reason})"
-        again = "Start the run again: it goes on from its last checkpoint"
-        _peers.stop(End(EXIT_LOST, f"{sentence}. {again}", _peers.index), say=True)
+        _peers.stop(End(EXIT_LOST, f"{sentence}. {AGAIN}", _peers.index), say=True)
     traceback.print_exception(error)
     _peers.stop(End(1, reason, _peers.index), say=False)
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from meap_jax import hosts, peers
@@ -80,12 +79,10 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
     if jax.process_index() == 0:
         prepared = prepare(folder, spec)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared data")
+        peers.wait_for_first("prepared data")
         prepared = prepare(folder, spec)
-        peers.check_same(
-            "data", {"data": f"{folder} (fingerprint {prepared.fingerprint[:12]})"},
-            "prepare it once, copy it to all hosts, and set data.prepared to it.",
-        )  # fmt: skip
+        advice = f"prepare {folder} once, copy it to all hosts, and set data.prepared to it."
+        peers.check_same("data", {"the data's fingerprint": prepared.fingerprint[:12]}, advice)
     prepared.check_mask_id(config.objective.mask_id)
     check_epochs(with_steps(config, prepared), prepared)
     return prepared
