@@ -98,7 +98,7 @@ def call(bind: str, address: str, count: int, facts: Facts, timeout: float, say:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
             now, missing = time.monotonic(), set(range(1, count)) - set(came.hosts)
-            if came.twice:
+            if came.twice is not None:
                 problem = (
                     f"two processes say that they are host {came.twice}: give each its own JAX_PROCESS_ID, from 0 to "
                     f"{count - 1}."
@@ -186,7 +186,7 @@ class _Came:
         self.lines: dict[socket.socket, bytes] = {}  # What each open connection sent.
         self.hosts: dict[int, socket.socket] = {}
         self.facts: dict[int, Facts] = {0: facts}
-        self.twice = 0
+        self.twice: int | None = None
 
     def complete(self, count: int) -> bool:
         """Whether all hosts are here; those of a higher number differ in their count, which is a fact."""
@@ -208,14 +208,14 @@ class _Came:
                 del self.hosts[known], self.facts[known]
             return False
         if known is None and b"\n" in self.lines[connection]:
-            message = _parsed(self.lines[connection])
-            if message is None:
+            message = _parsed(self.lines[connection]) or {}
+            host, facts = message.get("host"), message.get("facts")
+            if not isinstance(host, int) or not isinstance(facts, dict):
                 del self.lines[connection]
                 return False
-            host = int(message["host"])
-            if host in self.hosts or host == 0:
+            if host in self.facts:
                 self.twice = host
-            self.hosts[host], self.facts[host] = connection, message["facts"]
+            self.hosts[host], self.facts[host] = connection, facts
         return True
 
 
