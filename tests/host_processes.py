@@ -26,17 +26,18 @@ class Hosts:
             if command is not None:  # Else `start` does it, later.
                 self.start(index, command)
 
-    def start(self, index, command, **variables):
-        """Starts one host."""
+    def start(self, index, command, *, folder=tiny_runs.ROOT, cwd=None, **variables):
+        """Starts one host, with the package of this folder; `index` may be a word if JAX_PROCESS_ID is given."""
         cluster = {"JAX_COORDINATOR_ADDRESS": self.address, "JAX_NUM_PROCESSES": str(self.count)}
-        names = cluster | {"JAX_PROCESS_ID": str(index)} | self.variables | variables
+        own = {"JAX_PROCESS_ID": str(index), "PYTHONPATH": str(folder)}
+        names = cluster | own | self.variables | variables
         environment = tiny_runs.environment(**names)
         environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace(
             "device_count=1", f"device_count={self.num_devices}"
         )
         self.files[index] = tempfile.TemporaryFile("w+")
         pipes = dict(stdout=subprocess.DEVNULL, stderr=self.files[index], stdin=subprocess.DEVNULL)
-        self.processes[index] = subprocess.Popen(command, env=environment, cwd=tiny_runs.ROOT, **pipes)
+        self.processes[index] = subprocess.Popen(command, env=environment, cwd=cwd or folder, **pipes)
 
     def said(self, index):
         """What a host wrote to stderr so far."""
@@ -58,7 +59,7 @@ class Hosts:
     def codes(self, timeout=240, but=()):
         """Waits until all have ended, `but` those that can't; returns the exit codes of the others."""
         limit = time.monotonic() + timeout
-        waited = [process for index, process in sorted(self.processes.items()) if index not in but]
+        waited = [process for index, process in self.processes.items() if index not in but]
         for process in waited:
             try:
                 process.wait(max(0.1, limit - time.monotonic()))
