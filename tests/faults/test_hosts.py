@@ -173,7 +173,7 @@ def expected(tmp_path_factory, data):
     return of
 
 
-SHORT = ENDLESS | dict(num_steps=400, checkpoint__every=40)
+SHORT = ENDLESS | dict(num_steps=120, checkpoint__every=20)
 
 
 @pytest.mark.parametrize("num_hosts, who, number", KILLS)
@@ -183,7 +183,7 @@ def test_when_a_host_dies_the_others_stop_and_the_run_goes_on_bit_for_bit(
     whole = expected(num_hosts)
     command = tiny_runs.command(tmp_path / "run", data__prepared=data, **SHORT)
     with host_processes.Hosts([command] * num_hosts) as group:
-        group.wait_for(0, "step 50/")
+        group.wait_for(0, "step 30/")
         group.send(who, number)
         began = time.monotonic()
         codes = group.codes(60, but=(who,))
@@ -201,7 +201,7 @@ def test_when_a_host_dies_the_others_stop_and_the_run_goes_on_bit_for_bit(
         for host in range(num_hosts):
             group.start(host, command)
         assert group.codes(300) == [0] * num_hosts, group.everything()
-        assert "resuming from step 40" in group.said(0) or "resuming from step 80" in group.said(0)
+        assert any(f"resuming from step {step}" in group.said(0) for step in (20, 40, 60))
     assert tiny_runs.losses(tmp_path / "run") == whole
 
 
