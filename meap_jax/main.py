@@ -99,7 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         step_fn = compile_step(config, run.definition, run.mesh)
         if config.checkpoint.export != "none" and begin.step and not is_written_for_hub(run, begin.step):
             write_for_hub(run, begin.step, begin.state.params, begin.origin)  # It was interrupted.
-        with peers.telling(), jax.set_mesh(run.mesh):
+        with peers.telling(cli.of_the_system), jax.set_mesh(run.mesh):
             state = train_loop(
                 config,
                 begin.state,

@@ -18,20 +18,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from meap_jax.coordinator import Coordinator
-from meap_jax.errors import ConfigError, UserError
+from meap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, Preempted, UserError
 from meap_jax.pulse import SECONDS_IF_CLOSED, Pulse
 from meap_jax.rollcall import Facts, differences
 from meap_jax.stacks import dump_stacks
 
 _log = logging.getLogger(__name__)
 
-EXIT_LOST = 143  # Of a host that stops since another is gone: launchers start the run again, and it goes on.
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_SAY_IT_TOO = 2.0  # A mistake that all hosts make is reported by each itself.
 SECONDS_TO_TELL = 5.0  # That a host gives the others at its end.
@@ -126,7 +125,7 @@ class Peers:
                 return end
         self._lost, sentence = self._pulse.lost(self.ends.keys(), now)
         if self._lost:
-            return End(EXIT_LOST, f"{sentence}. {AGAIN}", self._lost[0])
+            return End(EXIT_PREEMPTED, f"{sentence}. {AGAIN}", self._lost[0])
         return None
 
     # ---------------------------------------------------------------------------------------------------------- end
@@ -137,7 +136,7 @@ class Peers:
             threading.Event().wait()  # Another thread is ending this process.
         sys.stdout.flush()
         if say:
-            whole = end.sentence if end.code == EXIT_LOST else f"host {end.host} stopped: {end.sentence}"
+            whole = end.sentence if end.code == EXIT_PREEMPTED else f"host {end.host} stopped: {end.sentence}"
             print(f"error: {whole.rstrip('.')}.", file=sys.stderr, flush=True)
         threading.Thread(target=self._tell, args=(end,), daemon=True).start()
         self._wait_until_told()
@@ -192,6 +191,7 @@ class Peers:
 
 
 _peers: Peers | None = None
+SentenceOf = Callable[[BaseException], str | None]
 
 
 def begin(
@@ -253,20 +253,24 @@ def wait_for_first(topic: str) -> None:
 
 
 @contextlib.contextmanager
-def telling(*, finishes: bool = False) -> Iterator[None]:
+def telling(sentence_of: SentenceOf = lambda error: None, *, finishes: bool = False) -> Iterator[None]:
     """Around work that several processes share: an error in it ends this process at once, and tells the others.
 
     Without, an error would first pass clean-ups that wait for hosts which wait for this one. In a run of one process
-    it does nothing. SystemExit is no error: who raises it on all hosts leaves in good order.
+    it does nothing. `Preempted` and SystemExit are no errors: hosts leave in good order, all of them.
 
     Args:
+      sentence_of: gives a sentence for errors that are no UserErrors but a user can do something about, else None.
       finishes: the work is the whole command, after which hosts wait for each other.
     """
     code = 0
     try:
         yield
+    except Preempted:
+        code = EXIT_PREEMPTED
+        raise
     except (Exception, KeyboardInterrupt) as error:
-        leave(error)
+        leave(error, sentence_of)
         raise
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -276,24 +280,25 @@ def telling(*, finishes: bool = False) -> Iterator[None]:
             _peers.finish(code)
 
 
-def leave(error: BaseException) -> None:
+def leave(error: BaseException, sentence_of: SentenceOf) -> None:
     """Ends this process for an error, if there are other hosts, and tells them; returns in a run of one process.
 
     An error that the loss of another host may have caused is held back until that host is known.
     """
     if _peers is None:
         return
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        _peers.stop(End(1, str(error), _peers.index), say=False)
+    sentence = str(error) if isinstance(error, UserError) else sentence_of(error)
+    if sentence is not None:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        _peers.stop(End(1, sentence, _peers.index), say=False)
     if isinstance(error, KeyboardInterrupt):
         print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
-        _peers.stop(End(130, "it was interrupted", _peers.index), say=False)
+        _peers.stop(End(EXIT_INTERRUPTED, "it was interrupted", _peers.index), say=False)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if _LOST_CONNECTION.search(reason):
         time.sleep(_peers.timeout + SECONDS_IF_CLOSED)  # The judge ends this process meanwhile.
         sentence = f"host {_peers.index} lost its connection to the others, which are all alive ({reason})"
-        _peers.stop(End(EXIT_LOST, f"{sentence}. {AGAIN}", _peers.index), say=True)
+        _peers.stop(End(EXIT_PREEMPTED, f"{sentence}. {AGAIN}", _peers.index), say=True)
     traceback.print_exception(error)
     _peers.stop(End(1, reason, _peers.index), say=False)
 

@@ -211,3 +211,15 @@ def test_a_loss_that_is_not_finite_is_said_by_all_hosts(tmp_path, data):
         assert group.codes(200) == [1, 1]
         for host in range(2):
             assert_one_sentence(group, host, "must be finite")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_notice_to_one_host_ends_all_in_good_order_at_one_step(tmp_path, data, who):
+    command = tiny_runs.command(tmp_path / "run", data__prepared=data, **ENDLESS)
+    with host_processes.Hosts([command] * 2) as group:
+        group.wait_for(0, "step 10/")
+        group.send(who, signal.SIGTERM)
+        assert group.codes(60) == [143, 143]
+        for host in range(2):
+            assert "preempted: " in group.said(host) and "error: " not in group.said(host), group.everything()
+            assert not any(word in group.said(host) for word in ("Traceback", "Check failure")), group.everything()
