@@ -4,10 +4,30 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
 import tiny_runs
+
+PROGRAM = """
+import os, signal, sys, threading, time
+from meap_jax import cli, peers
+from meap_jax.errors import DataError
+from etils import epath
+
+def command(argv):
+    import jax
+    host = jax._src.distributed.global_state.process_id
+    print("together", file=sys.stderr, flush=True)
+    {body}
+
+cli.run_command(command, joins_hosts=True)
+"""
+# The body's beginning where one host is to do what follows.
+OTHERS_WAIT = "if host != {who}: threading.Event().wait()\ntime.sleep(1)\n"
+# Never in what a host says: of jax's C++, of Gloo, of Python's own end.
+NOISE = ("Check failure", "coordination_service", "preemption_sync", "terminate called", "Fatal Python", "Exception in")
 
 
 class Hosts:
@@ -81,3 +101,16 @@ class Hosts:
                 process.wait()
         for file in self.files.values():
             file.close()
+
+
+def programs(body, count=3, **variables):
+    """So many processes whose command has this body, in which `host` is the number of each."""
+    program = PROGRAM.format(body=body.replace("\n", "\n    "))
+    return Hosts([[sys.executable, "-c", program]] * count, **variables)
+
+
+def assert_says(group, host, *sentences, traceback=False):
+    """That a host's errors are these alone, each one line, and nothing else of what must not be there."""
+    said = group.said(host)
+    assert [line for line in said.splitlines() if line.startswith("error")] == list(sentences), group.everything()
+    assert ("Traceback" in said) == traceback and not any(word in said for word in NOISE), group.everything()
