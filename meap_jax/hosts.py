@@ -102,8 +102,13 @@ def _place(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> _Place |
         seconds = int(_seconds(environ, START_TIMEOUT, 300))
         given = list(ClusterEnv.auto_detect_unset_distributed_params(*given, None, seconds))  # type: ignore[call-arg, arg-type]
     address, count, index, local_device_ids = given
-    if address is None or count is None or index is None:
+    if address is None:
         return None
+    if count is None or index is None:
+        raise ConfigError(
+            "the number of processes, or of this one, is not known: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID."
+        )
     return _Place(address, count, index, local_device_ids)  # type: ignore[arg-type]
 
 

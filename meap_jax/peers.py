@@ -284,6 +284,10 @@ def leave(error: BaseException, sentence_of: SentenceOf) -> None:
     """Ends this process for an error, if there are other hosts, and tells them; returns in a run of one process.
 
     An error that the loss of another host may have caused is held back until that host is known.
+
+    Args:
+      error: that ends this process.
+      sentence_of: see `telling`.
     """
     if _peers is None:
         return
