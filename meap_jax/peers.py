@@ -6,6 +6,7 @@ before it exits. One that is killed is noticed by its connection to host 0 (`mea
 whose machine is gone, by beats that are missing. In a run of one process all of this does nothing.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -72,6 +73,7 @@ class Peers:
         self._news: dict[str, str] = {}
         self._dumped: str | None = None
         self._lost: list[int] = []
+        self._times: collections.Counter[str] = collections.Counter()
         self._stopping, self._ending = threading.Event(), threading.Lock()
         for target in (self._beat, self._judge):
             threading.Thread(target=target, name=f"peers{target.__name__}", daemon=True).start()
@@ -127,6 +129,11 @@ class Peers:
         if self._lost:
             return End(EXIT_PREEMPTED, f"{sentence}. {AGAIN}", self._lost[0])
         return None
+
+    def numbered(self, topic: str) -> str:
+        """The topic with a number, so that a process can come to it again; all hosts do as often."""
+        self._times[topic] += 1
+        return f"{topic}-{self._times[topic]}"
 
     # ---------------------------------------------------------------------------------------------------------- end
 
@@ -215,7 +222,7 @@ def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) ->
     """Compares facts between all hosts; the same on all of them in the end, and needs no device.
 
     Args:
-      topic: a name that this comparison has on all hosts, and no other one has.
+      topic: a name that this comparison has on all hosts.
       facts: {name: value} as text.
       advice: what to do if they differ, after the differences.
       timeout: in seconds, for the slowest host.
@@ -225,7 +232,7 @@ def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) ->
     """
     if _peers is None:
         return
-    client, index, folder = _peers.client, _peers.index, f"meap_jax/same/{topic}/"
+    client, index, folder = _peers.client, _peers.index, f"meap_jax/same/{_peers.numbered(topic)}/"
     limit = int(timeout * 1000)
     if index == 0:
         client.key_value_set(folder + "facts", json.dumps(dict(facts)))
@@ -245,7 +252,7 @@ def wait_for_first(topic: str) -> None:
     """
     if _peers is None:
         return
-    client, key = _peers.client, f"meap_jax/done/{topic}"
+    client, key = _peers.client, f"meap_jax/done/{_peers.numbered(topic)}"
     if _peers.index == 0:
         client.key_value_set(key, "")
     while not any(name.endswith(key) for name, _ in client.key_value_dir_get("meap_jax/done/")):

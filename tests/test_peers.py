@@ -26,7 +26,7 @@ def test_facts_are_compared_and_every_host_says_what_differs():
     body = (
         "time.sleep(2 * (host == 0))\n"
         "peers.check_same('first', {'a.b': '1'}, 'never said.')\n"
-        "peers.check_same('second', {'a.b': '1' if host != 2 else '0.1', 'c': 'x'}, 'do better.')"
+        "peers.check_same('first', {'a.b': '1' if host != 2 else '0.1', 'c': 'x'}, 'do better.')"
     )
     with programs(body) as group:
         assert group.codes(60) == [1, 1, 1]
