@@ -22,7 +22,7 @@ def figures():
     """Prints seconds until the others stopped, for docs/reliability.md; `pytest -s` shows them."""
     yield
     print(
-        "\n".join(["", "| hosts | what happened | others ended after | with |", "| --- | --- | --- | --- |", *FIGURES])
+        "\n".join(["", "| hosts | what happened | others ended after | exit code |", "| --- | --- | --- | --- |", *FIGURES])
     )
 
 
