@@ -21,9 +21,8 @@ FIGURES = []
 def figures():
     """Prints seconds until the others stopped, for docs/reliability.md; `pytest -s` shows them."""
     yield
-    print(
-        "\n".join(["", "| hosts | what happened | others ended after | exit code |", "| --- | --- | --- | --- |", *FIGURES])
-    )
+    heading = ["", "| hosts | what happened | others ended after | exit code |", "| --- | --- | --- | --- |"]
+    print("\n".join([*heading, *FIGURES]))
 
 
 @pytest.fixture(scope="module")
