@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from meap_jax import config as config_lib
+from meap_jax import peers
 from meap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, Preempted, UserError
 from meap_jax.fields import fields_of
 from meap_jax.hosts import join_hosts
@@ -158,9 +159,10 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
     if before is not signal.SIG_IGN:  # As in the background of a shell.
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        if joins_hosts:
-            join_hosts()
-        command(sys.argv)
+        with peers.telling(of_the_system, finishes=True):
+            if joins_hosts:
+                join_hosts()
+            command(sys.argv)
     except UserError as error:
         fail(str(error))
     except Preempted as notice:

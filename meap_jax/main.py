@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from meap_jax import cli, sharding
+from meap_jax import cli, peers, sharding
 from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.config import mixture, seed_of
 from meap_jax.data.pipeline import TrainBatches
@@ -25,7 +25,7 @@ from meap_jax.numerics import Monitor, check_replicas, taken_twice
 from meap_jax.objective import Objective
 from meap_jax.paths import write_whole
 from meap_jax.preemption import notices
-from meap_jax.run import Run, make_folder, open_run, versions
+from meap_jax.run import Run, check_hosts, make_folder, open_run, versions
 from meap_jax.saver import RunSaver, is_written_for_hub, write_for_hub
 from meap_jax.start import start
 from meap_jax.timing import Clock, Trace, process_began
@@ -56,6 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
             f"checkpoint.keep_best is {config.checkpoint.keep_best}, but eval.tasks is {config.eval.tasks!r}, without "
             "validation, whose loss says which are best: add it, or set checkpoint.keep_best=0."
         )
+    check_hosts(config, workdir)
     make_folder("workdir", workdir)
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(held_for_all(workdir))
@@ -94,7 +95,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         # What watches over the run.
         monitor = Monitor(config.numerics, begin.monitor)
         saver = RunSaver(run, checkpointer, batches, begin, monitor)
-        watchdog = Watchdog(**config.watchdog)
+        watchdog = Watchdog(
+            **config.watchdog,
+            write_stacks=functools.partial(peers.ask_for_stacks, workdir / "stacks"),
+            stop=peers.stop,
+        )
         stack.callback(watchdog.close)
         guards = Guards(
             monitor, watchdog, stack.enter_context(notices()), functools.partial(check, run, lease), saver.rows_of
@@ -104,7 +109,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
         step_fn = compile_step(config, run.definition, run.mesh)
         if config.checkpoint.export != "none" and begin.step and not is_written_for_hub(run, begin.step):
             write_for_hub(run, begin.step, begin.state.params, begin.origin)  # It was interrupted.
-        with jax.set_mesh(run.mesh):
+        with peers.telling(cli.of_the_system), jax.set_mesh(run.mesh):
             state = train_loop(
                 config,
                 begin.state,

@@ -1,20 +1,16 @@
 """Opens a run, which is a model and its data."""
 
 import copy
-import importlib.metadata
 import logging
-import platform
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from meap_jax import __version__
-from meap_jax.config import changed_on_resume, mixture
+from meap_jax import hosts, peers
+from meap_jax.config import changed_on_resume, flatten, mixture
 from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import data_spec
@@ -25,8 +21,6 @@ from meap_jax.models import Model, define_model
 from meap_jax.restore import newest_meta
 
 _log = logging.getLogger(__name__)
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Run(NamedTuple):
@@ -85,17 +79,27 @@ def open_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> Prepare
     if jax.process_index() == 0:
         prepared = prepare(folder, spec)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared data")
+        peers.wait_for_first("prepared data")
         prepared = prepare(folder, spec)
-        digest = np.frombuffer(bytes.fromhex(prepared.fingerprint), np.uint8)
-        if (multihost_utils.process_allgather(digest) != digest).any():
-            raise ConfigError(
-                f"{folder} differs between hosts ({prepared.fingerprint[:12]} on host {jax.process_index()}): prepare "
-                "it once, copy it to all of them, and set data.prepared to it."
-            )
+        advice = f"prepare {folder} once, copy it to all hosts, and set data.prepared to it."
+        peers.check_same("data", {"the data's fingerprint": prepared.fingerprint[:12]}, advice)
     prepared.check_mask_id(config.objective.mask_id)
     check_epochs(with_steps(config, prepared), prepared)
     return prepared
+
+
+def check_hosts(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Compares what a run is made from between its hosts, before anything is prepared or compiled.
+
+    Raises:
+      ConfigError: on every host, naming the hosts, the field and both values.
+    """
+    fields = {name: repr(value) for name, value in flatten(config).items()}
+    advice = "start all of them with the same command."
+    peers.check_same("config", fields | {"--workdir": str(workdir)}, advice)
+    if jax.process_count() > 1:
+        devices = {"devices": str(jax.local_device_count()), "device_kind": jax.local_devices()[0].device_kind}
+        peers.check_same("devices", devices, "all hosts must have the same devices.")
 
 
 def with_steps(config: ml_collections.ConfigDict, prepared: Prepared) -> ml_collections.ConfigDict:
@@ -179,5 +183,4 @@ def make_folder(name: str, folder: epath.Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, and the backend."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found, "backend": jax.default_backend(), "meap_jax": __version__}
+    return {**hosts.versions(), "backend": jax.default_backend()}

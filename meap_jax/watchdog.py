@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from meap_jax.errors import EXIT_HUNG
 
 STEPS_OF_MEDIAN = 101
-_SECONDS_FOR_OTHERS = 5.0  # Until all hosts have written their stacks.
+_SECONDS_TO_WRITE = 5.0  # The stacks, also by the other hosts.
 _SECONDS_WITHOUT_PYTHON = (
     60.0  # Longer than any call of a library holds the interpreter's lock, than which it can hang.
 )
@@ -32,9 +32,9 @@ class Watchdog:
         times_median: float,
         least_seconds: float,
         other_seconds: float,
-        ask_all_hosts: Callable[[], None] = lambda: None,
+        write_stacks: Callable[[], None] = faulthandler.dump_traceback,
+        stop: Callable[[str, int], None] = lambda reason, code: None,
         now: Callable[[], float] = time.monotonic,
-        end: Callable[[str], None] | None = None,
     ):
         """Starts the thread; `close` ends it.
 
@@ -42,12 +42,12 @@ class Watchdog:
           times_median: a step hangs if it takes so many times the median of the last ones, ...
           least_seconds: ... and more than this. 0: nothing is watched.
           other_seconds: compilation, an evaluation or a save hangs if it takes longer.
-          ask_all_hosts: asks the other hosts for their stacks too.
+          write_stacks: writes the stacks of all threads, of all hosts.
+          stop: ends the other hosts, with a reason and an exit code.
           now: a clock in seconds.
-          end: is called with a sentence when something hangs; default: write all stacks and end the process.
         """
         self._times_median, self._least, self._other = times_median, least_seconds, other_seconds
-        self._ask_all_hosts, self._now, self._end = ask_all_hosts, now, end or self._dump_and_exit
+        self._write_stacks, self._stop, self._now = write_stacks, stop, now
         self._times: collections.deque[float] = collections.deque(maxlen=STEPS_OF_MEDIAN)
         self._what, self._began, self._limit = "the start", now(), other_seconds
         self._closed = threading.Event()
@@ -102,13 +102,14 @@ class Watchdog:
         median = f", and the median step {statistics.median(self._times):.3g} s" if self._times else ""
         return (
             f"{what} hangs: it takes {seconds:.0f} s so far, where {limit:.0f} s are allowed{median}. The stacks of "
-            "all threads are above; the last checkpoint is kept, and the same command goes on from it."
+            "all threads are in the log; the last checkpoint is kept, and the same command goes on from it."
         )
 
-    def _dump_and_exit(self, sentence: str) -> None:
-        with contextlib.suppress(Exception):  # The other hosts may be what hangs.
-            self._ask_all_hosts()
-        faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
-        time.sleep(_SECONDS_FOR_OTHERS if self._ask_all_hosts is not None else 0)
+    def _end(self, sentence: str) -> None:
+        """Writes stacks and ends the process, without clean-ups: they could wait for what hangs."""
+        writing = threading.Thread(target=self._write_stacks, daemon=True)  # As could a file.
+        writing.start()
+        writing.join(_SECONDS_TO_WRITE)
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-        os._exit(EXIT_HUNG)  # No clean-up: it could wait for what hangs.
+        self._stop(sentence, EXIT_HUNG)
+        os._exit(EXIT_HUNG)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import tiny_runs
 from meap_jax.errors import ConfigError
-from meap_jax.hosts import connection
+from meap_jax.hosts import connection, join_hosts, versions
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -130,3 +131,18 @@ def test_a_single_host_is_ready_at_once_and_says_nothing(variables):
     *counts, seconds = out.split()
     assert counts[:2] == ["1", "0"] and float(seconds) < 1  # No server was asked.
     assert "JAX_PLATFORMS" in variables or (err, counts[2:]) == ("", ["1", "1", "1"])
+
+
+@pytest.mark.parametrize("name", ["MEAP_JAX_HOST_START_SECONDS", "MEAP_JAX_HOST_TIMEOUT_SECONDS"])
+@pytest.mark.parametrize("value", ["soon", "0", "-3", "nan", ""])
+def test_times_that_are_none_get_a_sentence(name, value, monkeypatch):
+    for key, text in (GIVEN | {"JAX_PROCESS_ID": "0", name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"{name} is '{value}', but must be a number of seconds above 0"):
+        join_hosts()
+
+
+def test_versions_name_packages_and_the_source_of_this_one():
+    found = versions()
+    assert {"python", "jax", "jaxlib", "orbax-checkpoint", "meap_jax"} <= found.keys()
+    assert re.fullmatch("[0-9a-f]{12}", found["meap_jax_source"]) and found == versions()

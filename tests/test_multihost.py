@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 import chat_files
+import host_processes
 import tiny_data
 import tiny_runs
 from meap_jax.corpus.prepare import prepare
@@ -23,22 +23,9 @@ def run_on_hosts(num_hosts, num_devices, workdir, **overrides):
 
 def start_on_hosts(commands, num_devices):
     """Runs each command on a host of its own with so many devices; returns what each said."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:  # A port that is free.
-        address = "{}:{}".format(*probe.getsockname())
-    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands))}
-    hosts = []
-    for index, command in enumerate(commands):
-        environment = tiny_runs.environment(JAX_PROCESS_ID=str(index), **variables)
-        environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=1", f"device_count={num_devices}")
-        streams = dict(stderr=subprocess.PIPE, text=True)
-        hosts.append(subprocess.Popen(command, env=environment, cwd=tiny_runs.ROOT, **streams))
-    try:
-        said = [host.communicate(timeout=240)[1] for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert not any(host.returncode for host in hosts), "\n".join(said)
-    return said
+    with host_processes.Hosts(commands, num_devices) as hosts:
+        assert not any(hosts.codes(timeout=600)), hosts.everything()
+        return [hosts.said(index) for index in range(len(commands))]
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +44,19 @@ def assert_same_records(workdir, alone):
     assert "validation_retrieval_answers/accuracy" in tiny_runs.records(workdir)[-1]
 
 
-def test_two_hosts_train_evaluate_save_and_resume_as_one_process_does(alone, tmp_path):
-    # Every parameter and every batch is split over the devices of both hosts.
+@pytest.mark.parametrize("num_hosts, num_devices", [(2, 2), (8, 1)])
+def test_hosts_train_evaluate_save_and_resume_as_one_process_does(alone, tmp_path, num_hosts, num_devices):
+    # Every parameter and every batch is split over the devices of all hosts.
     setting = dict(data__prepared=alone / "data", checkpoint__every=4, mesh__data=1, mesh__fsdp=-1)
-    first, other = run_on_hosts(2, 2, tmp_path, **setting)
-    assert "'fsdp': 4" in first and "step 8/8" in first and "step 8/8" not in other
+    first, *others = run_on_hosts(num_hosts, num_devices, tmp_path, **setting)
+    assert f"'fsdp': {num_hosts * num_devices}" in first
+    assert "step 8/8" in first and not any("step 8/8" in other for other in others)
     assert_same_records(tmp_path, alone)
 
     # As if the hosts had been stopped after step 4: they go on bit for bit.
     before = tiny_runs.losses(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "8")
-    said = run_on_hosts(2, 2, tmp_path, **setting)
+    said = run_on_hosts(num_hosts, num_devices, tmp_path, **setting)
     assert all("resuming from step 4" in host for host in said)
     assert tiny_runs.losses(tmp_path) == before
 

@@ -4,14 +4,23 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from meap_jax.errors import EXIT_HUNG
 from meap_jax.watchdog import Watchdog
 from tiny_runs import environment
 
 
-def watching(said, **options):
-    settings = {"times_median": 5.0, "least_seconds": 0.2, "other_seconds": 60.0} | options
-    return Watchdog(**settings, end=said.append)
+@pytest.fixture
+def said(monkeypatch):
+    """The sentences with which a watchdog would have ended this process."""
+    sentences = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, sentence: sentences.append(sentence))
+    return sentences
+
+
+def watching():
+    return Watchdog(times_median=5.0, least_seconds=0.2, other_seconds=60.0)
 
 
 def test_a_step_may_take_so_many_times_the_median_but_never_less_than_the_least():
@@ -27,9 +36,8 @@ def test_a_step_may_take_so_many_times_the_median_but_never_less_than_the_least(
     assert watchdog.step_limit() == 10.0  # The evaluation was no step.
 
 
-def test_a_step_that_hangs_is_named_with_its_limit_and_the_median():
-    said = []
-    watchdog = watching(said)
+def test_a_step_that_hangs_is_named_with_its_limit_and_the_median(said):
+    watchdog = watching()
     for step in range(1, 8):
         watchdog.step(step)
         time.sleep(0.02)
@@ -40,9 +48,8 @@ def test_a_step_that_hangs_is_named_with_its_limit_and_the_median():
     assert said[0].startswith("step 7 hangs: it takes") and "and the median step 0.0" in said[0]
 
 
-def test_steps_and_long_evaluations_are_left_alone():
-    said = []
-    watchdog = watching(said)
+def test_steps_and_long_evaluations_are_left_alone(said):
+    watchdog = watching()
     for step in range(1, 15):
         watchdog.step(step)
         time.sleep(0.05)
