@@ -99,9 +99,9 @@ audit: .audit ## look for known vulnerabilities in what requirements-dev.lock pi
 	@cd "$(ROOT)"
 	for version in 3.11 3.12 3.13; do
 	    echo "Python $$version:"
-	    .audit/bin/uv pip compile --quiet --no-config --no-deps --no-annotate --python-version $$version \
-	        requirements-dev.lock -o .audit/$$version.txt > .audit/log
-	    .audit/bin/pip-audit --strict --disable-pip --no-deps -r .audit/$$version.txt
+	    .audit/bin/uv pip compile --quiet --no-config --no-deps --generate-hashes \
+	        --python-version $$version requirements-dev.lock -o .audit/$$version.txt
+	    .audit/bin/pip-audit --strict --disable-pip --require-hashes -r .audit/$$version.txt
 	done
 
 # .venv/stamp is written last: the interpreter, then the text of the requirements files. A .venv

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 
 import ml_collections
@@ -16,7 +15,7 @@ from meap_jax import config as config_lib
 from meap_jax.config import changed_on_resume, check, flatten, mixture, seed_of
 from meap_jax.errors import ConfigError
 from meap_jax.fields import fields_of
-from tiny_runs import ROOT, environment, tiny_config
+from tiny_runs import ROOT, tiny_config
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 
@@ -167,10 +166,3 @@ def test_help_shows_the_usage_and_every_field(name, monkeypatch, capsys):
     assert f"python -m {name.removesuffix('.__main__')} --config=" in shown
     for name, field in fields_of(["NAME"]).items():
         assert f"  {name} = " in shown and field.doc.split()[-1] in shown
-
-
-def test_help_is_shown_in_a_process_of_its_own_under_a_former_name_too():
-    command = [sys.executable, "-m", "meap_jax.data.prepare", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert "python -m meap_jax.corpus.prepare --config=" in shown
-    assert "model.num_heads = 4, must be at least 1\n      Query heads." in shown
