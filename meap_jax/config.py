@@ -240,6 +240,11 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
       ConfigError: naming the first bad field, its value and what would be valid.
     """
     _check_fields(FIELDS, flatten(config))
+    if (tokens := config.global_batch_size * (config.seq_len + 1)) >= 2**31:
+        raise ConfigError(
+            f"global_batch_size is {config.global_batch_size:,}, but a step of rows of {config.seq_len:,} tokens must "
+            f"have fewer than 2^31 (these are {tokens:,})."
+        )
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
     for name in config.data.sources:
@@ -250,10 +255,25 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
 def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group: str = "") -> None:
     """Runs the checks of a table of fields; `group` is put before their names in the error."""
     for name, field in fields.items():
+        if name not in values:
+            raise ConfigError(f"the config lacks the field {group}{name}: make it by meap_jax.config.base().")
         value = values[name]
-        for check in field.checks:
-            if value is not None and not check.is_valid(value, values):
-                raise ConfigError(f"{group}{name} is {value!r}, but must be {check.expected(values)}.")
+        if value is None and isinstance(field.default, type):
+            continue
+        wanted = field.wanted(value) or next(
+            (check.expected(values) for check in field.checks if not check.is_valid(value, values)), None
+        )
+        if wanted is not None:
+            raise ConfigError(f"{group}{name} is {shown(value)}, but must be {wanted}.")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, on one line and not too long for one."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python doesn't write numbers of thousands of digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
@@ -317,6 +337,7 @@ def _check_chat(config: ml_collections.ConfigDict) -> None:
 def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:
     """Checks one group of data.sources."""
     source, group = config.data.sources[name], f"data.sources.{name}"
+    _check_fields(SOURCE_FIELDS, source, f"{group}.")
     path = "data.path" if _is_data_path(config, name) else f"{group}.path"
     if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "tokenizer":
         raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ and -, and not taken.")
@@ -331,4 +352,3 @@ def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool
         raise ConfigError(
             f"{path} is not set: name a folder of .txt or .jsonl files, such as --config.{path}=/data/books."
         )
-    _check_fields(SOURCE_FIELDS, source, f"{group}.")
