@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from meap_jax import config as config_lib
 from meap_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, Preempted, UserError
-from meap_jax.fields import TYPES, fields_of
+from meap_jax.fields import fields_of
 from meap_jax.hosts import join_hosts
 from meap_jax.paths import absolute, is_url
 from meap_jax.sharding import AXES
@@ -89,7 +89,7 @@ def _unparsed(error: Exception) -> str | None:
     kinds = {r"invalid literal for int\(": int, "Exceeds the limit": int, "could not convert": float, r"\('Non-b": bool}
     for reason, kind in kinds.items():
         if found := re.match(rf"flag --(?:config\.)?([^=]+)=(.*): {reason}", str(error), re.DOTALL):
-            return f"{found[1]} is {config_lib.shown(found[2])}, but must be {TYPES[kind]}."
+            return f"{found[1]} is {config_lib.shown(found[2])}, but must be {config_lib.TYPES[kind]}."
     return None
 
 

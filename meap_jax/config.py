@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from meap_jax.errors import ConfigError
 from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
 
+TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # Those of fields, in words.
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
 
 # Objectives that say nothing of answers and their copies.
@@ -29,6 +30,7 @@ MAY_CHANGE_ON_RESUME = (
     "num_steps", "num_epochs", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
     "numerics.*", "watchdog.*", "debug.*",
     "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
+    "data.max_skipped_share",
 )  # fmt: skip
 
 # Sizes of the paper: Table 12 with the swap of layers and heads undone, and the official code's lit_gpt/config.py.
@@ -260,11 +262,19 @@ def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group:
         value = values[name]
         if value is None and isinstance(field.default, type):
             continue
-        wanted = field.wanted(value) or next(
+        wanted = _wanted(field, value) or next(
             (check.expected(values) for check in field.checks if not check.is_valid(value, values)), None
         )
         if wanted is not None:
             raise ConfigError(f"{group}{name} is {shown(value)}, but must be {wanted}.")
+
+
+def _wanted(field: Field, value: Any) -> str | None:
+    """What a value must be in place of what it is, "a whole number"; None where its type and size are right."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number if field.type is float else type(value) is field.type):
+        return TYPES[field.type]
+    return f"below {field.below:,}" if field.type is int and value >= field.below else None
 
 
 def shown(value: Any) -> str:

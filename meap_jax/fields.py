@@ -17,8 +17,6 @@ TOKENIZERS = ("bpe", "mistral", "tekken")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # Of a decoder layer.
 SEEDS = {"init": "the initial weights", "data": "the order of blocks", "mask": "masks", "noise": "random tokens"}
 
-TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # Those of fields, in words.
-
 Values = Mapping[str, Any]  # All fields beside the one that is checked: of the config, or of one source.
 
 
@@ -39,25 +37,12 @@ class Field:
     """
 
     def __init__(self, default: Any, doc: str, *checks: Check, below: int = 2**31):
-        """Declares a field.
+        """`default` is a type where the field is None until it is set; None is not checked.
 
-        Args:
-          default: of the field; a type where the field is None until it is set. None is not checked.
-          doc: what it means, in which unit.
-          checks: conditions on its value.
-          below: bound of a whole number. Devices count in int32.
+        Whole numbers must be `below` a bound: devices count in int32.
         """
         self.default, self.doc, self.checks, self.below = default, doc, checks, below
         self.type: type = default if isinstance(default, type) else type(default)
-
-    def wanted(self, value: Any) -> str | None:
-        """What a value must be in place of what it is, "a whole number"; None where type and size are right."""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number if self.type is float else type(value) is self.type):
-            return TYPES[self.type]
-        if self.type is int and value >= self.below:
-            return f"below {self.below:,}"
-        return None
 
 
 def rule(is_valid: Callable[[Any], bool], expected: str, *wrong: Any) -> Check:
@@ -384,6 +369,8 @@ FIELDS: dict[str, Field] = {
         "its own.", rule(lambda v: 0 < v < 0.5, "in (0, 0.5)", 0.0, 0.5)),
     "data.max_skipped": Field(1_000, "Bad records of a source that are passed over; one more stops the preparation.",
         at_least(0), below=ANY),
+    "data.max_skipped_share": Field(0.1, "Share of a source's records that may be bad; more than that, and more than "
+        "ten, stop the preparation. 1: any share.", SHARE),
     "data.packing": Field("concat", "concat: one stream cut into blocks, without a mask between documents (the "
         "official code's); concat_segments: the same, but no document sees another; best_fit: whole documents, padded. "
         "Retrieval documents and conversations always are whole.", one_of("concat", "concat_segments", "best_fit")),

@@ -13,9 +13,9 @@ import pytest
 
 from meap_jax import cli
 from meap_jax import config as config_lib
-from meap_jax.config import changed_on_resume, check, flatten, mixture, seed_of
+from meap_jax.config import TYPES, changed_on_resume, check, flatten, mixture, seed_of
 from meap_jax.errors import ConfigError
-from meap_jax.fields import TYPES, fields_of
+from meap_jax.fields import fields_of
 from tiny_runs import ROOT, tiny_config
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")

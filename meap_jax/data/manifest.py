@@ -9,6 +9,7 @@ from typing import Any
 from meap_jax.config import flatten
 from meap_jax.data.store import completed
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.files import parse_json
 
 LAYOUT_VERSION = 4  # Raise when a folder's files change their meaning.
 MANIFEST = "manifest.json"
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
         layout = manifest["layout_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path) from error

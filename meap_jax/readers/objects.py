@@ -1,12 +1,12 @@
 """Records of evaluation data: a JSON object a line, compressed or not, each with the fields that it must have."""
 
 import gzip
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from meap_jax.errors import DataError
+from meap_jax.files import check_is_file, parse_json
 
 
 def read_lines(file: Path, texts: Collection[str] = (), field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,13 +23,14 @@ def read_lines(file: Path, texts: Collection[str] = (), field: str = "") -> Iter
     name = f"{field} is {file}, which" if field else str(file)
     number = 0
     try:
+        check_is_file(file)
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 place = f"{file}, line {number}"
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                 except ValueError as error:
                     raise DataError(f"{place} is not JSON ({error}).") from error
                 if not isinstance(record, dict):

@@ -7,11 +7,11 @@
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 from meap_jax.errors import ConfigError
 from meap_jax.fields import TOKENIZERS, is_path
+from meap_jax.files import parse_json
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
 from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from meap_jax.tokenizers.interface import Tokenizer, refusal
@@ -101,7 +101,7 @@ def _read_file(path: Path) -> Tokenizer:
 
 def _parse(path: Path, serialized: bytes) -> dict:
     try:
-        content = json.loads(serialized)
+        content = parse_json(serialized)
     except ValueError as error:
         raise refusal(str(path), f"is not JSON: {error}") from error
     if not isinstance(content, dict):
