@@ -83,10 +83,13 @@ def read_back(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Makes a config from the nested dict that a run wrote; fields that its version lacked get their defaults.
 
     Raises:
-      ConfigError: it has fields that this version doesn't know.
+      ConfigError: it has fields that this version doesn't know, or isn't such a dict.
     """
-    config = _with_defaults(fields)
-    unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    try:
+        config = _with_defaults(fields)
+        unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError("holds no config of a run: what should be a group of fields is something else.") from error
     if unknown:
         raise ConfigError(f"was written by a version that has {', '.join(sorted(unknown))}: use that version.")
     return config

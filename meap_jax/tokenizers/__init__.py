@@ -9,7 +9,7 @@
 import importlib.util
 from pathlib import Path
 
-from meap_jax.errors import ConfigError
+from meap_jax.errors import ConfigError, UserError
 from meap_jax.fields import TOKENIZERS, is_path
 from meap_jax.files import parse_json
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
@@ -68,7 +68,15 @@ def load(folder: str | Path) -> Tokenizer:
 
 def _read(path: Path) -> Tokenizer:
     """The tokenizer of a file, with the chat template that lies beside it."""
-    tokenizer = _read_file(path)
+    try:
+        tokenizer = _read_file(path)
+    except (OSError, UserError):
+        raise
+    except BaseException as error:  # The packages that read them are made for files that are right, and panic too.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise refusal(str(path), f"is no tokenizer that can be used ({reason})") from error
     if (template := path.with_name(CHAT_TEMPLATE)).is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer

@@ -16,11 +16,14 @@ from meap_jax.models import read_config
 from tiny_runs import ROOT, tiny_config
 
 FIELDS = sorted(fields_of(["text"]))
-VALUES = st.one_of(
-    st.integers().map(str), st.floats().map(str), st.text(max_size=12), st.sampled_from(
-        ("", "0", "-1", "1e20", "nan", "inf", "True", "None", "()", "[1]", "{}", "9" * 5_000, "1_0", "0x10", "٣", "\x00",
-         "a=b", "--config.seed=1", "$(true)", "__import__('os').abort()", "../../etc/passwd", "0-99999999999"),
-    ),
+ODD_TEXTS = (
+    "", "0", "-1", "1e20", "nan", "inf", "True", "None", "()", "[1]", "{}", "9" * 5_000, "1_0", "0x10", "٣", "\x00",
+    "a=b", "--config.seed=1", "$(true)", "__import__('os').abort()", "../../etc/passwd", "0-99999999999",
+)  # fmt: skip
+VALUES = st.integers().map(str) | st.floats().map(str) | st.text(max_size=12) | st.sampled_from(ODD_TEXTS)
+ODD_WORDS = (
+    "--", "--config", "--config=", "-config.x", "--config.=", "--noconfig.seed", "--config.model", "--config.a[0]=1",
+    "--config..=", "--workdir", "--undefok=x", "--config.seed[0]=1", "--noconfig.objective.ratio_per_row",
 )  # fmt: skip
 OVERRIDES = st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), min_size=1, max_size=3)
 
@@ -40,8 +43,7 @@ def test_any_override_gives_a_config_or_one_sentence(overrides):
 
 
 @settings
-@given(st.lists(st.text(max_size=20) | st.sampled_from(("--", "--config", "--config=", "-config.x", "--config.=", "--noconfig.seed",
-       "--config.model", "--config.a[0]=1", "--config..=", "--workdir", "--undefok=x", "--config.seed[0]=1")), max_size=4))  # fmt: skip
+@given(st.lists(st.text(max_size=20) | st.sampled_from(ODD_WORDS), max_size=4))
 def test_any_command_line_gives_a_config_or_one_sentence(words):
     with refused_in_a_sentence():
         cli.parse_config(["main", f"--config={ROOT / 'configs' / 'quickstart.py'}", *words])

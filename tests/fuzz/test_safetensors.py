@@ -1,6 +1,7 @@
 """Safetensors and their index: a header that lies is refused in a sentence, and costs no memory."""
 
 import json
+import os
 import pathlib
 import tempfile
 
@@ -124,6 +125,7 @@ def test_an_index_reaches_no_file_outside_its_folder(file, tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "one").write_bytes(WHOLE)
+    os.mkfifo(folder / "pipe")
     (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(DataError, match="is damaged|lacks"):
         read_all(folder)

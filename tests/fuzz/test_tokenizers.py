@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fuzzing import altered, damaged, refused_in_a_sentence, settings
 from meap_jax import tokenizers
+from meap_jax.errors import ConfigError
 from tokenizer_kinds import byte_level, llama, sentencepiece_model, unigram
 
 BPE = tokenizers.train_bpe(["some text, and some more text"] * 9, 280).files()["tokenizer.json"]
@@ -78,7 +79,5 @@ def test_a_config_beside_it_of_any_form_is_used_or_refused(config):
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tekken.json"])
 def test_what_is_none_is_refused(head, name):
-    from meap_jax.errors import ConfigError
-
     with pytest.raises(ConfigError, match=name):
         use({name: head})
