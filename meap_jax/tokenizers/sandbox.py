@@ -19,6 +19,7 @@ import jinja2.sandbox
 from jinja2 import nodes, visitor
 
 _LARGEST_INTEGER = 10_000  # Bits.
+_ELEMENT = 16  # Characters that an element of a list counts for.
 # What they make may be far longer than what they are given, or is random, and no chat template needs them.
 _LEFT_OUT = ("center", "batch", "slice", "wordwrap", "format", "urlize", "random", "pprint", "xmlattr")
 _WIDENING = ("ljust", "rjust", "center", "zfill", "expandtabs")
@@ -51,7 +52,7 @@ def budget(characters: int, steps: int) -> Iterator[None]:
     """Lets templates that are rendered inside use so much, all of them together.
 
     Args:
-      characters: of texts, and elements of lists, that are made.
+      characters: of texts that are made; an element of a list counts for some too.
       steps: turns of loops, and calls.
     """
     token = _budget.set(_Budget(characters, steps))
@@ -79,7 +80,7 @@ def _size(value: Any, most: int) -> int:
         return 20
     size = 2
     for element in value.items() if isinstance(value, dict) else value:
-        size += 2 + _size(element, most - size)
+        size += _ELEMENT + _size(element, most - size)
         if size > most:
             break
     return size
@@ -88,8 +89,13 @@ def _size(value: Any, most: int) -> int:
 def _paid(value: Any) -> Any:
     """The value, once what it is long has been paid."""
     if isinstance(value, str | bytes | list | tuple | dict):
-        _spend("characters", len(value))
+        _spend("characters", _length(value))
     return value
+
+
+def _length(value: Any) -> int:
+    """What a text or a list costs by itself."""
+    return len(value) * (1 if isinstance(value, str | bytes) else _ELEMENT)
 
 
 def _check(size: int) -> None:
@@ -127,8 +133,6 @@ def _check_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         _check(len(text) + text.count(args[0]) * len(str(args[1])))
     elif name == "join" and args and isinstance(args[0], list | tuple | set | dict):
         _check(_size(args[0], _room()) + len(text) * len(args[0]))
-    elif name in ("format", "format_map"):
-        _check_format(text, "{", (args, kwargs))
 
 
 def _check_format(form: str, mark: str, values: Any) -> None:
@@ -145,6 +149,12 @@ class _Bounds(visitor.NodeTransformer):
         self.generic_visit(node, *args, **kwargs)
         node.iter = nodes.Filter(node.iter, "_counted", [], [], None, None, lineno=node.lineno)
         return node
+
+    def visit_Getitem(self, node: nodes.Getitem, *args: Any, **kwargs: Any) -> nodes.Node:
+        """Counts characters of slices, which Jinja takes without asking its environment."""
+        self.generic_visit(node, *args, **kwargs)
+        is_slice = isinstance(node.arg, nodes.Slice)
+        return nodes.Filter(node, "_paid", [], [], None, None, lineno=node.lineno) if is_slice else node
 
     def visit_Concat(self, node: nodes.Concat, *args: Any, **kwargs: Any) -> nodes.Node:
         """Counts characters."""
@@ -180,7 +190,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _checked(value), ensure_ascii=False, indent=None if indent is None else min(int(indent), 16)
         )
         self.filters |= {name: _priced(name, function) for name, function in self.filters.items()}
-        self.filters |= {"_counted": _counted, "_joined": _joined}
+        self.filters |= {"_counted": _counted, "_joined": _joined, "_paid": _paid}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Bounds().visit(super()._parse(source, name, filename))
@@ -191,10 +201,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         _check_call(function, args, kwargs)
         return _paid(super().call(context, function, *args, **kwargs))
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """Looks a value up, or takes a slice."""
-        found = super().getitem(obj, argument)
-        return _paid(found) if isinstance(argument, slice) else found
+    def wrap_str_format(self, value: Any) -> Any:
+        """The method `format` of a text, without a way into its values and to large widths."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        @functools.wraps(wrapped)
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__, "{", (args, kwargs))
+            return wrapped(*args, **kwargs)
+
+        return checked
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Computes."""
@@ -202,13 +220,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "*" and not integers:
             for some, times in ((left, right), (right, left)):
                 if isinstance(some, sized) and isinstance(times, int):
-                    _check(len(some) * times)
+                    _check(_length(some) * times)
         elif operator in ("*", "**") and integers:
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _LARGEST_INTEGER:
                 raise BudgetError(f"it computes a number of more than {_LARGEST_INTEGER:,} bits")
         elif operator == "+" and isinstance(left, sized) and isinstance(right, sized):
-            _check(len(left) + len(right))
+            _check(_length(left) + _length(right))
         elif operator == "%" and isinstance(left, str):
             _check_format(left, "%", right)
         return _paid(super().call_binop(context, operator, left, right))
@@ -219,6 +237,8 @@ def _priced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)  # With the mark that says what Jinja gives it besides.
     def priced(*args: Any, **kwargs: Any) -> Any:
+        if name == "join":  # What comes one by one has to be measured.
+            args = tuple(list(_counted(value)) if isinstance(value, range | Iterator) else value for value in args)
         values = (*args, *kwargs.values())
         texts = [value for value in values if isinstance(value, str)]
         longest = max(map(len, texts), default=0)
