@@ -22,6 +22,8 @@ settings = hypothesis.settings(
     database=None,
 )
 
+few = hypothesis.settings(settings, max_examples=max(1, EXAMPLES // 4))  # Where an example takes a tenth of a second.
+
 
 @contextlib.contextmanager
 def refused_in_a_sentence():
