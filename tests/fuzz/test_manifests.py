@@ -33,7 +33,7 @@ def open_and_read(folder, spec):
     prepared = prepare(folder, spec, workers=1)
     for split in ("train", "validation", "test"):
         blocks = prepared.blocks("text", split)
-        for index in {0, len(blocks) - 1} if len(blocks) else ():
+        for index in range(min(len(blocks), 50)):
             assert blocks[index].tokens.shape == (spec.plans["text"].block_len,)
 
 
