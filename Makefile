@@ -1,7 +1,8 @@
 # `make` alone lists the targets. PYTHON=/path/or/name chooses the interpreter of .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-faults test-data test-parity test-aot test-cloud lint bench .venv .beam .parity .cloud
+.PHONY: help quickstart test test-faults test-data test-parity test-aot test-cloud lint bench lock audit
+.PHONY: .venv .beam .parity .cloud .audit
 # Each recipe is one shell script that stops at its first failure.
 .ONESHELL:
 .SHELLFLAGS := -eu -c
@@ -93,6 +94,25 @@ lint: .venv ## check style, types and the direction of imports
 	.venv/bin/python -m mypy
 	.venv/bin/python .venv/bin/lint-imports
 
+# One file for Linux and Python 3.11 to 3.13 together: where these need different versions, a line ends in its marker.
+# What is pinned stays pinned as long as requirements.txt allows it; LOCK=--upgrade takes the newest of everything.
+lock: .audit ## pin requirements.txt and requirements-dev.txt with hashes, in requirements*.lock
+	@cd "$(ROOT)"
+	set -- --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+	    --custom-compile-command 'make lock' $(LOCK)
+	.audit/bin/uv pip compile "$$@" requirements.txt -o requirements.lock
+	.audit/bin/uv pip compile "$$@" -c requirements.lock requirements-dev.txt -o requirements-dev.lock
+
+# --strict: what the database doesn't know, or can't be asked about, is a failure and no silence.
+audit: .audit ## look for known vulnerabilities in what requirements-dev.lock pins; needs the network
+	@cd "$(ROOT)"
+	for version in 3.11 3.12 3.13; do
+	    echo "Python $$version:"
+	    .audit/bin/uv pip compile --quiet --no-config --no-deps --generate-hashes \
+	        --python-version $$version requirements-dev.lock -o .audit/$$version.txt
+	    .audit/bin/pip-audit --strict --disable-pip --require-hashes -r .audit/$$version.txt
+	done
+
 # .venv/stamp is written last: the interpreter, then the text of the requirements files. A .venv
 #   with this very stamp      is used as it is,
 #   with other requirements   is installed into again,
@@ -160,12 +180,18 @@ lint: .venv ## check style, types and the direction of imports
 	fi
 	printf '%s\n' "$$wanted" > $@/stamp
 
-# .cloud/stamp is like .venv/stamp, but with anything else written in it .cloud is made anew.
+# Those that share nothing with .venv. Their stamps are like .venv/stamp, but with anything else written in them they are
+# made anew.
 .cloud: .venv ## install requirements-cloud.txt into .cloud, if it is not there already
+.audit: .venv ## install requirements-audit.txt into .audit, if it is not there already
+.cloud: size := 0.6 GB
+.audit: size := 0.1 GB
+.cloud .audit:
 	@cd "$(ROOT)"
-	wanted=$$(head -n 1 .venv/stamp; cat requirements-cloud.txt)
-	if [ "$$(cat .cloud/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
-	echo "Making .cloud, about 0.6 GB, once"
-	.venv/bin/python -m venv --clear .cloud
-	.cloud/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cloud.txt
-	printf '%s\n' "$$wanted" > .cloud/stamp
+	requirements=requirements-$(@:.%=%).txt
+	wanted=$$(head -n 1 .venv/stamp; cat $$requirements)
+	if [ "$$(cat $@/stamp 2>/dev/null)" = "$$wanted" ]; then exit; fi
+	echo "Making $@, about $(size), once"
+	.venv/bin/python -m venv --clear $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $$requirements
+	printf '%s\n' "$$wanted" > $@/stamp

@@ -7,6 +7,7 @@ A row comes out as soon as it is compiled, and its JSON report on stderr. NTP an
 once a step, so that one of them stands for both.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -82,7 +83,10 @@ def row(size: str, topology: str, report: Mapping[str, Any]) -> list[str]:
 
 def command(argv: list[str]) -> None:
     """Compiles the sizes that are named, or all of them, and prints the table."""
-    sizes = argv[1:] or list(TOPOLOGIES)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m experiments.aot_table", description=__doc__, formatter_class=form)
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(TOPOLOGIES)}; default: all")
+    sizes = parser.parse_args(argv[1:]).sizes or list(TOPOLOGIES)
     for size in sizes:
         if size not in TOPOLOGIES:
             raise ConfigError(f"{size!r} is not a size: name any of {', '.join(TOPOLOGIES)}.")

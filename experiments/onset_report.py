@@ -131,7 +131,8 @@ def documents_table(arms: Sequence[Outcomes], baseline: Outcomes, max_fillers: i
 
 def command(argv: list[str]) -> None:
     """Prints the tables of a study and writes its pictures."""
-    parser = argparse.ArgumentParser(prog="experiments.onset_report", description=__doc__, allow_abbrev=False)
+    prog, form = "python -m experiments.onset_report", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--workdir", default="runs/onset", type=Path, help="that of experiments.onset")
     folder = parser.parse_args(argv[1:]).workdir
     arms, config = read(folder)

@@ -47,19 +47,23 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
     flags.DEFINE_string("workdir", None, "Where checkpoints and logs go; a folder or a bucket.", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "A file in configs/.", flag_values=values, sys_argv=argv)
     try:
+        _check_file(argv)
         rest = values(argv)
         if rest[1:]:
             raise ConfigError(f"{rest[1]!r} is not a flag: settings are given as --config.field=value.")
-        if values["config"].value is None:
+        if not values["config"].present:
             raise ConfigError("--config is not set: name a file, such as --config=configs/quickstart.py.")
         config = values.config
+        if not isinstance(config, ml_collections.ConfigDict):
+            kind = type(config).__name__
+            raise ConfigError(f"get_config() in the file of --config returns {kind}, but must return a ConfigDict.")
         config_lib.check(config, needs_data=needs_data)
     except ConfigError:
         raise
     except (flags.Error, OSError) as error:
         if "Traceback (most recent call last)" in str(error):  # How a ValueError in the file comes.
             raise ConfigError(f"the file of --config can't be used: {str(error).strip().splitlines()[-1]}") from error
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_unparsed(error) or " ".join(str(error).split())) from error
     except Exception as error:  # A config file is a program: anything can go wrong in it.
         reason = f"the file of --config can't be used: {type(error).__name__}: " + str(error).partition("\n")[0]
         sentence = _unknown_field(error, argv) if isinstance(error, AttributeError | KeyError) else None
@@ -67,6 +71,27 @@ def parse_config(argv: list[str], *, needs_data: bool = True) -> tuple[ml_collec
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(values["config"])))[0]
     workdir = epath.Path(values.workdir or f"runs/{name}")
     return config, absolute(workdir)
+
+
+def _check_file(argv: list[str]) -> None:
+    """Stops where `--config` names no file: ml_collections would say so when a field is read."""
+    for i, word in enumerate(argv):
+        if not (found := re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL)):
+            continue
+        path = found[1] if found[1] is not None else "".join(argv[i + 1 : i + 2])
+        file = path.partition(":")[0]  # What is behind a colon is an argument of get_config.
+        if not os.path.isfile(file):
+            problem = "which is no file" if os.path.exists(file) else "which does not exist"
+            raise ConfigError(f"--config is {path!r}, {problem}: name one such as configs/quickstart.py.")
+
+
+def _unparsed(error: Exception) -> str | None:
+    """One sentence about a setting whose text is not of its field's type, or None for another error."""
+    kinds = {r"invalid literal for int\(": int, "Exceeds the limit": int, "could not convert": float, r"\('Non-b": bool}
+    for reason, kind in kinds.items():
+        if found := re.match(rf"flag --(?:config\.)?([^=]+)=(.*): {reason}", str(error), re.DOTALL):
+            return f"{found[1]} is {config_lib.shown(found[2])}, but must be {config_lib.TYPES[kind]}."
+    return None
 
 
 def parse_mesh(text: str) -> dict[str, int]:

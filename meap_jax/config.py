@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from meap_jax.errors import ConfigError
 from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
 
+TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # Those of fields, in words.
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
 
 # Objectives that say nothing of answers and their copies.
@@ -29,6 +30,7 @@ MAY_CHANGE_ON_RESUME = (
     "num_steps", "num_epochs", "log.*", "eval.*", "checkpoint.*", "mesh.*", "profile.*",
     "numerics.*", "watchdog.*", "debug.*",
     "data.prepared", "data.path", "data.sources.*.path", "data.sources.*.validation", "data.max_skipped",
+    "data.max_skipped_share",
 )  # fmt: skip
 
 # Sizes of the paper: Table 12 with the swap of layers and heads undone, and the official code's lit_gpt/config.py.
@@ -81,10 +83,13 @@ def read_back(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Makes a config from the nested dict that a run wrote; fields that its version lacked get their defaults.
 
     Raises:
-      ConfigError: it has fields that this version doesn't know.
+      ConfigError: it has fields that this version doesn't know, or isn't such a dict.
     """
-    config = _with_defaults(fields)
-    unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    try:
+        config = _with_defaults(fields)
+        unknown = flatten(config).keys() - fields_of(config.data.sources).keys()
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError("holds no config of a run: what should be a group of fields is something else.") from error
     if unknown:
         raise ConfigError(f"was written by a version that has {', '.join(sorted(unknown))}: use that version.")
     return config
@@ -240,6 +245,11 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
       ConfigError: naming the first bad field, its value and what would be valid.
     """
     _check_fields(FIELDS, flatten(config))
+    if (tokens := config.global_batch_size * (config.seq_len + 1)) >= 2**31:
+        raise ConfigError(
+            f"global_batch_size is {config.global_batch_size:,}, but a step of rows of {config.seq_len:,} tokens must "
+            f"have fewer than 2^31 (these are {tokens:,})."
+        )
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise ConfigError(f"mesh is {config.mesh.to_dict()}, but only one axis may be -1.")
     for name in config.data.sources:
@@ -250,10 +260,33 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
 def _check_fields(fields: Mapping[str, Field], values: Mapping[str, Any], group: str = "") -> None:
     """Runs the checks of a table of fields; `group` is put before their names in the error."""
     for name, field in fields.items():
+        if name not in values:
+            raise ConfigError(f"the config lacks the field {group}{name}: make it by meap_jax.config.base().")
         value = values[name]
-        for check in field.checks:
-            if value is not None and not check.is_valid(value, values):
-                raise ConfigError(f"{group}{name} is {value!r}, but must be {check.expected(values)}.")
+        if value is None and isinstance(field.default, type):
+            continue
+        wanted = _wanted(field, value) or next(
+            (check.expected(values) for check in field.checks if not check.is_valid(value, values)), None
+        )
+        if wanted is not None:
+            raise ConfigError(f"{group}{name} is {shown(value)}, but must be {wanted}.")
+
+
+def _wanted(field: Field, value: Any) -> str | None:
+    """What a value must be in place of what it is, "a whole number"; None where its type and size are right."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number if field.type is float else type(value) is field.type):
+        return TYPES[field.type]
+    return f"below {field.below:,}" if field.type is int and value >= field.below else None
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, on one line and not too long for one."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python doesn't write numbers of thousands of digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _is_data_path(config: ml_collections.ConfigDict, name: str) -> bool:
@@ -317,6 +350,7 @@ def _check_chat(config: ml_collections.ConfigDict) -> None:
 def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool) -> None:
     """Checks one group of data.sources."""
     source, group = config.data.sources[name], f"data.sources.{name}"
+    _check_fields(SOURCE_FIELDS, source, f"{group}.")
     path = "data.path" if _is_data_path(config, name) else f"{group}.path"
     if name in EMBEDDED_SOURCES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "tokenizer":
         raise ConfigError(f"{group} is a source named {name!r}, but a name is letters, digits, _ and -, and not taken.")
@@ -331,4 +365,3 @@ def _check_source(config: ml_collections.ConfigDict, name: str, needs_data: bool
         raise ConfigError(
             f"{path} is not set: name a folder of .txt or .jsonl files, such as --config.{path}=/data/books."
         )
-    _check_fields(SOURCE_FIELDS, source, f"{group}.")

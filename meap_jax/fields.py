@@ -32,13 +32,17 @@ class Check(NamedTuple):
 class Field:
     """One field of a config.
 
-    Its checks run in their order. A check that reads other fields must run after theirs, so its field comes below them
-    in the table.
+    Its type is that of its default. Its checks run in their order, after that of the type. A check that reads other
+    fields must run after theirs, so its field comes below them in the table.
     """
 
-    def __init__(self, default: Any, doc: str, *checks: Check):
-        """`default` is a type where the field is None until it is set; None is not checked."""
-        self.default, self.doc, self.checks = default, doc, checks
+    def __init__(self, default: Any, doc: str, *checks: Check, below: int = 2**31):
+        """`default` is a type where the field is None until it is set; None is not checked.
+
+        Whole numbers must be `below` a bound: devices count in int32.
+        """
+        self.default, self.doc, self.checks, self.below = default, doc, checks, below
+        self.type: type = default if isinstance(default, type) else type(default)
 
 
 def rule(is_valid: Callable[[Any], bool], expected: str, *wrong: Any) -> Check:
@@ -111,9 +115,9 @@ def windowed_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     named: set[int] = set()
     for entry in text.split(","):
         first, dash, last = entry.strip().partition("-")
+        if not 0 <= int(first) <= int(last if dash else first) < num_layers:
+            raise ValueError(text)
         named.update(range(int(first), int(last if dash else first) + 1))
-    if not named <= set(range(num_layers)):
-        raise ValueError(text)
     return tuple(layer in named for layer in range(num_layers))
 
 
@@ -148,6 +152,7 @@ def _official_ratio(of: Values) -> float:
 POSITIVE = rule(lambda v: 0 < v < math.inf, "positive", 0.0, -1.0, math.inf)
 SHARE = rule(lambda v: 0 <= v <= 1, "in [0, 1]", -0.1, 1.5)
 DECAY_RATE = rule(lambda v: 0 <= v < 1, "in [0, 1)", -0.5, 1.0)
+ANY = 2**63  # The bound of whole numbers that no device counts.
 SEED = rule(lambda v: 0 <= v < 2**32, "in [0, 2^32)", -1, 2**32)
 WORDS = rule(lambda v: 1 <= v <= 64, "from 1 to 64", 0, 65)  # As many as meap_jax.corpus.retrieval has.
 WHERE = rule(lambda v: bool(re.fullmatch(r"all|(only|never):\w+(,\w+)*", v)), "all, or only: or never: with roles of "
@@ -218,8 +223,9 @@ NEEDS_LONG_FROM = Check(
 
 # fmt: off
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, "Of the whole run; each of the seeds below that is set takes its place for one use.", SEED),
-    **{f"seeds.{name}": Field(int, f"Of {use}.", SEED) for name, use in SEEDS.items()},
+    "seed": Field(0, "Of the whole run; each of the seeds below that is set takes its place for one use.", SEED,
+        below=ANY),
+    **{f"seeds.{name}": Field(int, f"Of {use}.", SEED, below=ANY) for name, use in SEEDS.items()},
     "num_steps": Field(1_000, "Optimizer steps.", at_least(1)),
     "num_epochs": Field(0.0, "Passes over the training data, from which num_steps is computed; 0: num_steps counts.",
         at_least(0)),
@@ -232,7 +238,7 @@ FIELDS: dict[str, Field] = {
         "bits, by the package qwix, and others in bfloat16.", one_of("float32", "bfloat16", "int4", "nf4")),
     "init_from": Field(str, "Workdir of another run: its parameters, with a fresh optimizer and step 0."),
 
-    "model.num_layers": Field(2, "Layers.", at_least(1)),
+    "model.num_layers": Field(2, "Layers.", at_least(1), below=2**16),
     "model.num_heads": Field(4, "Query heads.", at_least(1)),
     "model.num_kv_heads": Field(2, "Heads of keys and values. Official code: 2 at every size.",
         at_least(1), divides("model.num_heads")),
@@ -357,11 +363,14 @@ FIELDS: dict[str, Field] = {
         "tekken: 131,072 ids + [MASK]; or the path of a tokenizer.model (SentencePiece), tokenizer.json (Hugging "
         "Face), tekken.json or a folder of one.", TOKENIZER),
     "data.prepared": Field(str, "Folder of the frozen corpus; default: data/ in the workdir. Runs can share one."),
-    "data.seed": Field(0, "Of what is generated; the order of blocks comes from seeds.data.", SEED),
+    "data.seed": Field(0, "Of what is generated; the order of blocks comes from seeds.data.", SEED,
+        below=ANY),
     "data.holdout": Field(0.02, "Share of text documents in each of validation and test, where a source has none of "
         "its own.", rule(lambda v: 0 < v < 0.5, "in (0, 0.5)", 0.0, 0.5)),
     "data.max_skipped": Field(1_000, "Bad records of a source that are passed over; one more stops the preparation.",
-        at_least(0)),
+        at_least(0), below=ANY),
+    "data.max_skipped_share": Field(0.1, "Share of a source's records that may be bad; more than that, and more than "
+        "ten, stop the preparation. 1: any share.", SHARE),
     "data.packing": Field("concat", "concat: one stream cut into blocks, without a mask between documents (the "
         "official code's); concat_segments: the same, but no document sees another; best_fit: whole documents, padded. "
         "Retrieval documents and conversations always are whole.", one_of("concat", "concat_segments", "best_fit")),
@@ -414,7 +423,7 @@ FIELDS: dict[str, Field] = {
     "eval.seq_len": Field(0, "Tokens of a prompt and its answer at most, for tasks that generate or score; above "
         "seq_len a model is asked for more than it was trained on. 0: seq_len.", at_least(0)),
     "eval.chat": Field(False, "Puts each prompt into the model's chat template, as the message of a user."),
-    "eval.seed": Field(0, "Of the questions that a task generates or draws.", SEED),
+    "eval.seed": Field(0, "Of the questions that a task generates or draws.", SEED, below=ANY),
     "eval.facts.counts": Field("2,4,7,10,13,16", "Facts of a document, each number for itself.", NUMBERS),
     "eval.facts.fillers": Field("0,1", "Sentences between the facts and the questions of a document.", COUNTS),
     "eval.facts.documents": Field(30, "With each number of facts and of fillers.", at_least(1)),
@@ -489,7 +498,8 @@ SOURCE_FIELDS: dict[str, Field] = {  # Of each group data.sources.NAME.
     "field": Field("text", "Where a record has its text; dots go deeper."),
     "where": Field("", "field=value: takes only such records, as meta.redpajama_set_name=RedPajamaGithub.",
         rule(lambda v: not v or "=" in v, "empty or field=value", "novalue")),
-    "max_tokens": Field(0, "The first documents that hold so many are the training data; 0: all.", at_least(0)),
+    "max_tokens": Field(0, "The first documents that hold so many are the training data; 0: all.", at_least(0),
+        below=ANY),
     "epochs": Field(0.0, "A run that would take more passes than this is refused; 0: any number.", at_least(0)),
     "long_from": Field(0, "Tokens; with keep_shorter the length-upsampling of Fu et al., "
         "https://arxiv.org/abs/2402.10171.", at_least(0)),

@@ -1,6 +1,5 @@
 """Opens a model of the Hugging Face hub: a folder with config.json, safetensors and a tokenizer."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +10,7 @@ import jax
 from meap_jax import config as config_lib
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import DataError
+from meap_jax.files import parse_json
 from meap_jax.hf import config as hf_config
 from meap_jax.hf import safetensors, weights
 from meap_jax.hf.tokenizer import open_hub_tokenizer
@@ -83,7 +83,7 @@ def sizes(rows: int, tokenizer: Tokenizer) -> dict[str, int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} can't be read ({error.strerror}): --hf must be a folder of the hub.") from error
     except ValueError as error:

@@ -24,6 +24,7 @@ from meap_jax import config as config_lib
 from meap_jax import partition, sharding, tokenizers
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError
+from meap_jax.files import parse_json
 from meap_jax.model.config import ModelConfig
 from meap_jax.model.decoder import Definition, Params, define
 from meap_jax.objective import Objective, named_keys
@@ -203,7 +204,7 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     """
     file = folder / CONFIG_FILE
     try:
-        return config_lib.read_back(json.loads(file.read_text()))
+        return config_lib.read_back(parse_json(file.read_bytes()))
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no {CONFIG_FILE}: name the workdir of a run.") from error
     except ConfigError as error:

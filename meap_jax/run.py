@@ -15,10 +15,12 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
+from meap_jax.memory import check_fits
 from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition
 from meap_jax.models import Model, define_model
 from meap_jax.restore import newest_meta
+from meap_jax.train import abstract_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh 
         with another config or on other data.
     """
     model = define_model(config, mesh)
+    check_fits(
+        abstract_inputs(config, model.definition, model.mesh),
+        model.mesh.devices.flat,
+        f"a model of {model.definition.config.num_parameters:,} parameters, trained on {config.global_batch_size:,} "
+        f"rows of {config.seq_len:,} tokens a step,",
+        "lower model.*, global_batch_size or seq_len, or split it over more devices (mesh.fsdp, mesh.tensor)",
+    )
     meta = newest_meta(workdir)
     if meta is not None:
         check_resume(config, meta, workdir)  # Before the data: it may be in the workdir, and the other config's.

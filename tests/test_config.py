@@ -1,11 +1,11 @@
 """Every field that cannot work is refused in one sentence; every config of the repository passes."""
 
+import functools
 import importlib
 import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 
 import ml_collections
@@ -13,10 +13,10 @@ import pytest
 
 from meap_jax import cli
 from meap_jax import config as config_lib
-from meap_jax.config import changed_on_resume, check, flatten, mixture, seed_of
+from meap_jax.config import TYPES, changed_on_resume, check, flatten, mixture, seed_of
 from meap_jax.errors import ConfigError
 from meap_jax.fields import fields_of
-from tiny_runs import ROOT, environment, tiny_config
+from tiny_runs import ROOT, tiny_config
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 
@@ -71,6 +71,74 @@ def test_an_impossible_field_is_stopped_by_its_name_its_value_and_what_would_be_
         config_lib.check(c)
     values = flatten(c.data.sources.text if name.startswith("data.sources.") else c)
     assert str(error.value) == f"{name} is {flatten(c)[name]!r}, but must be {check.expected(values)}."
+
+
+@pytest.mark.parametrize("name, field", fields_of(["text"]).items(), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_value_of_another_type_is_refused_by_name_and_never_rounded(name, field):
+    wrong = {int: (1.5, 3.0, True, "3"), float: ("0.1", True), bool: (1, "yes"), str: (1, b"text")}[field.type]
+    for value in wrong:
+        config = config_lib.base().to_dict()  # ConfigDict has checks of its own, but a file can hold anything.
+        *groups, last = name.split(".")
+        functools.reduce(lambda group, key: group[key], groups, config)[last] = value
+        with pytest.raises(ConfigError) as error:
+            check(ml_collections.ConfigDict(config))
+        assert str(error.value) == f"{name} is {value!r}, but must be {TYPES[field.type]}."
+
+
+@pytest.mark.parametrize("name, value, most", [
+    ("num_steps", 2**31, "2,147,483,648"), ("global_batch_size", 10**11, "2,147,483,648"),
+    ("objective.span_length", 10**12, "2,147,483,648"), ("model.num_layers", 10**9, "65,536"),
+    ("model.window", 2**40, "2,147,483,648"), ("data.sources.text.max_tokens", 2**63, "9,223,372,036,854,775,808"),
+])  # fmt: skip
+def test_a_number_that_no_device_counts_to_is_refused_with_the_bound(name, value, most):
+    with pytest.raises(ConfigError) as error:
+        check(tiny_config(**{name: value}))
+    assert str(error.value) == f"{name} is {value}, but must be below {most}."
+
+
+def test_a_step_has_no_more_tokens_than_an_int32_counts():
+    check(tiny_config(global_batch_size=2**20, seq_len=2**11 - 2))
+    with pytest.raises(ConfigError, match=r"^global_batch_size is 1,048,576, .*these are 2,147,483,648\).$"):
+        check(tiny_config(global_batch_size=2**20, seq_len=2**11 - 1))
+
+
+def test_ranges_of_layers_that_are_not_there_cost_no_memory():
+    with pytest.raises(ConfigError, match="model.window_layers is '0-99999999999', but must be all, or layers from 0"):
+        check(tiny_config(**{"model.window_layers": "0-99999999999"}))
+
+
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--config=nowhere/x.py"], "--config is 'nowhere/x.py', which does not exist: name one such as configs/quick"),
+        (["--config", "configs/nope.py:1b"], "--config is 'configs/nope.py:1b', which does not exist"),
+        ([f"--config={ROOT}"], f"--config is '{ROOT}', which is no file: name one such as configs/quickstart.py."),
+        (["--config=/dev/zero"], "--config is '/dev/zero', which is no file"),
+        (["--config"], "--config is '', which does not exist"),
+        ([QUICKSTART, "--config.num_steps=1e20"], "num_steps is '1e20', but must be a whole number."),
+        ([QUICKSTART, "--config.objective.mask_id=1.5"], "objective.mask_id is '1.5', but must be a whole number."),
+        ([QUICKSTART, "--config.seeds.mask=x=y: z"], "seeds.mask is 'x=y: z', but must be a whole number."),
+        ([QUICKSTART, f"--config.num_steps={'9' * 5000}"], "... (5,002 characters), but must be a whole number."),
+        ([QUICKSTART, "--config.optimizer.eps=small"], "optimizer.eps is 'small', but must be a number."),
+        ([QUICKSTART, "--config.eval.chat=maybe"], "eval.chat is 'maybe', but must be True or False."),
+        ([QUICKSTART, "--config.model={}"], "the config lacks the field model.num_layers"),
+        ([QUICKSTART, "--config.optimizer.learning_rate=1e400"], "optimizer.learning_rate is inf, but must be"),
+    ],
+    ids=lambda x: str(x)[-40:],
+)  # fmt: skip
+def test_a_command_line_that_names_no_file_or_no_value_gets_one_sentence(words, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
+        cli.parse_config(["main", *words])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_returns_no_config_is_refused(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return None\n")
+    with pytest.raises(ConfigError, match=r"^get_config\(\) in the file of --config returns NoneType, but must"):
+        cli.parse_config(["main", f"--config={tmp_path / 'c.py'}"])
 
 
 def test_every_field_says_what_it_means():
@@ -167,10 +235,3 @@ def test_help_shows_the_usage_and_every_field(name, monkeypatch, capsys):
     assert f"python -m {name.removesuffix('.__main__')} --config=" in shown
     for name, field in fields_of(["NAME"]).items():
         assert f"  {name} = " in shown and field.doc.split()[-1] in shown
-
-
-def test_help_is_shown_in_a_process_of_its_own_under_a_former_name_too():
-    command = [sys.executable, "-m", "meap_jax.data.prepare", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert "python -m meap_jax.corpus.prepare --config=" in shown
-    assert "model.num_heads = 4, must be at least 1\n      Query heads." in shown

@@ -197,3 +197,30 @@ def test_an_environment_in_front_of_venv_has_its_packages_and_is_made_anew_for_o
     requirements.write_text("torch\n")
     assert make("-C", checkout, target=environment.name).returncode == 0
     assert not (environment / "of-the-first").exists()
+
+
+@pytest.mark.parametrize("name", ["cloud", "audit"])
+def test_an_environment_beside_venv_is_made_once_and_anew_for_other_requirements(checkout, tmp_path, python, name):
+    # Its own venv has the stand-in for pip too.
+    text = (
+        python.read_text()
+        .replace("cp -r", f"for to in .venv .{name}; do [ ! -d $to ] || cp -r")
+        .replace(" .venv/lib/python3*/site-packages/", " $to/lib/python3*/site-packages/; done")
+    )
+    python.write_text(text)
+    environment, requirements = checkout / f".{name}", checkout / f"requirements-{name}.txt"
+    requirements.write_text("a\n")
+    (checkout / ".venv").mkdir()
+    assert make("-C", checkout, python=python).returncode == 0
+    fake = checkout / ".venv" / "bin" / "python"
+    fake.unlink()
+    fake.symlink_to(python)
+    for _ in range(2):
+        answer = make("-C", checkout, target=environment.name)
+        assert answer.returncode == 0, answer.stderr
+    asked = [f"install --quiet --disable-pip-version-check -r {requirements.name}"]
+    assert installs(checkout)[1:] == asked
+    (environment / "of-the-first").touch()
+    requirements.write_text("b\n")
+    assert make("-C", checkout, target=environment.name).returncode == 0
+    assert not (environment / "of-the-first").exists() and installs(checkout)[1:] == asked * 2

@@ -1,4 +1,4 @@
-"""Our train step as a worker of `train_step`: python -m experiments.benchmarks.jax_engine SPEC."""
+"""Our train step as a worker of `train_step`."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from experiments.benchmarks import worker
 from experiments.benchmarks.timing import timed
 from experiments.benchmarks.workload import Workload, temp_bytes
 from meap_jax.hardware import detect
@@ -48,7 +47,3 @@ def matmul(size: int) -> float:
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(x, x))
     return timed(lambda: product(x, x), 3)()
-
-
-if __name__ == "__main__":
-    worker.serve(build)

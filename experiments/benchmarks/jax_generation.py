@@ -1,4 +1,4 @@
-"""Our generation as a worker of `generation`: python -m experiments.benchmarks.jax_generation SPEC."""
+"""Our generation as a worker of `generation`."""
 
 import os
 import time
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarks import worker
 from experiments.benchmarks.workload import devices
 from meap_jax import hub
 from meap_jax.generator import Generator
@@ -47,7 +46,3 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         "tokens": tokens,
     }
     return about, {"prefill": lambda: run(1)[0], "decode": decode}
-
-
-if __name__ == "__main__":
-    worker.serve(build)

@@ -1,4 +1,4 @@
-"""Our model class as a worker of `lm_eval`: python -m experiments.benchmarks.jax_lm_eval SPEC."""
+"""Our model class as a worker of `lm_eval`."""
 
 import json
 import time
@@ -8,7 +8,6 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from experiments.benchmarks import worker
 from experiments.benchmarks.workload import devices
 from meap_jax import hub
 from meap_jax.data.prepared import Prepared
@@ -54,7 +53,3 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         "tokens": tokens,
     }
     return about, {"score": lambda: score()[0]}
-
-
-if __name__ == "__main__":
-    worker.serve(build)

@@ -1,4 +1,4 @@
-"""PyTorch's train step as a worker of `train_step`: python -m experiments.benchmarks.torch_engine SPEC.
+"""PyTorch's train step as a worker of `train_step`.
 
 transformers' LlamaForCausalLM with SDPA attention and torch's fused AdamW, as someone who uses them well would run
 them: the fastest AdamW that torch has, no cache of keys and values, no copy of the logits but the loss's own.
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-
-from experiments.benchmarks import worker
 
 
 def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:
@@ -124,7 +122,3 @@ def matmul(size: int, device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-if __name__ == "__main__":
-    worker.serve(build)

@@ -1,4 +1,4 @@
-"""transformers' `generate` as a worker of `generation`: python -m experiments.benchmarks.torch_generation SPEC."""
+"""transformers' `generate` as a worker of `generation`."""
 
 import os
 import time
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-
-from experiments.benchmarks import worker
 
 
 def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:
@@ -41,7 +39,3 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
         "tokens": tokens,
     }
     return about, {"prefill": lambda: run(1)[0], "decode": decode}
-
-
-if __name__ == "__main__":
-    worker.serve(build)

@@ -1,4 +1,4 @@
-"""The harness' Hugging Face backend as a worker of `lm_eval`: python -m experiments.benchmarks.torch_lm_eval SPEC."""
+"""The harness' Hugging Face backend as a worker of `lm_eval`."""
 
 import json
 import os
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-
-from experiments.benchmarks import worker
 
 
 def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]:
@@ -35,7 +33,3 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Callable]]
     found = model.batch_sizes[0]
     about = {"batch_size": found, "log_probs": [log_prob for log_prob, _ in answers]}
     return about, {"score": lambda batch_size=found: score(batch_size)[0]}
-
-
-if __name__ == "__main__":
-    worker.serve(build)

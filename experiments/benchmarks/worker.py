@@ -1,9 +1,13 @@
-"""A program in a process of its own that does one thing a line on stdin asks for, and answers with a line of JSON.
+"""An engine of a benchmark in a process of its own: python -m experiments.benchmarks.worker MODULE SPEC.
+
+The process does what each line on stdin asks for, and answers with a line of JSON. MODULE has `build`, which makes an
+engine of SPEC, an object in JSON. The benchmarks start it; nobody need type this.
 
 Engines that are compared live in such processes and take turns, so that neither holds threads, memory or an allocator
 of the other. All inherit the parent's CPU affinity and environment.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -27,14 +31,18 @@ class Worker:
     """The parent's end. Use as a context manager: the process ends with the block."""
 
     def __init__(self, module: str, spec: Mapping[str, Any]):
-        """Starts `python -m MODULE SPEC` and waits until it is ready.
+        """Starts an engine and waits until it is ready.
+
+        Args:
+          module: whose `build` makes it.
+          spec: what `build` is given.
 
         Raises:
           WorkerError, OutOfMemory: if it doesn't come to that.
         """
         self._module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(spec)],
+            [sys.executable, "-m", __name__, module, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,11 +89,12 @@ class Worker:
         self.close()
 
 
-def serve(build: Callable[[dict[str, Any]], tuple[Any, Mapping[str, Callable]]]) -> None:
+def serve(module: str, spec: dict[str, Any]) -> None:
     """The worker's end: answers until stdin ends.
 
     Args:
-      build: (spec) -> (what to say when ready, commands by name).
+      module: whose `build` is a function (spec) -> (what to say when ready, commands by name).
+      spec: of the engine.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print is for people.
@@ -102,8 +111,20 @@ def serve(build: Callable[[dict[str, Any]], tuple[Any, Mapping[str, Callable]]])
     def say(value: Any) -> None:
         print(json.dumps({"value": value}), file=answers, flush=True)
 
-    about, commands = answered(build, json.loads(sys.argv[1]))
+    about, commands = answered(lambda: importlib.import_module(module).build(spec))
     say(about)
     for line in sys.stdin:
         name, *args = json.loads(line)
         say(answered(commands[name], *args))
+
+
+def command(argv: list[str]) -> None:
+    """Runs the worker's end of the engine that is named."""
+    if {"-h", "--help"} & {*argv[1:]} or len(argv) != 3:
+        print(__doc__)
+        sys.exit(0 if len(argv) == 2 else 2)
+    serve(argv[1], json.loads(argv[2]))
+
+
+if __name__ == "__main__":
+    command(sys.argv)

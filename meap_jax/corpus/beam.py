@@ -35,7 +35,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -49,6 +48,7 @@ from meap_jax.corpus.shards import Job, Summary, make_shard, read_summary, summa
 from meap_jax.data.manifest import MANIFEST
 from meap_jax.errors import ConfigError, DataError, UserError
 from meap_jax.paths import is_url
+from meap_jax.readers import Part
 
 _LOOK_AFTER = 10_000  # milliseconds between looks at what is done
 
@@ -80,7 +80,7 @@ def run_on_beam(
     for job in todo:
         _error_file(job).unlink(missing_ok=True)
     # Bytes, so that Beam needs to understand nothing of them; small, since Dataflow takes pipelines of 10 MB at most.
-    elements = [zlib.compress(pickle.dumps((job.shard, job.parts))) for job in todo]
+    elements = [zlib.compress(json.dumps([job.shard, job.parts]).encode()) for job in todo]
     pipeline = beam.Pipeline(options=options)
     shards = pipeline | "Shards" >> beam.Create(elements) | "Spread" >> beam.Reshuffle()
     shards | "Tokenize" >> beam.Map(functools.partial(_make_element, common, worker_folder))
@@ -158,8 +158,8 @@ def _make_element(common: Job, worker_folder: str | None, element: bytes) -> Non
 
     # Beam gives each core work of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    shard, parts = pickle.loads(zlib.decompress(element))
-    job = common._replace(shard=shard, parts=parts)
+    shard, parts = json.loads(zlib.decompress(element))
+    job = common._replace(shard=shard, parts=tuple(Part(*part) for part in parts))
     if worker_folder is not None and is_url(worker_folder):
         summary = _make_in_bucket(job, worker_folder.rstrip("/"))
     else:

@@ -30,7 +30,7 @@ import numpy as np
 
 from meap_jax import tokenizers
 from meap_jax.corpus.packing import check_skipped, make_plans
-from meap_jax.corpus.shards import ShardMaker, jobs, read_summary, run_here, run_jobs, skips_by_reason
+from meap_jax.corpus.shards import ShardMaker, check_share, jobs, read_summary, run_here, run_jobs, skips_by_reason
 from meap_jax.corpus.sources import TRAIN, Retrieval, Source, TokenIds, open_source
 from meap_jax.data.manifest import MANIFEST, check_options, hash_of, read_manifest, write_manifest
 from meap_jax.data.prepared import Prepared, open_tokenizer, plan_folder
@@ -318,6 +318,7 @@ def _make_store(
     else:
         write_manifest(partial, {"options": options, "tokenizer": tokenizer_hash})
     summaries = run_jobs(planned, shard_maker, name)
+    check_share(name, summaries, spec.max_skipped_share)
     _finish_store(partial, folder / name, source_spec, template, tokenizer_hash, summaries)
 
 

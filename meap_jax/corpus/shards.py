@@ -24,9 +24,11 @@ from meap_jax.corpus.sources import Source
 from meap_jax.corpus.workers import worker_pool
 from meap_jax.data.store import completed, ids_dtype, shard_file, write_shard
 from meap_jax.errors import DataError
+from meap_jax.files import parse_json
 from meap_jax.readers import Part, Skips
 
 SHARD_BYTES = 64 << 20  # Of text, about; compressed or not, as the files are.
+_FEW = 10  # Bad records of a source are no reason to stop, however small it is.
 _ONE_PROCESS = 4 << 20  # Below, workers take longer to start than one takes to be done.
 
 _load_tokenizer = functools.lru_cache(maxsize=1)(tokenizers.load)
@@ -117,6 +119,26 @@ def run_jobs(planned: Sequence[Job], shard_maker: ShardMaker, name: str) -> list
     return [summaries[job.shard] for job in planned]
 
 
+def check_share(name: str, summaries: Sequence[Summary], most: float) -> None:
+    """Stops where a large share of a source is bad: its form is another one than the config says.
+
+    Args:
+      name: of the source.
+      summaries: of all its shards.
+      most: share of its records, data.max_skipped_share. A few bad records are none too many, whatever their share.
+
+    Raises:
+      DataError: with counts by reason.
+    """
+    skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter[str]())
+    bad, good = skipped.total(), sum(summary["documents"] for summary in summaries)
+    if good and bad > _FEW and bad > most * (bad + good):  # Of a source without any good ones more can be said.
+        raise DataError(
+            f"{bad:,} of {bad + good:,} records of {name} can't be used, more than the share data.max_skipped_share = "
+            f"{most:g}: {skips_by_reason(skipped, summaries)}"
+        )
+
+
 def skips_by_reason(skipped: Mapping[str, int], summaries: Iterable[Mapping[str, Any]]) -> str:
     """Counts of bad records by reason, each with the place of the first."""
     first = {k: place for s in reversed(list(summaries)) for k, place in s["skipped_first"].items()}
@@ -166,7 +188,7 @@ def summary_file(job: Job) -> Path:
 def read_summary(job: Job) -> Summary | None:
     """The summary of a shard that is complete."""
     try:
-        return json.loads(summary_file(job).read_text(encoding="utf-8"))
+        return parse_json(summary_file(job).read_bytes())
     except (FileNotFoundError, ValueError):  # ValueError: the power failed before the disk had it.
         return None
 

@@ -2,16 +2,57 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from meap_jax.config import flatten
 from meap_jax.data.store import completed
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.files import parse_json
 
 LAYOUT_VERSION = 4  # Raise when a folder's files change their meaning.
 MANIFEST = "manifest.json"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is the name of a file in its folder, and no path to somewhere else."""
+    return isinstance(value, str) and value not in ("", ".", "..") and "\0" not in value and Path(value).name == value
+
+
+def _has(*counts: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(_is_count(value.get(name)) for name in counts)
+
+
+_SPLITS = frozenset(("train", "validation", "test"))
+# What the values of a manifest must be, where it has them: those on which reading depends.
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "options": lambda value: isinstance(value, dict),
+    "tokenizer": lambda value: isinstance(value, str) or _has("num_tokens")(value),
+    "tokenizer_hash": lambda value: isinstance(value, str),
+    "fingerprint": lambda value: isinstance(value, str),
+    "chat_template": lambda value: isinstance(value, str),
+    "num_tokens": _is_count,
+    "documents": lambda value: isinstance(value, dict) and _has(*_SPLITS)(value),
+    "files": lambda value: all(map(_is_name, value)) and (type(value) is list or all(map(_is_count, value.values()))),
+    "shards": lambda value: type(value) is list and all(map(_has("documents", "tokens", "bytes"), value)),
+    "splits": lambda value: value.keys() == _SPLITS and all(map(_has("blocks", "tokens"), value.values())),
+}
+
+
+class _Manifest(dict):
+    """A manifest; what should be in it and isn't is damage."""
+
+    def __init__(self, content: Mapping[str, Any], path: Path):
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise damaged(self._path)
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -78,15 +119,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} is not a prepared data folder: it holds no {MANIFEST}.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
         layout = manifest["layout_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        wrong = [name for name, is_right in _FORMS.items() if name in manifest and not is_right(manifest[name])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path) from error
     if layout != LAYOUT_VERSION:
         raise DataError(
             f"{folder} has layout {layout}, but this code reads {LAYOUT_VERSION}: delete it to prepare it again."
         )
-    return manifest
+    if wrong:
+        raise damaged(path)
+    return _Manifest(manifest, path)
 
 
 def hash_of_files(paths: Iterable[Path]) -> str:

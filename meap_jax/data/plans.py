@@ -199,10 +199,17 @@ def save(folder: Path, name: str, plans: Iterable[Plan], lengths: np.ndarray, bl
 
 
 def load(folder: Path, name: str) -> Plan:
-    """Maps a plan that was saved into memory."""
+    """Maps a plan that was saved into memory.
+
+    Raises:
+      OSError, ValueError: its files are not there, or are none of a plan.
+    """
 
     def mapped(kind: str, dtype: np.dtype) -> np.ndarray:
         path = folder / f"{name}.{kind}"
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-    return Plan(mapped("slices", SLICE_DTYPE), mapped("bounds", np.dtype("<i8")))
+    plan = Plan(mapped("slices", SLICE_DTYPE), mapped("bounds", np.dtype("<i8")))
+    if not len(plan.bounds):
+        raise ValueError("it has no bounds of blocks")
+    return plan

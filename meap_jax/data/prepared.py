@@ -73,6 +73,8 @@ class Blocks:
         end = 0
         for segment, ((document, skip, length), ids) in enumerate(zip(slices, documents, strict=True), 1):
             start, end = end, end + length
+            if end > self.block_len or skip + length > len(ids):
+                raise DataError(f"the plans in {self._store.folder} are damaged at block {index}: delete its plans/.")
             tokens[start:end] = ids[skip : skip + length]
             segment_ids[start:end] = 1 if self.is_one_segment else segment
             if maskable is not None:

@@ -113,7 +113,8 @@ class DataSpec:
     vocab_size: int  # Of the model.
     sources: Mapping[str, SourceSpec]
     plans: Mapping[str, PlanSpec]
-    max_skipped: int  # Bad records of a source that are passed over.
+    max_skipped: int  # Bad records of a source that are passed over, ...
+    max_skipped_share: float  # ... and the share of its records that they may be.
     samples: SampleSpec
     epoch_plans: Mapping[str, PlanSpec] = dataclasses.field(default_factory=dict)  # Whose blocks make an epoch.
     where: str = "all"  # objective.where: what rows say of it isn't prepared, so that it can change over one folder.
@@ -174,4 +175,6 @@ def data_spec(config: ml_collections.ConfigDict) -> DataSpec:
         chats = {name: plan for name, plan in plans.items() if isinstance(plan, ChatPlanSpec)}
         epoch_plans |= {name: dataclasses.replace(plan, arrangement=sft.epoch_of) for name, plan in chats.items()}
     vocab_size, where = config.model.vocab_size, config.objective.where
-    return DataSpec(d.tokenizer, vocab_size, sources, plans, d.max_skipped, samples, epoch_plans, where)
+    return DataSpec(
+        d.tokenizer, vocab_size, sources, plans, d.max_skipped, d.max_skipped_share, samples, epoch_plans, where
+    )

@@ -4,7 +4,6 @@ With one file a side, examples are the units, and what comes out is about these 
 each a run of one seed, the pairs of runs are the units, and what comes out is about how they were trained.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.evals.published import PUBLISHED
+from meap_jax.files import parse_json
 from meap_jax.results import Interval
 from meap_jax.statistics import holm, mcnemar, paired_bootstrap, paired_t_interval, t_test
 
@@ -145,7 +145,7 @@ def read_results(file: Path) -> dict[str, Any]:
       ConfigError, DataError: it can't be read, or is something else.
     """
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(file.read_bytes())
     except OSError as error:
         reason = f"can't be read ({error.strerror}): name the JSON that an evaluation wrote"
         raise ConfigError(f"{file} {reason}.") from error

@@ -71,7 +71,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data, headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                return completion_of(_read(response, self._timeout))
+                return completion_of(self._without_key(_read(response, self._timeout)))
         except urllib.error.HTTPError as error:
             raise self._of_status(error) from None
         except urllib.error.URLError as error:
@@ -82,7 +82,8 @@ class Endpoint:
     def _of_status(self, error: urllib.error.HTTPError) -> Exception:
         with error:
             try:
-                said = self._safe(error.read(2_000).decode("utf-8", "replace"))
+                body = self._without_key(error.read(2_000 + len(self._key or "")))
+                said = self._safe(body[:2_000].decode("utf-8", "replace"))  # The cut is through no key.
             except (OSError, http.client.HTTPException):
                 said = ""
         # A server may repeat a part of the key that it doesn't like.
@@ -96,6 +97,10 @@ class Endpoint:
             f"eval.summaries.judge_url is {self.url}, which answers with {reason}; check "
             f"{hint.get(error.code, 'the address and the account')}."
         )
+
+    def _without_key(self, body: bytes) -> bytes:
+        """An answer in which the server doesn't repeat the key, before any of it is cut, logged or kept."""
+        return body.replace(self._key.encode(), b"(key)") if self._key else body
 
     def _safe(self, text: object) -> str:
         """A text on one line, without the key."""

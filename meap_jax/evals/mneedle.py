@@ -6,10 +6,9 @@ the hash of the file. Without one, chains about people who do not exist are gene
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
 from meap_jax.evals.setting import Setting
 from meap_jax.fields import numbers
+from meap_jax.files import check_is_file, parse_json
 from meap_jax.results import Interval
 from meap_jax.statistics import clustered_interval
 
@@ -165,7 +165,8 @@ def read_chains(file: Path, num_needles: int) -> list[Chain]:
       DataError: it is no list of such records, or has none of so many needles.
     """
     try:
-        records: Any = json.loads(file.read_text(encoding="utf-8"))
+        check_is_file(file)
+        records = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"eval.mneedle.needles is {file}, which can't be read as JSON ({error}).") from error
     chains = []

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from meap_jax.errors import DataError
+from meap_jax.files import parse_json
 
 Record = dict[str, Any]
 
@@ -50,7 +51,7 @@ class Predictions:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 key = "model" if number == 1 else "prompt"
                 if not isinstance(record, dict) or key not in record:
                     raise ValueError(f"it has no field {key}")
@@ -90,7 +91,7 @@ def read_records(file: Path) -> tuple[Record, list[Record]]:
       DataError: it is no such file.
     """
     try:
-        header, *records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        header, *records = map(parse_json, file.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
         raise DataError(f"{file} holds no predictions ({error}).") from error
     return header, records

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meap_jax.errors import DataError
+from meap_jax.files import parse_json
 
 
 class RequestLog:
@@ -34,7 +35,7 @@ class RequestLog:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if not isinstance(record, dict):
                     raise ValueError("it is no object")
                 for name in ("judge", "request", "reply" if "reply" in record else "error"):

@@ -4,7 +4,6 @@ Five more put needles into a text, `eval.niah.haystack`. Sizes are those of RULE
 ours, unless `eval.ruler.prompts` brings other prompts. A prompt's length includes the room for its answer.
 """
 
-import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from meap_jax.evals.predictions import Record
 from meap_jax.evals.prompting import Prompting, Question
 from meap_jax.evals.setting import Setting
 from meap_jax.fields import numbers
+from meap_jax.files import check_is_file, parse_json
 from meap_jax.results import Interval
 from meap_jax.statistics import binomial_interval
 
@@ -158,7 +158,8 @@ def read_prompts(path: str | None) -> dict[str, str]:
     if path is None:
         return PROMPTS
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_is_file(path)
+        found = parse_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"eval.ruler.prompts is {path}, which can't be read as JSON ({error}).") from error
     needed = {

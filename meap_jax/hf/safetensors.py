@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 
 from meap_jax.errors import DataError
+from meap_jax.files import parse_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Their name in files, and ours.
@@ -98,7 +99,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            names: dict[str, str] = parse_json(index.read_bytes())["weight_map"]
             files: dict[Path, list[str]] = {}
             for name, file in names.items():
                 if Path(file).name != file:

@@ -20,6 +20,7 @@ _COLUMNS = ("messages", "conversations", "instruction", "input", "output", "syst
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _PART_BYTES = 2**30  # Large, since what comes before a part is read for the number of its first line.
+_MOST_DECOMPRESSED = 2**29  # Bytes of a compressed array.
 _HEAD, _CHUNK = 2**14, 2**20  # Bytes that are read at once, to see how a file begins, and otherwise.
 
 
@@ -192,10 +193,19 @@ def _elements(part: Part) -> Iterator[tuple[str, int, Any]]:
     """The place, the line on which it begins, and the value of each element of an array.
 
     Raises:
-      DataError: it is no array of JSON, or the file is damaged.
+      DataError: it is no array of JSON, the file is damaged, or it holds far more than its size on the disk.
     """
     try:
-        text = decode(b"".join(_chunks(part, _CHUNK)))
+        pieces, room = [], max(part.num_bytes, _MOST_DECOMPRESSED)
+        for piece in _chunks(part, _CHUNK):
+            pieces.append(piece)
+            room -= len(piece)
+            if room < 0:
+                raise DataError(
+                    f"{part.path} holds an array of more than {_MOST_DECOMPRESSED // 2**20} MiB, and an array is read "
+                    "whole: write its records as lines of a .jsonl.gz or .jsonl.zst, or decompress it."
+                )
+        text = decode(b"".join(pieces))
     except BadRecord as bad:
         raise DataError(f"{part.path}, {bad.within} {bad.reason}.") from bad
     decoder = json.JSONDecoder()

@@ -13,6 +13,7 @@ from meap_jax.readers.records import BadRecord, Selection, checked, decode, pars
 from meap_jax.readers.storage import File, find_files, open_part
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+TOO_LONG = f"is longer than {lines.MAX_LINE // 2**20} MiB"  # A record.
 _OPENERS = 16  # threads that look into files while the work is divided; each waits for its disk or bucket
 
 
@@ -82,13 +83,15 @@ def numbered_lines(part: Part, skips: Skips) -> Iterator[tuple[int, int, bytes]]
     with open_part(part) as file:
         try:
             for number, (position, line) in enumerate(_positioned(part, file), start=1):
-                if line and not line.isspace():
+                if isinstance(line, lines.TooLong):
+                    skips.add(TOO_LONG, f"{part.path}, line {number}")
+                elif line and not line.isspace():
                     yield number, position, line
         except BadRecord as damage:
             skips.add(damage.reason, f"{part.path}, {damage.within}, after line {number}")
 
 
-def _positioned(part: Part, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _positioned(part: Part, file: IO[bytes]) -> Iterator[tuple[int, bytes | lines.TooLong]]:
     suffix = os.path.splitext(part.path.lower())[1]
     if suffix in lines.COMPRESSED:
         # Positions mean nothing here.

@@ -8,9 +8,12 @@ import zstandard
 
 from meap_jax.readers.records import BadRecord
 
+MAX_LINE = 2**25  # Bytes. What a line of JSON becomes in memory can be forty times as much.
 _CHUNK = 2**20
-_COMPRESSED_CHUNK = 2**14  # small, since what comes out of it is held at once: of gzip at most a thousand times as much
-# What makes the decompressor of a stream, by the file's suffix; that of zst takes any window size.
+# Small, since what comes out of it is held at once: of gzip at most a thousand times as much, of zst 32,000 times.
+_COMPRESSED_CHUNK = {".gz": 2**14, ".zst": 2**10}
+# What makes the decompressor of a stream, by the file's suffix; that of zst takes any window size, which is 2 GiB at
+# most, of which it touches as much as comes out.
 COMPRESSED: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
@@ -18,7 +21,18 @@ COMPRESSED: dict[str, Callable[[], Any]] = {
 _ERRORS = (zlib.error, zstandard.ZstdError)
 
 
-def line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+class TooLong:
+    """What stands for a line of more than `MAX_LINE` bytes, which nobody keeps; it has the line's length."""
+
+    def __init__(self, length: int):
+        """Of the line, in bytes."""
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes | TooLong]]:
     """The lines whose first byte is in `start <= byte < stop`, each with the position of that byte.
 
     So ranges that follow each other give each line once, wherever they were cut: in a line, in a character or just
@@ -36,23 +50,29 @@ def line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[
         position += len(line) + 1
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | TooLong]:
     r"""The lines of a stream, without their "\n"."""
     begun: list[bytes] = []
+    size = 0  # Of the line that has begun, of which no more is kept once it is too long.
+
+    def line() -> bytes | TooLong:
+        return b"".join(begun) if size <= MAX_LINE else TooLong(size)
+
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
-        begun.append(first)
+        size += len(first)
+        begun = [*begun, first] if size <= MAX_LINE else []
         if others:
-            yield b"".join(begun)
+            yield line()
             begun = [others.pop()]
+            size = len(begun[0])
             yield from others
-    last = b"".join(begun)
-    if last:
-        yield last
+    if size:
+        yield line()
 
 
 def decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
-    """Chunks of what a file of one or more compressed streams holds.
+    """Chunks of what a file of one or more compressed streams holds, of `_CHUNK` bytes at most.
 
     Args:
       file: opened.
@@ -63,7 +83,7 @@ def decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
         before has been given. A checksum is at the end of a stream: what it finds to be wrong has been given too.
     """
     stream, position = None, 0
-    while data := file.read(_COMPRESSED_CHUNK):
+    while data := file.read(_COMPRESSED_CHUNK[suffix]):
         length = len(data)
         while data:
             if stream is None:
@@ -75,8 +95,7 @@ def decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
                 text = stream.decompress(data)
             except _ERRORS as error:
                 raise BadRecord("is corrupt", f"byte {position}") from error
-            if text:
-                yield text
+            yield from (text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK))
             data = stream.unused_data if stream.eof else b""
             stream = None if stream.eof else stream
         position += length

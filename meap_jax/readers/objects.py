@@ -1,12 +1,13 @@
 """Records of evaluation data: a JSON object a line, compressed or not, each with the fields that it must have."""
 
-import gzip
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from meap_jax.errors import DataError
+from meap_jax.files import check_is_file, parse_json
+from meap_jax.readers import lines
+from meap_jax.readers.records import BadRecord, decode
 
 
 def read_lines(file: Path, texts: Collection[str] = (), field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,21 +24,25 @@ def read_lines(file: Path, texts: Collection[str] = (), field: str = "") -> Iter
     name = f"{field} is {file}, which" if field else str(file)
     number = 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+        check_is_file(file)
+        with file.open("rb") as opened:
+            found = lines.decompressed(opened, ".gz") if file.suffix == ".gz" else iter(lambda: opened.read(2**20), b"")
+            for number, line in enumerate(lines.split_lines(found), start=1):
+                place = f"{file}, line {number}"
+                if isinstance(line, lines.TooLong):
+                    raise DataError(f"{place} is longer than {lines.MAX_LINE // 2**20} MiB.")
                 if not line.strip():
                     continue
-                place = f"{file}, line {number}"
                 try:
-                    record = json.loads(line)
+                    record = parse_json(decode(line))
                 except ValueError as error:
                     raise DataError(f"{place} is not JSON ({error}).") from error
                 if not isinstance(record, dict):
                     raise DataError(f"{place} is no object, but {type(record).__name__}.")
                 yield place, {key: text_of(record, key, place) for key in texts} if texts else record
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        place = f" after line {number}" if number else ""
-        raise DataError(f"{name} can't be read{place} ({getattr(error, 'strerror', None) or error}).") from error
+    except (OSError, BadRecord) as error:
+        reason = f"it {error.reason}, {error.within}" if isinstance(error, BadRecord) else error.strerror or error
+        raise DataError(f"{name} can't be read{f' after line {number}' if number else ''} ({reason}).") from error
     if not number:
         raise DataError(f"{name} holds nothing.")
 

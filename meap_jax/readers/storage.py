@@ -8,6 +8,7 @@ from typing import IO, NamedTuple
 import fsspec
 
 from meap_jax.errors import ConfigError, DataError
+from meap_jax.files import check_is_file
 from meap_jax.paths import is_url
 from meap_jax.readers.parts import Part
 
@@ -31,17 +32,19 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[File]:
 
     Raises:
       ConfigError: nothing is there, or a file with another suffix, or the URL is of an unknown kind.
-      DataError: the folder has no such file, or can't be listed.
+      DataError: the folder has no such file, or can't be listed; or one of them is a named pipe or the like.
     """
     try:
         found = _find_in_bucket(path) if is_url(path) else _find_here(os.path.expanduser(path))
         if found is None:
             raise ConfigError(f"the path is {path!r}, which does not exist: give a file, a folder or a pattern.")
-        files = [
-            File(name, os.path.getsize(name) if size is None else size)
-            for name, size in found.items()
-            if name.lower().endswith(suffixes)
-        ]
+        files = []
+        for name, size in found.items():
+            if name.lower().endswith(suffixes):
+                if size is None:
+                    check_is_file(name)
+                    size = os.path.getsize(name)
+                files.append(File(name, size))
     except OSError as error:
         raise DataError(f"{error.filename or path} can't be read: {error.strerror or error}.") from error
     kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
@@ -64,6 +67,7 @@ def open_part(part: Part) -> IO[bytes]:
             size = system.info(path)["size"]
             file = system.open(path, "rb")
         else:
+            check_is_file(part.path)
             size = os.stat(part.path).st_size
             file = open(part.path, "rb")
     except FileNotFoundError as error:

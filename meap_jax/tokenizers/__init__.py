@@ -7,11 +7,11 @@
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
-from meap_jax.errors import ConfigError
+from meap_jax.errors import ConfigError, UserError
 from meap_jax.fields import TOKENIZERS, is_path
+from meap_jax.files import parse_json
 from meap_jax.tokenizers.bpe import BPETokenizer, train_bpe, trained_here
 from meap_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from meap_jax.tokenizers.interface import Tokenizer, refusal
@@ -68,7 +68,15 @@ def load(folder: str | Path) -> Tokenizer:
 
 def _read(path: Path) -> Tokenizer:
     """The tokenizer of a file, with the chat template that lies beside it."""
-    tokenizer = _read_file(path)
+    try:
+        tokenizer = _read_file(path)
+    except (OSError, UserError):
+        raise
+    except BaseException as error:  # The packages that read them are made for files that are right, and panic too.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise refusal(str(path), f"is no tokenizer that can be used ({reason})") from error
     if (template := path.with_name(CHAT_TEMPLATE)).is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
@@ -101,7 +109,7 @@ def _read_file(path: Path) -> Tokenizer:
 
 def _parse(path: Path, serialized: bytes) -> dict:
     try:
-        content = json.loads(serialized)
+        content = parse_json(serialized)
     except ValueError as error:
         raise refusal(str(path), f"is not JSON: {error}") from error
     if not isinstance(content, dict):

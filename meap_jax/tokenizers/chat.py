@@ -2,38 +2,30 @@
 
 import datetime
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.fields import TEMPLATES
+from meap_jax.tokenizers import sandbox
 from meap_jax.tokenizers.interface import SECRET
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}, and what a template may know.
 
 _FOLDER = Path(__file__).with_name("templates")
 _OWN = "tokenizer"  # Names the template that a tokenizer brings.
-_MAX_TEXT = 10_000_000  # Characters that a template may write, besides ten times those of the messages.
+_MAX_TEXT = 10_000_000  # Characters that a template may write, besides ten times those of the messages, ...
+_MAX_MADE = 50_000_000  # ... characters of texts that it may make on the way, besides a hundred times those, ...
+_MAX_STEPS = 200_000  # ... and turns of loops, and calls, besides a thousand a message.
+_FAILURES = (
+    TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError, RecursionError, SyntaxError,
+)  # fmt: skip
 # Llama 3.1's own date for machines without a clock. Prepared data must not depend on the day on which it was made.
 _DAY = datetime.datetime(2024, 7, 26)
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's words for training by transformers; here it changes nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        """Reads the block and gives what is in it."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_source(name_or_path: str, own: str) -> str:
@@ -61,6 +53,8 @@ def template_source(name_or_path: str, own: str) -> str:
         raise _refusal(name_or_path, f"that file is not UTF-8 (byte {error.start})") from error
     except jinja2.TemplateSyntaxError as error:
         raise _refusal(name_or_path, f"line {error.lineno} of it is no Jinja: {error.message}") from error
+    except (jinja2.TemplateError, *_FAILURES) as error:
+        raise _refusal(name_or_path, f"it can't be compiled ({type(error).__name__}: {error})") from error
     return source
 
 
@@ -94,31 +88,32 @@ def render(
     values: dict[str, Any] = dict(messages=list(messages), tools=None, documents=None)
     values["add_generation_prompt"] = add_generation_prompt
     values["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
-    limit = _MAX_TEXT + 10 * sum(len(text) for message in messages for text in message.values())
+    said = sum(len(text) for message in messages for text in message.values())
+    limit, size = _MAX_TEXT + 10 * said, 0
     pieces: list[str] = []
-    size = 0
     try:
-        for piece in _compile(template).generate(**values, **names):
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise DataError(f"the chat template writes more than {limit:,} characters for these messages.")
+        with sandbox.budget(characters=_MAX_MADE + 100 * said, steps=_MAX_STEPS + 1_000 * len(messages)):
+            for piece in _compile(template).generate(**values, **names):
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise DataError(f"the chat template writes more than {limit:,} characters for these messages.")
     except jinja2.TemplateError as error:
-        raise DataError(f"the chat template can't render these messages: {error}.") from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as error:
-        # In what the template computes.
-        raise DataError(f"the chat template fails ({type(error).__name__}: {error}).") from error
+        raise DataError(f"the chat template can't render these messages: {_on_a_line(error)}.") from error
+    except _FAILURES as error:  # In what the template computes.
+        raise DataError(f"the chat template fails ({type(error).__name__}: {_on_a_line(error)}).") from error
     return "".join(pieces)
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    sandbox.globals["raise_exception"] = _refuse
-    return sandbox.from_string(template)
+    environment = sandbox.Sandbox()
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _on_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -117,5 +117,5 @@ def test_a_file_that_vanished_or_changed_is_an_error_in_a_sentence(tmp_path):
     with pytest.raises(DataError, match=r"a\.txt was there when the work was divided, but is gone"):
         open_part(Part(str(path), 0, None, 4))
     path.mkdir()
-    with pytest.raises(DataError, match=r"a\.txt can't be read: Is a directory"):
+    with pytest.raises(DataError, match=r"a\.txt is a folder, but must be a file"):
         open_part(Part(str(path), 0, None, 4))
