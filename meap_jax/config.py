@@ -15,8 +15,9 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from meap_jax.checks import Field
 from meap_jax.errors import ConfigError
-from meap_jax.fields import FIELDS, SOURCE_FIELDS, Field, fields_of
+from meap_jax.fields import FIELDS, SOURCE_FIELDS, fields_of
 
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}  # Those of fields, in words.
 EMBEDDED_SOURCES = ("stdlib", "retrieval")  # Those that need no files; all others are groups of data.sources.
