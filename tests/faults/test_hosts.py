@@ -55,6 +55,7 @@ def test_a_host_with_another_learning_rate_is_told_so_by_all_before_anything_is_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_host_with_another_workdir_and_seed_is_told_both(tmp_path):
     commands = [tiny_runs.command(tmp_path / "run"), tiny_runs.command(tmp_path / "other", seed=5)]
     with host_processes.Hosts(commands) as group:
@@ -77,6 +78,7 @@ def test_a_host_with_other_code_is_told_so_by_all(tmp_path):
             assert_one_sentence(group, host, words)
 
 
+@pytest.mark.slow
 def test_a_host_with_other_devices_is_told_so_by_all(tmp_path):
     with host_processes.Hosts([tiny_runs.command(tmp_path / "run"), None]) as group:
         group.num_devices = 2
@@ -86,6 +88,7 @@ def test_a_host_with_other_devices_is_told_so_by_all(tmp_path):
             assert_one_sentence(group, host, "host 1 has devices=2 and host 0 1: all hosts must have the same devices")
 
 
+@pytest.mark.slow
 def test_a_host_with_other_data_is_told_so_by_all(tmp_path):
     """Each host prepares its own, in its own folder of the same name, from files that differ in one word."""
     for name in ("zero", "one"):
@@ -123,6 +126,7 @@ def test_a_host_that_never_comes_is_named(tmp_path):
         assert_one_sentence(group, 0, r"host 1 of 2 did not come to 127.0.0.1:\d+ within 6 s: start all of them with")
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_late_is_waited_for_and_one_that_comes_too_late_is_told(tmp_path, data):
     command = tiny_runs.command(tmp_path / "run", data__prepared=data, **ENDLESS)
     late = dict(MEAP_JAX_HOST_START_SECONDS="5")
@@ -204,6 +208,7 @@ def test_when_a_host_dies_the_others_stop_and_the_run_goes_on_bit_for_bit(
     assert tiny_runs.losses(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_said_by_all_hosts(tmp_path, data):
     fields = ENDLESS | dict(data__prepared=data, optimizer__learning_rate=1e30, num_steps=50)
     with host_processes.Hosts([tiny_runs.command(tmp_path / "run", **fields)] * 2) as group:
@@ -212,7 +217,7 @@ def test_a_loss_that_is_not_finite_is_said_by_all_hosts(tmp_path, data):
             assert_one_sentence(group, host, "must be finite")
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_notice_to_one_host_ends_all_in_good_order_at_one_step(tmp_path, data, who):
     command = tiny_runs.command(tmp_path / "run", data__prepared=data, **ENDLESS)
     with host_processes.Hosts([command] * 2) as group:
