@@ -131,11 +131,6 @@ class Checkpointer:
             time.sleep(max(0.0, self._try_again_at - time.monotonic()))
         return not self._failures
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint that is complete; None if there is none. Waits for a save in progress."""
-        self._settle()
-        return self._manager.latest_step()
-
     def restore(self, template: Any) -> Restored | None:
         """Reads the newest checkpoint that can be read; a damaged one is put aside, with a warning.
 

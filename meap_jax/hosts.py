@@ -52,7 +52,7 @@ def join_hosts() -> None:
     arguments = connection(os.environ)
     if arguments is None:
         return
-    timeout = _seconds(os.environ, TIMEOUT, 15)
+    timeout = _seconds(os.environ, TIMEOUT, 30)  # A library may hold the interpreter's lock for some of them.
     try:
         place = _place(arguments, os.environ)
         if place is None:

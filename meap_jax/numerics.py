@@ -144,8 +144,10 @@ def taken_twice(step_fn: Callable) -> Callable:
         )
         differing = [name for name in one if one[name] != other[name]]
         if differing:
+            with jax.transfer_guard("allow"):
+                step = int(second[0].step)
             raise NotDeterministic(
-                f"the step after step {int(second[0].step) - 1} came out otherwise when it was repeated: "
+                f"step {step} came out otherwise when it was repeated: "
                 f"{', '.join(differing[:5])}{' and others' if len(differing) > 5 else ''} differ. On GPUs set "
                 "XLA_FLAGS=--xla_gpu_deterministic_ops=true; elsewhere a device may be faulty."
             )

@@ -49,7 +49,7 @@ class Hosts:
     def start(self, index, command, *, folder=tiny_runs.ROOT, cwd=None, **variables):
         """Starts one host, with the package of this folder; `index` may be a word if JAX_PROCESS_ID is given."""
         cluster = {"JAX_COORDINATOR_ADDRESS": self.address, "JAX_NUM_PROCESSES": str(self.count)}
-        own = {"JAX_PROCESS_ID": str(index), "PYTHONPATH": str(folder)}
+        own = {"JAX_PROCESS_ID": str(index), "PYTHONPATH": str(folder), "MEAP_JAX_HOST_TIMEOUT_SECONDS": "15"}
         names = cluster | own | self.variables | variables
         environment = tiny_runs.environment(**names)
         environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace(

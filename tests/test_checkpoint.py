@@ -226,7 +226,7 @@ def test_a_save_that_failed_in_the_background_is_noticed_forgotten_and_repeated(
     while checkpointer._manager.is_saving_in_progress():
         pass
     assert checkpointer.is_to_save_again() and len(errors) == 1
-    assert checkpointer.newest() == 1 and steps_in(tmp_path) == [1]
+    assert checkpointer._manager.latest_step() == 1 and steps_in(tmp_path) == [1]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
     assert "the checkpoint of step 2 was not saved (" in caplog.text and "No space left on device" in caplog.text
     checkpointer.save(2, state_at(2), META)

@@ -86,7 +86,7 @@ def test_a_step_that_comes_out_otherwise_is_found_and_named():
         return state, metrics
 
     state, _ = taken_twice(fickle)(state, batch)
-    with pytest.raises(NotDeterministic, match="the step after step 1 came out otherwise when it was repeated: state"):
+    with pytest.raises(NotDeterministic, match="step 2 came out otherwise when it was repeated: state"):
         taken_twice(fickle)(state, batch)
 
 

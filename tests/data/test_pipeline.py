@@ -77,6 +77,24 @@ def test_row_r_of_step_s_is_item_s_times_b_plus_r_so_the_batch_size_only_cuts_th
     np.testing.assert_array_equal(eights, np.stack([sequence[i].tokens for i in range(24)]))
 
 
+def test_an_error_of_the_reader_reaches_who_waits_for_its_batch(prepared, monkeypatch):
+    sequence = global_sequence(prepared, WEIGHTS, 0)
+
+    class Failing:
+        """A disk that gives the rows of two batches and then an error."""
+
+        def __getitem__(self, index):
+            if index >= 16:
+                raise OSError(5, "Input/output error")
+            return sequence[index]
+
+    monkeypatch.setattr(pipeline, "global_sequence", lambda *arguments: Failing())
+    going = batches(prepared)
+    assert len(take(going, 2)) == 2
+    with pytest.raises(OSError, match="Input/output error"):
+        next(going)
+
+
 def test_a_process_reads_only_the_rows_of_its_own_devices(prepared, monkeypatch):
     # What process 1 of 2 would own: the second half of the rows, and with `tensor` over hosts all of them.
     mesh = mesh_of(data=2)
