@@ -28,7 +28,7 @@ from etils import epath
 
 from experiments.mask_ratio import parse_ratios
 from meap_jax import cli
-from meap_jax.errors import ConfigError
+from meap_jax.errors import EXIT_HUNG, EXIT_PREEMPTED, ConfigError
 from meap_jax.run import make_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # What SkyPilot copies to the hosts.
@@ -55,9 +55,10 @@ resources:
   accelerator_args:
     runtime_version: {runtime}
   use_spot: true
-  job_recovery:  # After every preemption, and a few times when the program fails, as it does if a host is lost.
+  job_recovery:  # After every preemption, lost host or hang, whose exit codes these are, and a few other failures.
     strategy: EAGER_NEXT_REGION
     max_restarts_on_errors: 3
+    recover_on_exit_codes: [{codes}]
 
 envs:
   JAX_COMPILATION_CACHE_DIR: {cache}  # The next slice need not compile again.
@@ -120,6 +121,7 @@ def task(sweep: Sweep, cell: Cell) -> str:
     return TASK.format(
         name=f"{sweep.name}-{cell.name}".replace("_", "-"),
         accelerator=sweep.accelerator,
+        codes=f"{EXIT_HUNG}, {EXIT_PREEMPTED}",
         runtime=RUNTIMES[sweep.accelerator.split("-")[1]],
         cache=f"{sweep.bucket}/compilation_cache",
         mounts=MOUNTS.format(prepared=PREPARED, bucket=sweep.prepared) if sweep.prepared else "",

@@ -147,7 +147,11 @@ def test_skypilot_reads_every_file_as_meant(tmp_path):
         assert task["accelerators"] == {f"tpu-{accelerator}": 1}
         assert task["accelerator_args"] == {"runtime_version": f"v2-alpha-tpu{runtime}"}
         assert (task["cloud"], task["spot"], task["nodes"], task["workdir"]) == ("GCP", True, 1, ".")
-        assert task["recovery"] == {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 3}
+        assert task["recovery"] == {
+            "strategy": "EAGER_NEXT_REGION",
+            "max_restarts_on_errors": 3,
+            "recover_on_exit_codes": [142, 143],
+        }
         assert task["mounts"] == {"~/meap_prepared": "gs://my-bucket/data"}
         assert task["name"].endswith(path.stem)
         assert f"--workdir={BUCKET}/{path.stem}\n" in task["run"]
