@@ -163,7 +163,9 @@ REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system')
 
 def test_what_a_template_refuses_is_a_bad_record_with_its_line(lessons, tmp_path):
     chatting(tmp_path, REFUSING)
-    spec = spec_of(lessons, tokenizer=str(tmp_path), template="tokenizer", max_skipped=12, vocab_size=1024)
+    spec = spec_of(
+        lessons, tokenizer=str(tmp_path), template="tokenizer", max_skipped=12, max_skipped_share=0.2, vocab_size=1024
+    )
     made = prepare(tmp_path / "data", spec)
     reason = "is refused: the chat template can't render these messages: no system"
     assert made.manifest("text")["skipped"] == {reason: 12} and made.manifest("text")["chat_template"] == REFUSING

@@ -115,6 +115,22 @@ def test_bad_records_are_counted_over_all_shards_by_reason_and_place(corpus, tmp
     assert prepare(tmp_path / "other", tiny_data.text_spec(mine, max_skipped=9)).fingerprint == made.fingerprint
 
 
+def test_a_source_of_which_a_large_share_is_bad_stops_with_the_counts_and_goes_on_with_a_higher_share(tmp_path):
+    path = tmp_path / "text.jsonl"
+    good = json.dumps({"text": "one good text " * 50}) + "\n"
+    path.write_text(good * 40 + '{"title": "no text"}\n' * 299)
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path / "data", tiny_data.text_spec(path, max_skipped=1_000))
+    assert str(error.value) == (
+        "299 of 339 records of text can't be used, more than the share data.max_skipped_share = 0.1: "
+        f"299 x has no field `text` (first: {path}, line 41)."
+    )
+    made = prepare(tmp_path / "data", tiny_data.text_spec(path, max_skipped=1_000, max_skipped_share=0.9))
+    assert made.manifest("text")["skipped"] == {"has no field `text`": 299}
+    path.write_text(good * 40 + "{\n" * 10)  # Ten are few, whatever their share.
+    prepare(tmp_path / "few", tiny_data.text_spec(path, max_skipped=1_000))
+
+
 def interrupt_before_it_is_finished(folder, spec, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_finish_store", mock.Mock(side_effect=KeyboardInterrupt))

@@ -125,7 +125,7 @@ def test_engines_that_train_another_decoder_are_not_compared():
     jax.__version_info__ >= (0, 12), reason="XLA of jax 0.12 for CPUs dies (SIGFPE) at sizes that no memory holds"
 )
 def test_a_decoder_that_no_memory_holds_is_reported_as_that():
-    config = config_of("tiny", seq_len=32, batch_size=2, mlp_dim=2**40)  # 64 TiB a matrix.
+    config = config_of("tiny", seq_len=32, batch_size=2, mlp_dim=2**30, embed_dim=2**14)  # 64 TiB a matrix.
     with pytest.raises(OutOfMemory):
         Worker(train_step.OURS, {"config": config.to_dict()})
 
