@@ -95,7 +95,7 @@ def compile_turn(config: ml_collections.ConfigDict, definition: Definition, mesh
     """Makes the program that trains one member on each device for some steps, and asks it questions.
 
     It is (states [D], treatments [D], batches [D, steps, B, T + 1], questions) -> (states, measured [D, steps], hits).
-    What is measured is {"loss", "mask_fraction"}. Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1],
+    What is measured is {"loss", "mask_fraction", "grad_norm"}. Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1],
     at [N, A])}, which all devices have. Jitted for a mesh of D devices, which send nothing to each other.
     """
     step_fn = step_function(config, definition)
@@ -109,7 +109,7 @@ def compile_turn(config: ml_collections.ConfigDict, definition: Definition, mesh
         def step(state: TrainState, own: tuple[Row, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
             batch, ratio = own
             state, metrics = step_fn(state, batch, ratio, filler)
-            return state, {name: metrics[name] for name in ("loss", "mask_fraction")}
+            return state, {name: metrics[name] for name in ("loss", "mask_fraction", "grad_norm")}
 
         state, measured = jax.lax.scan(step, state, (batches, treatment.ratios))
         found = {name: hits(definition, state.params, rows, at) for name, (rows, at) in questions.items()}
@@ -272,17 +272,18 @@ def _settle(members: Sequence[Member], turn: Any, every: int, questions: Mapping
     """Gives members their new states and records."""
     states, measured, found = turn
     for i, member in enumerate(members):
-        if not np.isfinite(measured["loss"][i]).all():
+        finite = np.isfinite(measured["loss"][i]) & np.isfinite(measured["grad_norm"][i])  # Else steps were skipped.
+        if not finite.all():
             raise Diverged(
-                f"the loss of {member.arm.name} with seed {member.seed} is not finite by step {member.step + every}: "
-                "try a lower optimizer.learning_rate or a longer warm-up."
+                f"the loss of {member.arm.name} with seed {member.seed}, or its gradient, is not finite by step "
+                f"{member.step + every}: try a lower optimizer.learning_rate or a longer warm-up."
             )
         member.state = jax.tree.map(lambda x, i=i: x[i], states)
         member.step += every
         accuracies = {
             f"{name}/accuracy": float(of_set.correct(found[name][i]).mean()) for name, of_set in questions.items()
         }
-        means = {name: float(of_steps[i].mean()) for name, of_steps in measured.items()}
+        means = {name: float(measured[name][i].mean()) for name in ("loss", "mask_fraction")}
         member.records.append({"step": member.step, **means, **accuracies})
 
 

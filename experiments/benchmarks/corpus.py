@@ -272,7 +272,7 @@ def simulate(num_documents: int) -> list[dict[str, Any]]:
             summaries.append(shards.make_shard(job))
             sizes.append(_resident())
         merge_indices(store, len(planned))
-        kept = [{key: s[key] for key in ("documents", "bytes")} for s in summaries]
+        kept = [{key: s[key] for key in ("documents", "tokens", "bytes")} for s in summaries]
         write_manifest(store, {"num_tokens": 32_001, "shards": kept, "files": {}})
         spec = _spec()
         packing.make_plans(store, spec.plans["text"], spec.sources["text"])

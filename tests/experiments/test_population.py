@@ -229,11 +229,11 @@ def test_members_are_asked_what_the_evaluator_asks(run):
 def test_a_loss_that_is_not_finite_stops_the_population_and_names_the_member(run, num_devices, monkeypatch):
     def diverging(state, batch, ratio, filler):
         loss = jnp.where((ratio > 0.2) & (state.step >= 5), jnp.nan, 1.0)
-        return state._replace(step=state.step + 1), {"loss": loss, "mask_fraction": ratio}
+        return state._replace(step=state.step + 1), {"loss": loss, "mask_fraction": ratio, "grad_norm": loss}
 
     use_devices(monkeypatch, num_devices)
     monkeypatch.setattr(population, "step_function", lambda *_: diverging)
-    with pytest.raises(errors.Diverged, match="the loss of meap with seed 0 is not finite by step 6"):
+    with pytest.raises(errors.Diverged, match="the loss of meap with seed 0, or its gradient, is not finite by step 6"):
         population.train(run, [NTP, MEAP], SEEDS, every=EVERY)
 
 
