@@ -27,7 +27,7 @@ from meap_jax.checkpoint import Checkpointer, Keep
 from meap_jax.data.pipeline import TrainBatches
 from meap_jax.evals import Setting, make_evaluators
 from meap_jax.evals.facts import FactSet, Kind, make_set
-from meap_jax.metrics import METRICS_FILE
+from meap_jax.metrics import METRICS_FILE, as_json
 from meap_jax.models import save_tokenizer, write_config
 from meap_jax.restore import newest_meta
 from meap_jax.run import Run, check_resume, make_folder, open_run, versions
@@ -85,7 +85,7 @@ def write_run(run: Run, member: Member, folder: epath.Path) -> None:
     write_config(folder, config)
     tokenizer = save_tokenizer(folder, run.prepared.tokenizer)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2))
-    (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in member.records))
+    (folder / METRICS_FILE).write_text("".join(as_json(record) + "\n" for record in member.records))
     checkpointer = Checkpointer(folder, Keep(config.checkpoint.keep))
     meta = {
         "config": config.to_dict(),
@@ -94,7 +94,10 @@ def write_run(run: Run, member: Member, folder: epath.Path) -> None:
         "data": TrainBatches.state_at(member.step),
         "origin": {},
     }
-    checkpointer.save(member.step, jax.tree.map(jax.numpy.asarray, member.trained), meta)
+    state = jax.tree.map(jax.numpy.asarray, member.trained)
+    checkpointer.save(member.step, state, meta)
+    while not checkpointer.finish():
+        checkpointer.save(member.step, state, meta)
     checkpointer.close()
 
 

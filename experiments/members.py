@@ -22,6 +22,9 @@ from meap_jax.objective import Objective
 from meap_jax.run import Run
 from meap_jax.train import TrainState
 
+# What zipfile, zlib and numpy raise for a flipped bit; the last two of them for "compression" and "encryption".
+_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError)
+
 _log = logging.getLogger("meap_jax.experiments.members")
 
 
@@ -148,7 +151,7 @@ def restore(folder: epath.Path, member: Member, template: TrainState) -> bool:
             about = json.loads(str(saved["about"]))
             # numpy's files know no bfloat16: it comes back as two bytes that mean nothing.
             own = [saved[str(i)].view(leaf.dtype) for i, leaf in enumerate(leaves)]
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:  # Each part has a checksum.
+    except _DAMAGES as error:  # Each part has a checksum.
         aside = file.with_name(file.name + ".damaged")
         file.replace(aside)
         _log.warning("%s is damaged (%s): it was moved to %s, and is trained again", file, error, aside.name)

@@ -95,8 +95,8 @@ def compile_turn(config: ml_collections.ConfigDict, definition: Definition, mesh
     """Makes the program that trains one member on each device for some steps, and asks it questions.
 
     It is (states [D], treatments [D], batches [D, steps, B, T + 1], questions) -> (states, measured [D, steps], hits).
-    What is measured is {"loss", "mask_fraction", "grad_norm"}. Hits are {set: [D, N, A]} for the questions {set: (rows [N, T + 1],
-    at [N, A])}, which all devices have. Jitted for a mesh of D devices, which send nothing to each other.
+    What is measured is {"loss", "mask_fraction", "grad_norm"}. Hits are {set: [D, N, A]} for the questions {set: (rows
+    [N, T + 1], at [N, A])}, which all devices have. Jitted for a mesh of D devices, which send nothing to each other.
     """
     step_fn = step_function(config, definition)
 

@@ -6,6 +6,7 @@ fingerprint and iterator state, and a checksum of every array and of itself). Or
 renames it when it is complete; in a bucket, which can't rename, it puts a file `commit_success.txt` there.
 """
 
+import concurrent.futures
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -25,6 +26,7 @@ from meap_jax.restore import FOLDER, ITEMS, LAYOUT, Restored, newest_readable, o
 _log = logging.getLogger(__name__)
 
 COMMIT_MARK = "commit_success.txt"
+DELETED = ".deleted"  # At the end of the name of a checkpoint that is being deleted.
 PARAMS_CHUNK_BYTES = 2**22  # Of parameters saved alone: a chunk is compressed as a whole, in memory.
 TRIES = 3  # To save, until the run ends.
 SECONDS_BETWEEN_TRIES = 10.0
@@ -64,13 +66,14 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 # Without a limit: what is deleted is our own decision, when what was saved is known to be there.
                 enable_async_checkpointing=True,
-                enable_background_delete=True,
                 cleanup_tmp_directories=False,  # In a bucket it would delete copies that lack the commit mark.
                 create=False,
             ),
             item_names=ITEMS,
         )
         self._losses = self._known_losses() if keep.best else {}
+        # Deletes what needn't stay, on the first process alone: the others need not know.
+        self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: int | None = None  # The step whose save is not known to have succeeded.
         self._failures = 0  # In a row.
         self._try_again_at = 0.0
@@ -145,8 +148,9 @@ class Checkpointer:
         """
         tree = serialization.to_state_dict(template)
         items = {"params": tree.pop("params"), "rest": tree}
-        newest = self._folder / str(self._manager.latest_step())
-        if (newest / "params").exists() and not (newest / "rest").exists():
+        self._forget_what_is_gone()
+        steps = [self._folder / str(step) for step in self._manager.all_steps()]
+        if steps and all((step / "params").exists() and not (step / "rest").exists() for step in steps):
             raise ConfigError(
                 f"{self._folder} holds parameters alone, from which no run can go on: set init_from to "
                 f"{self._folder.parent}, and another --workdir."
@@ -164,6 +168,7 @@ class Checkpointer:
         try:
             self._settle()
         finally:
+            self._deleter.shutdown(wait=True)
             self._manager.close()
 
     def _settle(self) -> None:
@@ -180,25 +185,52 @@ class Checkpointer:
             self._manager.check_for_errors()
         except Exception as raised:
             error = raised
-        # What the manager remembers may be a save that failed; what is on disk decides.
-        self._manager.reload()
-        is_there = error is None and step in self._manager.all_steps()
+        # What the manager remembers may be a save that failed; what the first process finds on disk decides.
+        is_there = error is None and (jax.process_index() != 0 or step in self._steps_on_disk())
         if not on_all(is_there):
             self._failed(error)
             return
         self._pending, self._failures = None, 0
-        steps = self._manager.all_steps()
-        for old in sorted(set(steps) - self._keep.chosen(steps, self._losses)):
-            self._manager.delete(old)
+        if jax.process_index() == 0:
+            steps = self._steps_on_disk()
+            for old in sorted(steps - self._keep.chosen(steps, self._losses)):
+                self._deleter.submit(self._delete, self._folder / str(old))
+
+    def _steps_on_disk(self) -> set[int]:
+        """The steps of complete checkpoints."""
+        found = (path for path in self._folder.iterdir() if path.name.isdigit())
+        return {int(path.name) for path in found if not is_url(path) or (path / COMMIT_MARK).exists()}
+
+    @staticmethod
+    def _delete(folder: epath.Path) -> None:
+        """Deletes a checkpoint; under another name first, so that no half of one is ever taken for a whole."""
+        try:
+            going = folder.parent / f"{folder.name}{DELETED}"
+            if is_url(folder):
+                (folder / COMMIT_MARK).unlink(missing_ok=True)
+                folder.rmtree()
+            elif folder.exists():
+                folder.rename(going)
+                going.rmtree()
+        except OSError as error:
+            _log.warning("the checkpoint %s, which needn't stay, can't be deleted (%s)", folder, error)
+
+    def _forget_what_is_gone(self) -> None:
+        """Makes orbax look which checkpoints there are, when no deletion is going on."""
+        self._deleter.submit(int).result()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints were deleted")
+        self._manager.reload()
 
     def _failed(self, error: Exception | None) -> None:
         step, self._pending = self._pending, None
         self._failures += 1
         self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES * self._failures
         cause = short(error) if error else "another process failed, or the files are not there"
+        self._deleter.submit(int).result()  # It has nothing to do any more.
         if jax.process_index() == 0:
             _clean_up(self._folder)
-        self._manager.reload()
+        self._forget_what_is_gone()
         if self._failures >= TRIES:
             newest = self._manager.latest_step()
             kept = f"the same command goes on from step {newest}" if newest is not None else "none was saved before"
@@ -238,7 +270,7 @@ def _clean_up(folder: epath.Path) -> None:
     copied from a disk, where there are no marks.
     """
     for path in list(folder.iterdir()):
-        if ".orbax-checkpoint-tmp" in path.name:
+        if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(DELETED):
             path.rmtree()
         elif is_url(folder) and path.name.isdigit() and not (path / COMMIT_MARK).exists():
             aside = _free(folder.parent / "unmarked_checkpoints" / path.name)

@@ -194,6 +194,7 @@ def run_command(command: Callable[[list[str]], None], *, joins_hosts: bool = Fal
         print(f"preempted: {notice}; the same command goes on from there.", file=sys.stderr, flush=True)
         sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
+        sys.stdout.flush()
         print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
         # At once: threads of libraries may be in the middle of something, and would end in a crash or a traceback.
         os._exit(EXIT_INTERRUPTED)
@@ -236,7 +237,7 @@ def of_the_system(error: BaseException) -> str | None:
             return (
                 f"{where}{os.strerror(known)}. {_OF_THE_SYSTEM[known]}; the same command goes on from what was saved."
             )
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (seen.__context__ if isinstance(seen, OSError) else None)
     return None
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ class Coordinator:
 
 def main() -> None:
     """See the module."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # Some launchers send it to all processes of a job.
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     from jaxlib import _jax  # While host 0 waits for the others.
 

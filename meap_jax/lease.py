@@ -20,10 +20,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from meap_jax.errors import ConfigError, UserError
 from meap_jax.paths import is_url
@@ -33,6 +30,7 @@ _log = logging.getLogger(__name__)
 FILE = "run.lock"
 SECONDS_A_BEAT = 5.0
 BEATS_TO_WATCH = 4  # A holder that changes nothing for so long is gone.
+_READS, _SECONDS_BETWEEN_READS = 3, 0.2
 SECONDS_TO_SETTLE = 2.0  # Without locks: of two who write at once, the one whose text is there after this holds it.
 
 
@@ -132,16 +130,22 @@ class Lease:
         )
 
     def _read(self) -> dict[str, Any]:
-        """What the file says of its holder; {} if there is none, or it can't be read as that."""
-        try:
-            if self._descriptor is None:
-                text = self._file.read_text()
-            else:
-                text = os.pread(self._descriptor, 4096, 0).decode()
-            found = json.loads(text)
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        """What the file says of its holder; {} if there is none, or what it says can't be that for a while."""
+        for _ in range(_READS):
+            try:
+                if self._descriptor is None:
+                    text = self._file.read_text()
+                else:
+                    text = os.pread(self._descriptor, 4096, 0).decode()
+                found = json.loads(text)
+            except FileNotFoundError:
+                return {}
+            except ValueError:  # Perhaps the holder writes it at this moment.
+                found = None
+            if isinstance(found, dict):
+                return found
+            time.sleep(_SECONDS_BETWEEN_READS)
+        return {}
 
     def _write(self, content: dict[str, Any] | None = None) -> None:
         """Replaces what the file says; in place where it is locked, for a new file would have no lock."""
@@ -154,12 +158,12 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(SECONDS_A_BEAT):
-            holder = self._read()
-            if holder and holder.get("id") != self._own["id"]:
-                self._is_lost = True
-                return
-            self._own["beat"] += 1
-            with contextlib.suppress(OSError):  # Of a full disk, or a bucket that is away: the run will notice itself.
+            with contextlib.suppress(Exception):  # Of a full disk or a bucket that is away: the run notices itself.
+                holder = self._read()
+                if holder and holder.get("id") != self._own["id"]:
+                    self._is_lost = True
+                    return
+                self._own["beat"] += 1
                 self._write()
 
     def _release(self) -> None:
@@ -167,7 +171,7 @@ class Lease:
         if self._beats.is_alive():
             self._beats.join()
         if self._beats.ident is not None and not self._is_lost:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self._write({})
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -184,37 +188,14 @@ def held(folder: epath.Path) -> Iterator[Lease]:
     try:
         try:
             lease._acquire()
-        except OSError as error:
-            raise ConfigError(
-                f"nothing can be written in {folder} ({error.strerror or error}): name another --workdir."
-            ) from error
+        except ConfigError:
+            raise
+        except Exception as error:  # Buckets have errors of their own.
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"nothing can be written in {folder} ({reason}): name another --workdir.") from error
         yield lease
     finally:
         lease._release()
-
-
-@contextlib.contextmanager
-def held_for_all(folder: epath.Path) -> Iterator[Lease | None]:
-    """Holds a folder for a run of one or several processes: the first holds it, and all raise if it can't.
-
-    Yields:
-      The lease on the first process, None on the others.
-
-    Raises:
-      ConfigError: as `held`.
-    """
-    with contextlib.ExitStack() as stack:
-        lease, error = None, None
-        if jax.process_index() == 0:
-            try:
-                lease = stack.enter_context(held(folder))
-            except ConfigError as raised:
-                error = raised
-        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
-            error = error or ConfigError(f"host 0 can't have {folder} for this run: its log says why.")
-        if error is not None:
-            raise error
-        yield lease
 
 
 def _machine() -> str:

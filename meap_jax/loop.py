@@ -165,7 +165,9 @@ def train_loop(
                     save(step)
             except Spike:
                 pending = None
-                step, state, remembered = saver.go_back()
+                del state  # There may be no room for two of them.
+                with guards.watchdog.aside("the way back to the last checkpoint"):
+                    step, state, remembered = saver.go_back()
                 guards.monitor.go_back(remembered)
                 writer.rewind(step)
                 continue

@@ -17,7 +17,7 @@ from meap_jax.errors import ConfigError
 from meap_jax.evals import Setting, check_tasks, make_evaluators
 from meap_jax.export import check_export
 from meap_jax.hardware import detect
-from meap_jax.lease import Lease, held_for_all
+from meap_jax.lease import Lease
 from meap_jax.loop import Guards, train_loop
 from meap_jax.metrics import PROFILE_FOLDER, MetricsWriter, NoWriter, StepWork, local_folder, model_flops
 from meap_jax.models import save_tokenizer, write_config
@@ -25,7 +25,7 @@ from meap_jax.numerics import Monitor, check_replicas, taken_twice
 from meap_jax.objective import Objective
 from meap_jax.paths import write_whole
 from meap_jax.preemption import notices
-from meap_jax.run import Run, check_hosts, make_folder, open_run, versions
+from meap_jax.run import Run, check_hosts, held_by_run, make_folder, open_run, versions
 from meap_jax.saver import RunSaver, is_written_for_hub, write_for_hub
 from meap_jax.start import start
 from meap_jax.timing import Clock, Trace, process_began
@@ -59,7 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, began: float |
     check_hosts(config, workdir)
     make_folder("workdir", workdir)
     with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(held_for_all(workdir))
+        lease = stack.enter_context(held_by_run(workdir))
 
         # Mesh, model definition, data.
         run = open_run(config, workdir)

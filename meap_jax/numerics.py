@@ -70,16 +70,16 @@ class Monitor:
           Diverged: its parameters are not finite, or more steps were skipped than may be.
         """
         loss, grad_norm = values["loss"], values["grad_norm"]
+        for name in ("param_norm", "update_norm"):  # Finite where an update was skipped.
+            if not math.isfinite(values.get(name, 0.0)):
+                raise Diverged(
+                    f"step {step}: {name} is {values[name]}, which must be finite, and the loss is {loss}. The last "
+                    "checkpoint is kept; try a lower optimizer.learning_rate or a longer warm-up."
+                )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skip(step, loss, grad_norm, rows())
             return False
         self._skipped = 0
-        for name in ("param_norm", "update_norm"):
-            if not math.isfinite(values.get(name, 0.0)):
-                raise Diverged(
-                    f"step {step}: {name} is {values[name]}, which must be finite, though the loss is {loss}. The last "
-                    "checkpoint is kept; try a lower optimizer.learning_rate or a longer warm-up."
-                )
         return self._is_spike(step, loss, rows)
 
     def _skip(self, step: int, loss: float, grad_norm: float, rows: str) -> None:

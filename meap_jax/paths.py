@@ -24,7 +24,10 @@ def write_whole(path: epath.Path | pathlib.Path, content: str | bytes) -> None:
         return
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # Else the name may be on disk before the content.
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import os
 import re
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -35,15 +35,16 @@ _log = logging.getLogger(__name__)
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_SAY_IT_TOO = 2.0  # A mistake that all hosts make is reported by each itself.
 SECONDS_TO_TELL = 5.0  # That a host gives the others at its end.
+SECONDS_TO_FINISH = 7_200.0  # After a host that has done all; another may still write files.
 SECONDS_TO_FOLLOW = 60.0  # After a host left in good order with a code such as that of preemption.
 AGAIN = "Start the run again: it goes on from its last checkpoint"
 _FOLDER = "meap_jax/watch/"
 
 # What the loss of a peer looks like in the process that talks to it, from Gloo, NCCL, gRPC and jax's service.
 _LOST_CONNECTION = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|"
-    r"CANCELLED|coordination|barrier|heartbeat|\\bpeer\\b", re.IGNORECASE,
-)  # fmt: skip
+    r"[Gg]loo|[Cc]onnection (closed|reset|refused)|[Ss]ocket closed|[Bb]roken pipe|\bUNAVAILABLE\b|"
+    r"\bDEADLINE_EXCEEDED\b|\bABORTED\b|\bCANCELLED\b|[Cc]oordination service|[Bb]arrier|[Hh]eartbeat|\bpeer\b"
+)
 
 
 class End(NamedTuple):
@@ -106,11 +107,20 @@ class Peers:
         if not self._connections:
             time.sleep(seconds)
             return
-        for connection in select.select(list(self._connections), [], [], seconds)[0]:
+        with selectors.DefaultSelector() as selector:
+            for connection in self._connections:
+                selector.register(connection, selectors.EVENT_READ)
+            ready = [
+                connection
+                for key, _ in selector.select(seconds)
+                for connection in self._connections
+                if connection is key.fileobj
+            ]
+        for connection in ready:
             with contextlib.suppress(OSError):
                 if connection.recv(2**16):
                     continue
-            self._pulse.closed.add(self._connections.pop(connection))
+            self._pulse.close(self._connections.pop(connection), time.monotonic())
 
     def _read_ends(self, now: float) -> None:
         for name, value in list(self._news.items()):
@@ -174,7 +184,7 @@ class Peers:
     def finish(self, code: int) -> None:
         """Says that this process has done all it had to, and waits until all have; the watch is over then."""
         self._tell(End(code, "", self.index, orderly=True))
-        limit = time.monotonic() + (SECONDS_TO_FOLLOW if code else float("inf"))
+        limit = time.monotonic() + (SECONDS_TO_FOLLOW if code else SECONDS_TO_FINISH)
         while not self.ends.keys() >= self._others:
             if time.monotonic() > limit:
                 self.stop(End(code, "", self.index, orderly=True), say=False)
@@ -187,14 +197,15 @@ class Peers:
         """Asks every host for its stacks; this one writes them at once."""
         request = json.dumps({"folder": folder, "of": self.index, "at": time.time()})
         self._dumped = request
+        self.client.key_value_set(f"{_FOLDER}stacks", request, allow_overwrite=True)  # First: a disk may hang.
         dump_stacks(epath.Path(folder), self.index)
-        self.client.key_value_set(f"{_FOLDER}stacks", request, allow_overwrite=True)
 
     def _answer_for_stacks(self) -> None:
         request = self._news.get("stacks")
         if request is not None and request != self._dumped:
             self._dumped = request
-            dump_stacks(epath.Path(json.loads(request)["folder"]), self.index)
+            folder = epath.Path(json.loads(request)["folder"])
+            threading.Thread(target=dump_stacks, args=(folder, self.index), daemon=True).start()  # A disk may hang.
 
 
 _peers: Peers | None = None
@@ -218,14 +229,15 @@ def begin(
     _peers = Peers(client, index, count, connections, timeout, coordinator)
 
 
-def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) -> None:
+def check_same(topic: str, facts: Facts, advice: str) -> None:
     """Compares facts between all hosts; the same on all of them in the end, and needs no device.
+
+    It waits for all of them, however long one takes; a host that ends is noticed by the watch.
 
     Args:
       topic: a name that this comparison has on all hosts.
       facts: {name: value} as text.
       advice: what to do if they differ, after the differences.
-      timeout: in seconds, for the slowest host.
 
     Raises:
       ConfigError: on every host, naming hosts, fields and both values.
@@ -233,16 +245,25 @@ def check_same(topic: str, facts: Facts, advice: str, timeout: float = 600.0) ->
     if _peers is None:
         return
     client, index, folder = _peers.client, _peers.index, f"meap_jax/same/{_peers.numbered(topic)}/"
-    limit = int(timeout * 1000)
     if index == 0:
         client.key_value_set(folder + "facts", json.dumps(dict(facts)))
-    first = json.loads(client.blocking_key_value_get(folder + "facts", limit))
-    client.key_value_set(f"{folder}found/{index}", differences({0: first, index: facts}) if index else "")
-    found = [client.blocking_key_value_get(f"{folder}found/{host}", limit) for host in range(_peers.count)]
+    [first] = _wait_for_entries(client, folder + "facts", 1)
+    client.key_value_set(f"{folder}found/{index}", differences({0: json.loads(first), index: facts}) if index else "")
+    found = _wait_for_entries(client, folder + "found/", _peers.count)
     problems = [problem for problem in found if problem]
     if problems:
         more = f"; and {len(problems) - 3} hosts more" if len(problems) > 3 else ""
         raise ConfigError(f"{'; '.join(problems[:3])}{more}: {advice}")
+
+
+def _wait_for_entries(client: Any, folder: str, count: int) -> list[str]:
+    """The values below a folder of the key-value store, or of one key, once there are so many; by host."""
+    parent = folder.rpartition("/")[0] + "/"
+    while True:
+        entries = {name: value for name, value in client.key_value_dir_get(parent) if folder in name}
+        if len(entries) >= count:
+            return [entries[name] for name in sorted(entries, key=lambda name: (len(name), name))]
+        time.sleep(0.1)
 
 
 def wait_for_first(topic: str) -> None:
@@ -306,7 +327,7 @@ def leave(error: BaseException, sentence_of: SentenceOf) -> None:
         print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
         _peers.stop(End(EXIT_INTERRUPTED, "it was interrupted", _peers.index), say=False)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if _LOST_CONNECTION.search(reason):
+    if isinstance(error, RuntimeError | OSError) and _LOST_CONNECTION.search(reason):
         time.sleep(_peers.timeout + SECONDS_IF_CLOSED)  # The judge ends this process meanwhile.
         sentence = f"host {_peers.index} lost its connection to the others, which are all alive ({reason})"
         _peers.stop(End(EXIT_PREEMPTED, f"{sentence}. {AGAIN}", _peers.index), say=True)

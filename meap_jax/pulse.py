@@ -15,7 +15,11 @@ class Pulse:
         self._timeout = timeout
         self._heard: dict[int, tuple[str, float]] = dict.fromkeys(hosts, ("", now))
         self._round = self._judged = now
-        self.closed: set[int] = set()  # Hosts whose connections were closed.
+        self._closed: dict[int, float] = {}  # Hosts whose connections were closed, and when.
+
+    def close(self, host: int, now: float) -> None:
+        """Takes in that the connection of a host was closed, as when it is killed."""
+        self._closed[host] = now
 
     def hear(self, beats: Mapping[int, str], now: float) -> None:
         """Takes in what the hosts' keys say; a host lives if its own has changed."""
@@ -23,6 +27,8 @@ class Pulse:
         for host, beat in beats.items():
             if host in self._heard and self._heard[host][0] != beat:
                 self._heard[host] = (beat, now)
+                if now - self._closed.get(host, now) > SECONDS_IF_CLOSED:
+                    del self._closed[host]  # It lives: something between has closed an idle connection.
 
     def lost(self, ended: Set[int], now: float) -> tuple[list[int], str]:
         """The hosts that are gone without a word, and one sentence on them; ([], "") if there are none."""
@@ -31,7 +37,7 @@ class Pulse:
             self._round = now
         self._judged = now
         silent = {host: now - since for host, (_, since) in self._heard.items() if host not in ended}
-        killed = [host for host in sorted(self.closed & silent.keys()) if silent[host] > SECONDS_IF_CLOSED]
+        killed = [host for host in sorted(self._closed.keys() & silent.keys()) if silent[host] > SECONDS_IF_CLOSED]
         if killed:
             return killed, f"{listed(killed)} ended without a word, as if killed; its log or its machine's may say why"
         if now - self._round > self._timeout:

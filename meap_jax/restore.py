@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import textwrap
 import time
 from collections.abc import Mapping
@@ -133,6 +134,12 @@ def newest_readable(
                 read = _read_step(manager, step, items, is_partial)
             except Exception as raised:  # Orbax raises many kinds, a bare Exception for a truncated array.
                 error = raised
+            if not on_all(error is None or is_damage(error)) and attempt == 2:
+                reason = short(error) if error else "another host says why"
+                raise ConfigError(
+                    f"checkpoint {folder / str(step)} can't be read now ({reason}), which says nothing about the "
+                    "checkpoint itself: start again when that is over."
+                )
             if on_all(error is None):
                 if (layout := read["meta"].get("layout")) not in READABLE_LAYOUTS:
                     readable = " and ".join(map(str, READABLE_LAYOUTS))
@@ -153,6 +160,23 @@ def newest_readable(
     )
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error shows that a checkpoint isn't what was saved, and not that a disk, network or memory failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and not isinstance(seen, FileNotFoundError)):
+            return False
+        seen = seen.__cause__
+    return not _NO_DAMAGE.search(str(error))
+
+
+# In errors of tensorstore and XLA, which have no types.
+_NO_DAMAGE = re.compile(
+    r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|Too many open files|"
+    r"Input/output error|Stale file handle|[Oo]ut of memory"
+)
+
+
 def _read_step(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any], is_partial: bool) -> dict[str, Any]:
     """Reads `meta` and `items` of a checkpoint, and compares them with their checksums; of another layout `meta` alone.
 
@@ -161,10 +185,12 @@ def _read_step(manager: ocp.CheckpointManager, step: int, items: Mapping[str, An
       Exception: of orbax, for what can't be read.
     """
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if "sha256" in meta and meta["sha256"] != _digest(meta):
+        raise ValueError("meta is not as it was saved: its SHA-256 is another")
     if meta.get("layout") not in READABLE_LAYOUTS:
         return {"meta": meta}
-    if meta["layout"] >= 3 and meta.get("sha256") != _digest(meta):
-        raise ValueError("meta is not as it was saved: its SHA-256 is another")
+    if meta["layout"] >= 3 and "sha256" not in meta:
+        raise ValueError("meta is not as it was saved: it has no SHA-256")
     if meta["layout"] >= 3 and meta["step"] != step:
         raise ValueError(f"it is the checkpoint of step {meta['step']} under another name")
     read = {"meta": meta}

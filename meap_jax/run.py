@@ -1,12 +1,16 @@
 """Opens a run, which is a model and its data."""
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from meap_jax import hosts, peers
@@ -15,6 +19,7 @@ from meap_jax.corpus.prepare import prepare
 from meap_jax.data.prepared import Prepared
 from meap_jax.data.spec import data_spec
 from meap_jax.errors import ConfigError
+from meap_jax.lease import Lease, held
 from meap_jax.memory import check_fits
 from meap_jax.metrics import local_folder
 from meap_jax.model.decoder import Definition
@@ -175,6 +180,31 @@ def check_data(prepared: Prepared, meta: dict[str, Any], workdir: epath.Path) ->
             f"{workdir} holds checkpoints made on data {meta['fingerprint']}, but {prepared.folder} is "
             f"{prepared.fingerprint}. Use the same prepared data, or another --workdir."
         )
+
+
+@contextlib.contextmanager
+def held_by_run(folder: epath.Path) -> Iterator[Lease | None]:
+    """Holds a folder for a run of one or several processes: the first holds it, and all raise if it can't.
+
+    Yields:
+      The lease on the first process, None on the others.
+
+    Raises:
+      ConfigError: as `held`.
+    """
+    with contextlib.ExitStack() as stack:
+        lease, error = None, None
+        if jax.process_index() == 0:
+            try:
+                lease = stack.enter_context(held(folder))
+            except ConfigError as raised:
+                error = raised
+        peers.wait_for_first("workdir")  # It may watch the workdir for a while.
+        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
+            error = error or ConfigError(f"host 0 can't have {folder} for this run: its log says why.")
+        if error is not None:
+            raise error
+        yield lease
 
 
 def make_folder(name: str, folder: epath.Path) -> None:

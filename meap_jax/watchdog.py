@@ -18,9 +18,7 @@ from meap_jax.errors import EXIT_HUNG
 
 STEPS_OF_MEDIAN = 101
 _SECONDS_TO_WRITE = 5.0  # The stacks, also by the other hosts.
-_SECONDS_WITHOUT_PYTHON = (
-    60.0  # Longer than any call of a library holds the interpreter's lock, than which it can hang.
-)
+_SECONDS_OF_A_STALL = 5.0
 
 
 class Watchdog:
@@ -82,18 +80,19 @@ class Watchdog:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
 
     def _begin(self, what: str, limit: float) -> None:
         self._what, self._limit, self._began = what, limit, self._now()
 
     def _watch(self) -> None:
         interval = min(1.0, self._least / 4)
+        before = self._now()
         while not self._closed.wait(interval):
-            # This thread needs the interpreter's lock. Should another never give it back, a thread without Python ends
-            # the process, unless it is put off again.
-            faulthandler.dump_traceback_later(_SECONDS_WITHOUT_PYTHON + self._limit, exit=True)
-            what, limit, seconds = self._what, self._limit, self._now() - self._began
+            now = self._now()
+            if now - before > interval + _SECONDS_OF_A_STALL:  # All of this process stood still, as in SIGSTOP.
+                self._began += now - before
+            before = now
+            what, limit, seconds = self._what, self._limit, now - self._began
             if seconds > limit:
                 self._end(self._sentence(what, limit, seconds))
                 return

@@ -149,7 +149,7 @@ def with_layout(workdir, layout, *, has_checksums):
         meta = json.loads(file.read_text()) | {"layout": layout}
         if not has_checksums:
             del meta["checksums"], meta["sha256"]
-        file.write_text(json.dumps(meta))
+        file.write_text(json.dumps(restore_lib.sealed(meta) if has_checksums else meta))
 
 
 def test_the_layout_before_which_had_no_checksums_is_read(two_steps, tmp_path):
@@ -164,6 +164,47 @@ def test_an_unknown_layout_is_refused_by_name_and_left_alone(two_steps, tmp_path
     shutil.copytree(two_steps, workdir)
     with_layout(workdir, 7, has_checksums=True)
     with pytest.raises(ConfigError, match="has layout 7, this version reads layout 2 and 3: use the version"):
+        restored(workdir)
+    assert steps_in(workdir) == [1, 2]
+
+
+def test_flipped_bits_of_meta_never_stop_a_run_that_has_an_older_checkpoint(two_steps, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    file = workdir / "checkpoints" / "2" / "meta" / "metadata"
+    content = file.read_bytes()
+    for place in range(0, 8 * len(content), 37):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        assert newest_meta(epath.Path(workdir))["step"] in (1, 2)
+
+
+@pytest.mark.parametrize("error, is_damage", [
+    (ValueError("Error decoding chunk"), True),
+    (FileNotFoundError(2, "No such file"), True),
+    (OSError(5, "Input/output error"), False),
+    (OSError(24, "Too many open files"), False),
+    (MemoryError(), False),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), False),
+    (ValueError("UNAVAILABLE: 503 while reading gs://bucket"), False),
+])  # fmt: skip
+def test_only_what_shows_damage_counts_as_damage(two_steps, tmp_path, monkeypatch, error, is_damage):
+    """A disk or network that fails for a while must not cost the newest checkpoint."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    original = restore_lib._read_step
+
+    def read(manager, step, *arguments):
+        if step == 2:
+            raise error
+        return original(manager, step, *arguments)
+
+    monkeypatch.setattr(restore_lib, "_read_step", read)
+    if is_damage:
+        assert restored(workdir).step == 1
+        return
+    with pytest.raises(ConfigError, match="checkpoints/2 can't be read now .* start again when that is over"):
         restored(workdir)
     assert steps_in(workdir) == [1, 2]
 

@@ -26,7 +26,8 @@ def test_a_host_whose_beat_stays_the_same_is_lost_after_the_timeout():
 
 def test_a_closed_connection_makes_a_silent_host_lost_sooner_and_a_beating_one_not():
     pulse = Pulse({1, 2}, TIMEOUT, now=0.0)
-    pulse.closed |= {1, 2}
+    pulse.close(1, 0.0)
+    pulse.close(2, 0.0)
     for second in range(5):
         pulse.hear({1: "0", 2: str(second)}, float(second))
         lost, sentence = pulse.lost(set(), float(second))
@@ -35,7 +36,7 @@ def test_a_closed_connection_makes_a_silent_host_lost_sooner_and_a_beating_one_n
 
 def test_hosts_that_said_that_they_end_are_not_missed():
     pulse = Pulse({1, 2}, TIMEOUT, now=0.0)
-    pulse.closed.add(1)
+    pulse.close(1, 0.0)
     for second in range(40):
         pulse.hear({2: str(second)}, float(second))
         assert pulse.lost({1}, float(second)) == ([], "")
@@ -66,3 +67,13 @@ def test_a_host_is_lost_only_after_the_timeout_without_a_new_beat(rounds):
         heard = now if beats else heard
         pulse.hear({1: str(number)} if beats else {}, now)
         assert bool(pulse.lost(set(), now)[0]) == (now - heard > TIMEOUT)
+
+
+def test_a_host_that_beats_on_after_its_connection_was_closed_is_no_longer_suspected():
+    pulse = Pulse({1}, TIMEOUT, now=0.0)
+    pulse.close(1, 0.0)
+    for second in range(8):
+        pulse.hear({1: str(second)}, float(second))
+        assert pulse.lost(set(), float(second)) == ([], "")
+    for second in range(8, 15):  # A gap that is shorter than the timeout, and longer than that of a closed connection.
+        assert pulse.lost(set(), float(second)) == ([], "")

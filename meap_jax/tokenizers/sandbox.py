@@ -23,7 +23,8 @@ _ELEMENT = 16  # Characters that an element of a list counts for.
 # What they make may be far longer than what they are given, or is random, and no chat template needs them.
 _LEFT_OUT = ("center", "batch", "slice", "wordwrap", "format", "urlize", "random", "pprint", "xmlattr")
 _WIDENING = ("ljust", "rjust", "center", "zfill", "expandtabs")
-_WIDTH = re.compile(r"\d{4,}|\*|\{[^}]*\{")  # In a format: a number of a thousand or more, or one that is given.
+# A width of a thousand or more, or one that is given, in a conversion of `%` and in a field of `format`.
+_WIDTHS = {"%": re.compile(r"%(\([^)]*\))?[-+ #0]*(\d{4,}|\*)"), "{": re.compile(r"\{[^}]*(\d{4,}|\{)")}
 
 
 class BudgetError(jinja2.TemplateError):
@@ -136,7 +137,7 @@ def _check_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _check_format(form: str, mark: str, values: Any) -> None:
-    if _WIDTH.search(form):
+    if _WIDTHS[mark].search(form):
         raise BudgetError("it has a format with a width of a thousand or more, or with one that is given")
     _check(len(form) + form.count(mark) * _size(values, _room()))
 
@@ -186,9 +187,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         for name in _LEFT_OUT:
             del self.filters[name]
-        self.filters["tojson"] = lambda value, indent=None: json.dumps(
-            _checked(value), ensure_ascii=False, indent=None if indent is None else min(int(indent), 16)
-        )
+        self.filters["tojson"] = _to_json
         self.filters |= {name: _priced(name, function) for name, function in self.filters.items()}
         self.filters |= {"_counted": _counted, "_joined": _joined, "_paid": _paid}
 
@@ -232,6 +231,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return _paid(super().call_binop(context, operator, left, right))
 
 
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """The filter `tojson` of transformers, with its options."""
+    indent = None if indent is None else min(int(indent), 16)
+    return json.dumps(
+        _checked(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
 def _priced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter, whose input must have room for what it may become, and whose result is paid."""
 
@@ -246,7 +255,7 @@ def _priced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _check(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
         elif name == "indent" and texts:
             widths = [value for value in values if isinstance(value, int)]
-            _check(len(texts[0]) + (1 + texts[0].count("\n")) * max(*widths, *map(len, texts[1:]), 4))
+            _check(len(texts[0]) + (1 + texts[0].count("\n")) * max([*widths, *map(len, texts[1:]), 4]))
         else:
             lists = [value for value in values if isinstance(value, list | tuple | dict)]
             between = longest * max(map(len, lists), default=0) if name == "join" else 0
