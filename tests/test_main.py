@@ -13,6 +13,7 @@ from etils import epath
 from meap_jax import cli, evaluate, main
 from meap_jax.errors import ConfigError
 from meap_jax.lease import FILE, held
+from meap_jax.restore import sealed
 from tiny_runs import ROOT, TIMES, TINY, flags, losses, records, run
 
 
@@ -205,7 +206,7 @@ def test_without_a_workdir_it_is_runs_and_the_name_of_the_config():
         ({"data.sources.txt.path": "/a"}, "no field 'data.sources.txt'. Did you mean \"text\""),
         ({"objective.mask_ratio": 1.5}, "objective.mask_ratio is 1.5, but must be in [0, 1]"),
         ({"model.num_heads": 0}, "model.num_heads is 0, but must be at least 1"),
-        ({"num_steps": "many"}, "--config.num_steps=many"),
+        ({"num_steps": "many"}, "num_steps is 'many', but must be a whole number"),
         ({"global_batch_size": 6}, "global_batch_size is 6, but must be a multiple of 8"),
         ({"mesh.data": 3}, "there are 8 devices"),
         ({"objective.mask_id": 5}, "objective.mask_id is 5, but [MASK] of the tokenizer"),
@@ -293,7 +294,7 @@ def test_init_from_checkpoints_of_another_layout_is_refused_with_both(trained, d
     old = tmp_path / "old"
     shutil.copytree(trained, old)
     for meta in old.glob("checkpoints/*/meta/metadata"):
-        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"layout": 1}))
+        meta.write_text(json.dumps(sealed(json.loads(meta.read_text()) | {"layout": 1})))
     text = refused(*flags(tmp_path / "run", init_from=old, data__prepared=data))
     assert "has layout 1, this version reads layout" in text
 
