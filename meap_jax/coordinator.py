@@ -1,9 +1,10 @@
 """Runs jax's coordination service in a process of its own beside host 0, so that it outlives host 0 by a while.
 
-Within host 0, as jax would have it, the service dies with it, and jax's client in every other process then aborts with
-a C++ stack before anyone can say why. As a program, python -m meap_jax.coordinator, this file is that process; host 0
-starts it as python -P coordinator.py, so that it needs nothing but jaxlib. It reads the arguments of the service as a line of JSON, answers "ready", and ends when it
-reads "quit", or `SECONDS_AFTER_HOST_0` after its parent is gone, or at once then if it read "end with me".
+Within host 0, as jax would have it, the service dies with it, and jax's client in every other process then aborts
+with a C++ stack before anyone can say why. As a program, python -m meap_jax.coordinator, this file is that process;
+host 0 starts it as python -P coordinator.py, so that it needs nothing but jaxlib. It reads the arguments of the
+service as a line of JSON, answers "ready", and ends when it reads "quit", or `SECONDS_AFTER_HOST_0` after its
+parent is gone, or at once then if it read "end with me".
 """
 
 import contextlib
