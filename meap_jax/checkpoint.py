@@ -271,7 +271,10 @@ def _clean_up(folder: epath.Path) -> None:
     """
     for path in list(folder.iterdir()):
         if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(DELETED):
-            path.rmtree()
+            try:
+                path.rmtree()
+            except OSError as error:  # Of a save that failed, other threads may still write; the next start has none.
+                _log.info("%s can't be deleted now (%s)", path, error)
         elif is_url(folder) and path.name.isdigit() and not (path / COMMIT_MARK).exists():
             aside = _free(folder.parent / "unmarked_checkpoints" / path.name)
             aside.parent.mkdir(parents=True, exist_ok=True)

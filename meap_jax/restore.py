@@ -1,5 +1,6 @@
 """Reads checkpoints: finds the newest that can be read, and compares all that is read with its checksums."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -164,12 +165,17 @@ def is_damage(error: Exception) -> bool:
     """Whether an error shows that a checkpoint isn't what was saved, and not that a disk, network or memory failed."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and not isinstance(seen, FileNotFoundError)):
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno in _PASSING):
             return False
         seen = seen.__cause__
     return not _NO_DAMAGE.search(str(error))
 
 
+# What a disk or network says that fails for a while; a file in the place of a folder, or none, is damage.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ETIMEDOUT,
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN,
+}  # fmt: skip
 # In errors of tensorstore and XLA, which have no types.
 _NO_DAMAGE = re.compile(
     r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|Too many open files|"

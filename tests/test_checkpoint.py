@@ -183,6 +183,8 @@ def test_flipped_bits_of_meta_never_stop_a_run_that_has_an_older_checkpoint(two_
 @pytest.mark.parametrize("error, is_damage", [
     (ValueError("Error decoding chunk"), True),
     (FileNotFoundError(2, "No such file"), True),
+    (NotADirectoryError(20, "Not a directory"), True),
+    (IsADirectoryError(21, "Is a directory"), True),
     (OSError(5, "Input/output error"), False),
     (OSError(24, "Too many open files"), False),
     (MemoryError(), False),

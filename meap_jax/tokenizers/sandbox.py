@@ -23,8 +23,11 @@ _ELEMENT = 16  # Characters that an element of a list counts for.
 # What they make may be far longer than what they are given, or is random, and no chat template needs them.
 _LEFT_OUT = ("center", "batch", "slice", "wordwrap", "format", "urlize", "random", "pprint", "xmlattr")
 _WIDENING = ("ljust", "rjust", "center", "zfill", "expandtabs")
-# A width of a thousand or more, or one that is given, in a conversion of `%` and in a field of `format`.
-_WIDTHS = {"%": re.compile(r"%(\([^)]*\))?[-+ #0]*(\d{4,}|\*)"), "{": re.compile(r"\{[^}]*(\d{4,}|\{)")}
+# A width or precision of a thousand or more, or one that is given, in a conversion of `%` and in a field of `format`.
+_WIDTHS = {
+    "%": re.compile(r"%(\([^)]*\))?[-+ #0]*(\d{4,}|\*|\d*\.(\d{4,}|\*))"),
+    "{": re.compile(r"\{[^}]*(\d{4,}|\{)"),
+}
 
 
 class BudgetError(jinja2.TemplateError):
@@ -236,6 +239,8 @@ def _to_json(
 ) -> str:
     """The filter `tojson` of transformers, with its options."""
     indent = None if indent is None else min(int(indent), 16)
+    if any(len(separator) > 16 for separator in separators or ()):
+        raise BudgetError("it writes JSON with separators of more than 16 characters")
     return json.dumps(
         _checked(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -45,6 +45,9 @@ GROWING = {
     "tabs": "{{ ('\t' * 100000).expandtabs(100000) }}",
     "a format": "{{ '%1000000000d' % 1 }}",
     "a format with a star": "{{ '%*d' % (1000000000, 1) }}",
+    "a format with a precision": "{{ '%.1000000000f' % 1.5 }}",
+    "a format with a precision that is given": "{{ '%5.*f' % (1000000000, 1.5) }}",
+    "separators of JSON": "{{ ([1] * 1000) | tojson(separators=('a' * 1000000, ':')) }}",
     "the filter format": "{{ '%1000000000d' | format(1) }}",
     "the method format": "{{ '{:1000000000}'.format(1) }}",
     "the method format with a width that is given": "{{ '{:{}}'.format(1, 1000000000) }}",
@@ -157,3 +160,17 @@ def test_long_conversations_stay_within_the_bounds(name):
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"{i} " * 500} for i in range(600)]
     text = chat.render(chat.template_source(name, ""), talk, NAMES)
     assert all(f"{i} {i} " in text for i in range(600))
+
+
+FAIR = {
+    "{{ messages[0].content | indent }}": "a question",
+    "{{ 'Cutting knowledge: December 2023. Today: %s' % bos_token }}": "Cutting knowledge: December 2023. Today: <s>",
+    "{{ 'December 2023: {}'.format(bos_token) }}": "December 2023: <s>",
+    "{{ '**%s** %5.2f %%' % (bos_token, 1.5) }}": "**<s>**  1.50 %",
+    "{{ {'b': 'ü', 'a': 1} | tojson(True, separators=(',', ':'), sort_keys=True) }}": '{"a":1,"b":"\\u00fc"}',
+}
+
+
+@pytest.mark.parametrize("template", FAIR)
+def test_what_templates_of_models_do_is_left_alone(template):
+    assert chat.render(template, TALK, NAMES) == FAIR[template]
