@@ -17,7 +17,7 @@ EXIT_PREEMPTED, EXIT_USER_ERROR = 143, 1
 # Seconds: until a moment comes, until a process ends after its signal, and until those end that lost one of theirs.
 LONGEST_WAIT, LONGEST_EXIT, LONGEST_ORPHAN = 300.0, 60.0, 150.0
 POLL_SECONDS = 0.001
-TEMPORARY = ("*tmp*", "*.new")  # Names that nothing has in a workdir when a run is over.
+TEMPORARY = ("*tmp*", "*.part", "*.deleted")  # Names that nothing has in a workdir when a run is over.
 
 
 def setting(data: pathlib.Path, **overrides: Any) -> dict[str, Any]:
