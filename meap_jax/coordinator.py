@@ -12,12 +12,15 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 SECONDS_AFTER_HOST_0 = 20.0
+SECONDS_TO_OUTLIVE = 20.0
 
 
 class Coordinator:
@@ -27,6 +30,7 @@ class Coordinator:
         # A session of its own: Ctrl-C and a launcher's SIGTERM to the group of host 0 are not for this process.
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._process = subprocess.Popen([sys.executable, "-P", __file__], text=True, start_new_session=True, **pipes)
+        self._hosts: list[socket.socket] = []
 
     def serve(self, *arguments: Any, **options: Any) -> "Coordinator":
         """Starts the service with the arguments of `_jax.get_distributed_runtime_service`; returns this object.
@@ -44,6 +48,10 @@ class Coordinator:
             raise RuntimeError(answer or "the process of jax's coordination service ended")
         return self
 
+    def outlive(self, hosts: Iterable[socket.socket]) -> None:
+        """Has `shutdown` wait until the processes at the other ends of these connections have ended."""
+        self._hosts = list(hosts)
+
     def end_with_this_process(self) -> None:
         """Lets the service end when this process does, since no other host needs it any more."""
         assert self._process.stdin
@@ -52,7 +60,17 @@ class Coordinator:
             self._process.stdin.flush()
 
     def shutdown(self) -> None:
-        """Ends the service now; the clients in this process and the others must have left it, or abort."""
+        """Ends the service once the other hosts have ended; the client in this process must have left it.
+
+        It is called when this process hears that all have left. Another may hear it later, and would abort if the
+        service were gone by then.
+        """
+        limit = time.monotonic() + SECONDS_TO_OUTLIVE
+        for host in self._hosts:
+            with contextlib.suppress(OSError):
+                host.settimeout(max(0.01, limit - time.monotonic()))
+                while host.recv(2**16):
+                    pass
         if self._process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
                 self._process.communicate("quit\n", timeout=5)

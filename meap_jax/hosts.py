@@ -141,6 +141,7 @@ def _connect(place: _Place, timeout: float) -> None:
     except BaseException:
         coordinator.shutdown()
         raise
+    coordinator.outlive(connections.values())
     peers.begin(_client(), 0, place.num_hosts, connections, timeout, coordinator)
 
 
