@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from meap_jax.errors import UserError
-from tiny_runs import ROOT, environment
+from tiny_runs import PEAK, ROOT, environment
 
 # FUZZ_EXAMPLES=100000 python -m pytest -n 0 tests/fuzz is the long run, by hand; with another seed each time.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
@@ -98,13 +98,13 @@ def in_little_memory(script: str, *words: object, megabytes: int, seconds: int =
 import resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (12 * 2**30,) * 2)  # So that a mistake costs no machine.
 resource.setrlimit(resource.RLIMIT_CPU, ({seconds},) * 2)
-def touched():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+{PEAK}
 def allowed():
-    global began
-    began = touched()
+    global touched_before
+    touched_before = peak() // 2**20
 def report():
-    assert touched() - began < {megabytes}, f"touched {{touched() - began}} MB"
+    touched = peak() // 2**20 - touched_before
+    assert touched < {megabytes}, f"touched {{touched}} MB"
 """
     command = [sys.executable, "-c", head + script, *map(str, words)]
 

@@ -16,7 +16,7 @@ from meap_jax.convert import import_model
 from meap_jax.errors import ConfigError, DataError
 from meap_jax.export import export_model
 from meap_jax.hub import open_hub_model
-from tiny_runs import ROOT, environment
+from tiny_runs import PEAK, ROOT, environment
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -200,12 +200,12 @@ def test_the_commands_import_continue_and_export_a_model(tmp_path, monkeypatch, 
 
 
 # In a process of its own, so that what other tests left behind counts for nothing.
-MEASURED = """
-import json, resource, sys
+MEASURED = f"""
+import json, sys
 from pathlib import Path
 import jax
 from meap_jax import hub
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{PEAK}
 hub.open_hub_model(Path(sys.argv[1]))  # Imports, compiles and allocates what doesn't grow with the model.
 before = peak()
 params = hub.open_hub_model(Path(sys.argv[2])).params

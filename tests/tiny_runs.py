@@ -38,6 +38,16 @@ TIMES = {
     "step_seconds_p90", "data_wait", "goodput",
 }  # fmt: skip
 
+# For scripts: `peak()`, the bytes of memory that a process had at most.
+PEAK = """
+def peak():
+    import pathlib, resource, sys
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # Since it began; ru_maxrss counts what the process had that started it, too.
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+"""
+
 
 def flags(workdir, config="configs/quickstart.py", **overrides):
     """The flags of `python -m meap_jax.main` for a run of TINY with these overrides, `__` for a dot."""

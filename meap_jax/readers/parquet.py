@@ -14,7 +14,8 @@ from meap_jax.readers.storage import open_part
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _BUFFER = 2**20  # bytes of a column that are read at once, instead of all it has in a row group
 _BATCH_BYTES = 2**24  # what a batch of rows may come to, by the average of its row group ...
-_BATCH_ROWS = 1_024  # ... and the rows that it has at most
+_BATCH_ROWS = 16  # ... and the rows that it has at most; larger ones are slower, since each takes fresh memory ...
+_REPEATED_BYTES = 2**29  # ... and what it may come to if all its rows repeat one value, which a column stores once
 
 
 def divide(whole: Part, part_bytes: int) -> list[Part]:
@@ -93,7 +94,9 @@ def _rows_of_group(
     about = parquet.metadata.row_group(group)
     if not about.num_rows:
         return
-    size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+    longest = max([1, *(about.column(index).total_uncompressed_size for index in range(about.num_columns))])
+    average = max(1, about.total_byte_size // about.num_rows)
+    size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // average, _REPEATED_BYTES // longest))
     row = 0
     batches = parquet.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False)
     while row < about.num_rows:

@@ -107,11 +107,13 @@ open_this = open_conversations if "talk" in sys.argv[1] else open_corpus
 corpus, skips = open_this(sys.argv[1]), Skips(1_000_000)
 list(open_corpus(sys.argv[2]).read(open_corpus(sys.argv[2]).parts()[0], skips))
 allowed()
-count = 0
+count, most = 0, int(sys.argv[3]) if len(sys.argv) > 3 else None
 try:
     for part in corpus.parts():
         for record in corpus.read(part, skips):
             count += 1
+            if count == most:
+                break
 except UserError as error:
     print(error)
 print(count, dict(skips.counts))
@@ -152,13 +154,14 @@ def test_an_array_that_becomes_gigabytes_is_refused_in_a_sentence(suffix, tmp_pa
     assert f"{path} holds an array of more than 512 MiB, and an array is read whole: write its records as lines" in out
 
 
-def test_a_parquet_file_of_a_few_kilobytes_is_read_in_bounded_memory(tmp_path, small):
+@pytest.mark.parametrize("rows, size, read, megabytes", [(2_000, 2**20, 2_000, 200), (300, 2**27, 3, 1_500)])
+def test_a_parquet_file_of_a_few_kilobytes_is_read_in_bounded_memory(rows, size, read, megabytes, tmp_path, small):
     path = tmp_path / "bomb.parquet"
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array(["a" * 2**20]))
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["a" * size]))
     pq.write_table(pa.table({"text": column}), path, compression="zstd", use_dictionary=True)
-    assert path.stat().st_size < 2**14
-    out = in_little_memory(READ, path, small, megabytes=1_000)
-    assert out.startswith("2000 ")
+    assert path.stat().st_size < 2**16
+    out = in_little_memory(READ, path, small, read, megabytes=megabytes)
+    assert out.startswith(f"{read} ")
 
 
 # ------------------------------------------------------------------------------------------------- what is no file

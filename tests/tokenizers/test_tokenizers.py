@@ -17,6 +17,7 @@ from meap_jax.corpus.documents import Document, Span, token_spans
 from meap_jax.data.manifest import hash_of
 from meap_jax.errors import ConfigError
 from meap_jax.tokenizers import interface
+from tiny_runs import PEAK
 from tokenizer_kinds import CORPUS, EXACT, KINDS, SPECIALS, TEXTS, kind
 
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -175,17 +176,18 @@ def test_a_million_equal_characters_take_seconds_at_most(name, unit):
     assert kind(name).decode(ids) == text
 
 
-_PEAK = """
-import resource, sys
+_MEASURED = f"""
+import sys
+{PEAK}
 from meap_jax import tokenizers
 tokenizer = tokenizers.load(sys.argv[1])
 text = open(sys.argv[2], encoding="utf-8").read()
 tokenizer.encode(text[:100_000])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 ids = tokenizer.encode(text)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 assert tokenizer.decode(ids) == text
-print((after - before) * 1024 / len(ids))
+print((after - before) / len(ids))
 """
 
 
@@ -196,7 +198,7 @@ def test_a_document_of_ten_megabytes_takes_little_more_memory_than_its_ids(name,
     (tmp_path / "text").write_text(text, encoding="utf-8")
     for file, content in kind(name).files().items():
         (tmp_path / file).write_bytes(content)
-    command = [sys.executable, "-c", _PEAK, str(tmp_path), str(tmp_path / "text")]
+    command = [sys.executable, "-c", _MEASURED, str(tmp_path), str(tmp_path / "text")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     # A Python list takes 8 bytes an id, and an id above 256 is an object of 28 to 32.
     assert float(done.stdout) < 80
