@@ -44,15 +44,16 @@ bench: .venv ## print the tables of docs/performance.md, measured on this machin
 
 test: .venv ## run the tests, on the CPU
 	@cd "$(ROOT)"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --ignore=tests/aot/compilers --ignore=tests/parity \
-	    --ignore=tests/faults
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 -m 'not slow' --ignore=tests/aot/compilers \
+	    --ignore=tests/parity --ignore=tests/faults
 
 # Some of them in minutes, with QUICK=1; all of them in most of an hour.
 test-faults: .venv ## kill runs, fill their disk and damage their files, and print what came of it
 	@cd "$(ROOT)"
 	export MEAP_JAX_OUTCOMES="$$PWD/runs/faults/outcomes.jsonl"
 	rm -f "$$MEAP_JAX_OUTCOMES"
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -rs -n 2 --dist=worksteal $(if $(QUICK),-m 'not slow') tests/faults
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -rs -n 2 --dist=worksteal \
+	    $(if $(QUICK),-m 'not slow' tests/faults,tests/faults tests/test_multihost.py)
 	.venv/bin/python tests/faults/report.py
 
 test-data: .beam ## tokenize with Apache Beam, and data sets of TFDS

@@ -44,7 +44,7 @@ def assert_same_records(workdir, alone):
     assert "validation_retrieval_answers/accuracy" in tiny_runs.records(workdir)[-1]
 
 
-@pytest.mark.parametrize("num_hosts, num_devices", [(2, 2), (8, 1)])
+@pytest.mark.parametrize("num_hosts, num_devices", [(2, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_hosts_train_evaluate_save_and_resume_as_one_process_does(alone, tmp_path, num_hosts, num_devices):
     # Every parameter and every batch is split over the devices of all hosts.
     setting = dict(data__prepared=alone / "data", checkpoint__every=4, mesh__data=1, mesh__fsdp=-1)

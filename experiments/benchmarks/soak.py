@@ -39,6 +39,7 @@ class Sample(NamedTuple):
 
     step: int  # Of its last record.
     resident_bytes: int
+    allocated_bytes: int  # The part of it that is no page of a file, of which the kernel takes and gives as it likes.
     open_files: int
     threads: int
     children: int
@@ -98,6 +99,7 @@ def sample(pid: int, workdir: pathlib.Path) -> Sample:
     return Sample(
         step=last_step(metrics),
         resident_bytes=int(status["VmRSS"].split()[0]) * 1024,
+        allocated_bytes=int(status["RssAnon"].split()[0]) * 1024,
         open_files=len(os.listdir(proc / "fd")),
         threads=int(status["Threads"]),
         children=children,
@@ -119,8 +121,8 @@ def last_step(metrics: pathlib.Path) -> int:
 
 
 def slope(samples: list[Sample]) -> float:
-    """By how many MB the resident memory grows in 1,000 steps: of a line by least squares."""
-    steps, sizes = np.array([(s.step / 1e3, s.resident_bytes / 1e6) for s in samples]).T
+    """By how many MB the allocated memory grows in 1,000 steps: of a line by least squares."""
+    steps, sizes = np.array([(s.step / 1e3, s.allocated_bytes / 1e6) for s in samples]).T
     return float(np.polyfit(steps, sizes, 1)[0])
 
 
@@ -142,6 +144,7 @@ def windows(samples: list[Sample], step_times: dict[int, float], num_steps: int)
         rows.append({
             "steps": f"{begin + 1:,} to {end:,}",
             "resident, MB": float(np.median([s.resident_bytes for s in here])) / 1e6,
+            "allocated, MB": float(np.median([s.allocated_bytes for s in here])) / 1e6,
             "open files": max(s.open_files for s in here),
             "threads": max(s.threads for s in here),
             "children": max(s.children for s in here),
@@ -162,7 +165,7 @@ def verdict(samples: list[Sample], step_times: dict[int, float], num_steps: int)
     later = [s for s in samples if quarter <= s.step < num_steps]  # After the last step, all is being closed.
     return {
         "steps": num_steps,
-        "resident, MB a 1,000 steps": slope(later),
+        "allocated, MB a 1,000 steps": slope(later),
         "step p50, last quarter / first": float(np.median(last) / np.median(first)),
         "open files, most / least": f"{max(s.open_files for s in later)} / {min(s.open_files for s in later)}",
         "threads, most / least": f"{max(s.threads for s in later)} / {min(s.threads for s in later)}",

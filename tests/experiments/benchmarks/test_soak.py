@@ -10,7 +10,7 @@ LEAK = 2_000  # Bytes a step.
 def samples(num_steps, leak=LEAK):
     # The process closes its files when it has ended its last step.
     return [
-        Sample(s, 400_000_000 + leak * s, 3 if s == num_steps else 40, 100, 0, 60 * s, 80 * s)
+        Sample(s, 500_000_000, 400_000_000 + leak * s, 3 if s == num_steps else 40, 100, 0, 60 * s, 80 * s)
         for s in range(0, num_steps + 1, 10)
     ]
 
@@ -23,7 +23,7 @@ def test_memory_that_grows_is_told_in_megabytes_a_thousand_steps():
 def test_the_verdict_counts_neither_warm_up_nor_the_end():
     seconds = {step: 1.0 if step < 50 else 0.1 * (1 + (step > 750)) for step in range(10, 1_001, 10)}
     found = verdict(samples(1_000), seconds, 1_000)
-    assert found["resident, MB a 1,000 steps"] == pytest.approx(2)
+    assert found["allocated, MB a 1,000 steps"] == pytest.approx(2)
     assert found["step p50, last quarter / first"] == pytest.approx(2)
     assert found["open files, most / least"] == "40 / 40"
     assert found["metrics.jsonl, bytes a record"] == 600
