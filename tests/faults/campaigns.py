@@ -22,6 +22,7 @@ from faults.harness import (
     LONGEST_ORPHAN,
     LONGEST_WAIT,
     POLL_SECONDS,
+    STEPS,
     Group,
     is_saving,
     leftovers,
@@ -66,11 +67,17 @@ def _while_data_are_loaded(group: Group, rng: np.random.Generator, start_seconds
 
 
 def _at_start(group: Group, rng: np.random.Generator, start_seconds: float) -> Moment:
-    return Moment(lambda: True, rng.uniform(0, start_seconds))
+    return _after(group, rng.uniform(0, start_seconds))
 
 
 def _at_random(group: Group, rng: np.random.Generator, start_seconds: float) -> Moment:
-    return Moment(lambda: True, start_seconds * rng.uniform(0.5, 1.1))
+    return _after(group, start_seconds * rng.uniform(0.5, 1.1))
+
+
+def _after(group: Group, seconds: float) -> Moment:
+    """So long after the start, but before the run is over: a start may take less time than that of the reference."""
+    end, last = time.monotonic() + seconds, STEPS - EVAL_EVERY
+    return Moment(lambda: time.monotonic() >= end or logged(group.workdir) >= last)
 
 
 MOMENTS: dict[str, Callable[[Group, np.random.Generator, float], Moment]] = {
