@@ -1,6 +1,6 @@
 """Whether a long run stays as it began: memory, open files, threads, the time of a step, the size of its logs.
 
-python -m experiments.benchmarks.soak [--steps=N] [--quick] [--workdir=DIR] [--json=FILE]
+python -m experiments.benchmarks.soak [--steps=N] [--save_every=N] [--quick] [--workdir=DIR] [--json=FILE]
 
 `python -m meap_jax.main` trains a tiny decoder for 20,000 steps in a process of its own, with a record every 10 steps,
 an evaluation every 250 and a checkpoint every 100. Meanwhile its memory, file descriptors, threads and children are
@@ -180,7 +180,9 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(args.workdir or folder) / "run"
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        samples = watch(soak_config(num_steps, args.quick), workdir)
+        config = soak_config(num_steps, args.quick)
+        config.checkpoint.every = args.save_every or config.checkpoint.every
+        samples = watch(config, workdir)
         records = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
     times = {record["step"]: record["step_seconds_p50"] for record in records if "step_seconds_p50" in record}
     return [
@@ -191,6 +193,7 @@ def measure(args: argparse.Namespace) -> list[harness.Table]:
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of the run (default 20,000; 300 with --quick)")
+    parser.add_argument("--save_every", type=int, help=f"steps from one checkpoint to the next (default {SAVE_EVERY})")
     parser.add_argument("--workdir", help="a folder that keeps the run (default: one that is deleted)")
 
 
