@@ -327,7 +327,8 @@ def leave(error: BaseException, sentence_of: SentenceOf) -> None:
         print("stopped; what was saved is kept.", file=sys.stderr, flush=True)
         _peers.stop(End(EXIT_INTERRUPTED, "it was interrupted", _peers.index), say=False)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if isinstance(error, RuntimeError | OSError) and _LOST_CONNECTION.search(reason):
+    # jax raises Gloo's errors as ValueErrors too.
+    if isinstance(error, RuntimeError | OSError | ValueError) and _LOST_CONNECTION.search(reason):
         time.sleep(_peers.timeout + SECONDS_IF_CLOSED)  # The judge ends this process meanwhile.
         sentence = f"host {_peers.index} lost its connection to the others, which are all alive ({reason})"
         _peers.stop(End(EXIT_PREEMPTED, f"{sentence}. {AGAIN}", _peers.index), say=True)

@@ -146,7 +146,9 @@ class Campaign:
         assert not (self.workdir / "damaged_checkpoints").exists()
 
     def _start(self) -> Group:
-        return Group(self.workdir, self.num_processes, **self.overrides)
+        # One that is killed before it has met the others is waited for, but not longer than this test waits.
+        variables = {"MEAP_JAX_HOST_START_SECONDS": "60"}
+        return Group(self.workdir, self.num_processes, variables=variables, **self.overrides)
 
     def _disturb(self, group: Group, fault: Fault, rng: np.random.Generator) -> Group | None:
         """Sends the signals at their moment; returns the group if it goes on."""
@@ -191,6 +193,9 @@ class Campaign:
         said = group.said()
         if fault.signals != "SIGTERM":
             assert all(codes[i] == -signal.SIGKILL for i in targets), codes
+            others = [code for i, code in enumerate(codes) if i not in targets]
+            if "step " in said:
+                assert all(code == EXIT_PREEMPTED for code in others) and "Traceback" not in said, (codes, said[-6000:])
             assert 0 not in codes, f"a run that lost a process says that it went well: {codes}"
             return
         # Before it can save anything, a process may die of the signal itself; launchers see the same 143.

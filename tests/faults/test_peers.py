@@ -45,10 +45,11 @@ def test_others_stop_when_a_host_hangs(who):
             assert not any(word in group.said(host) for word in NOISE)
 
 
-def test_an_error_of_gloo_is_not_what_is_said_of_a_host_that_is_killed():
+@pytest.mark.parametrize("kind", ["RuntimeError", "ValueError"])
+def test_an_error_of_gloo_is_not_what_is_said_of_a_host_that_is_killed(kind):
     body = (
         "if host == 1: os._exit(9)\n"
-        "raise RuntimeError('INTERNAL: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:1234')"
+        f"raise {kind}('UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1234')"
     )
     with programs(body) as group:
         codes = group.codes(60)
