@@ -47,7 +47,7 @@ test: .venv ## run the tests, on the CPU
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 -m 'not slow' --ignore=tests/aot/compilers \
 	    --ignore=tests/parity --ignore=tests/faults
 
-# Some of them in minutes, with QUICK=1; all of them in most of an hour.
+# Some of them in minutes, with QUICK=1; all of them in about an hour.
 test-faults: .venv ## kill runs, fill their disk and damage their files, and print what came of it
 	@cd "$(ROOT)"
 	export MEAP_JAX_OUTCOMES="$$PWD/runs/faults/outcomes.jsonl"

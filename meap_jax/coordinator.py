@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-SECONDS_AFTER_HOST_0 = 20.0
-SECONDS_TO_OUTLIVE = 20.0
+SECONDS_AFTER_HOST_0 = 20.0  # That the service stays where host 0 is killed.
+SECONDS_TO_OUTLIVE = 20.0  # That host 0, at the end of a run, waits for the other processes to end.
 
 
 class Coordinator:

@@ -1,4 +1,4 @@
-"""A run that is really killed goes on bit for bit; damaged checkpoints are put aside or refused."""
+"""Runs that are really killed go on bit for bit; damaged checkpoints are put aside or refused."""
 
 import shutil
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from tiny_runs import ROOT, command, environment, losses, records, run
 
-STEPS, SAVE_EVERY = 40, 4
+STEPS, SAVE_EVERY = 120, 20
 
 
 def setting(folder):
@@ -52,10 +52,17 @@ def saved(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
-def test_a_run_killed_between_two_saves_gives_bit_identical_losses(reference, tmp_path):
-    # tests/faults kill runs at every other moment too.
+def test_a_run_killed_at_three_moments_one_of_them_in_a_save_gives_bit_identical_losses(reference, tmp_path):
     workdir = tmp_path / "run"
-    assert kill_when(start(reference, workdir), lambda: 4 in saved(workdir) and logged(workdir) >= 5)
+    # Before the first checkpoint.
+    assert kill_when(start(reference, workdir), lambda: 3 <= logged(workdir))
+    assert saved(workdir) == []
+    # While a save is being written: orbax's temporary folder is there.
+    assert kill_when(start(reference, workdir), lambda: any((workdir / "checkpoints").glob("40*tmp*")))
+    assert 40 not in saved(workdir)
+    # Between two saves.
+    assert kill_when(start(reference, workdir), lambda: 80 in saved(workdir) and logged(workdir) >= 85)
+
     assert "resuming from step" in run(workdir, **setting(reference))
     assert losses(workdir) == losses(reference / "run")
     assert [r["step"] for r in records(workdir)] == list(range(1, STEPS + 1))

@@ -13,7 +13,7 @@ from meap_jax.readers.storage import open_part
 
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _BUFFER = 2**20  # bytes of a column that are read at once, instead of all it has in a row group
-_BATCH_BYTES = 2**24  # what a batch of rows may come to, by the average of its row group ...
+_BATCH_BYTES = 2**24  # what a batch of rows may come to, by the average of what is read of its row group ...
 _BATCH_ROWS = 16  # ... and the rows that it has at most; larger ones are slower, since each takes fresh memory ...
 _REPEATED_BYTES = 2**29  # ... and what it may come to if all its rows repeat one value, which a column stores once
 
@@ -94,10 +94,7 @@ def _rows_of_group(
     about = parquet.metadata.row_group(group)
     if not about.num_rows:
         return
-    longest = max([1, *(about.column(index).total_uncompressed_size for index in range(about.num_columns))])
-    average = max(1, about.total_byte_size // about.num_rows)
-    size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // average, _REPEATED_BYTES // longest))
-    row = 0
+    size, row = _rows_of_a_batch(about, columns), 0
     batches = parquet.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False)
     while row < about.num_rows:
         try:
@@ -108,6 +105,15 @@ def _rows_of_group(
             return
         yield from enumerate(_records(batch), start=row)
         row += batch.num_rows
+
+
+def _rows_of_a_batch(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """How many rows of these columns are read at once: so many that their batch has a bounded size."""
+    chunks = (group.column(index) for index in range(group.num_columns))
+    names = tuple(f"{column}." for column in columns)  # A list's elements are in a column within its own.
+    sizes = [chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(names)]
+    average, longest = max(1, sum(sizes) // group.num_rows), max([1, *sizes])
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // average, _REPEATED_BYTES // longest))
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | pa.RecordBatch]:
